@@ -1,0 +1,6 @@
+"""Kernels of pointalign: the fused alignment loss and the point ops, each with a plain-PyTorch twin in `reference`."""
+
+from pointalign_kernels.alignment import alignment_loss, cosine_alignment, fused_available
+from pointalign_kernels.point_ops import farthest_point_sample, group_points, knn
+
+__all__ = ["alignment_loss", "cosine_alignment", "farthest_point_sample", "fused_available", "group_points", "knn"]

@@ -1,0 +1,1 @@
+"""PointAlign: feature-level alignment for 3D vision-language models."""
