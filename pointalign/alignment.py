@@ -1,0 +1,173 @@
+"""The paper's idea in one file: hidden states of point tokens stay close to what the point branch produced.
+
+At chosen layers of the language model the hidden states of the point tokens pass a small projector and are pulled, by
+cosine, toward a detached target (section 3 of the paper): `L = L_ntp + weight * (1 - mean cos(f(h), stop_grad(q)))`.
+The projector lives in training only. Nothing here knows the rest of the package, so the same objects attach to any
+vision-language model with a list of decoder layers and a mask of the tokens in question.
+
+Shape legend: R rows (point tokens in the batch), H width of the language model, D width of the target.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from pointalign_kernels import alignment_loss
+from torch import Tensor, nn
+
+TARGETS = ("qformer", "encoder", "llm:<layer>")
+
+
+@dataclass
+class AlignmentConfig:
+    """Options of the alignment loss (`--alignment.*`).
+
+    Attributes:
+        weight: lambda, the share of the alignment loss in the total. 0 switches it off.
+        layer: k of `hidden_states[k]`, the output of the k-th decoder layer; several for multi-layer alignment;
+            by default `(L - 1) // 2`, 15 of Phi-2's 32.
+        target: `qformer`, `encoder` (tokens without cls, average-pooled in order to one per query token), or
+            `llm:<layer>` (the hidden states of that later layer).
+        layer_weights: with several layers, `uniform` or `learned` (softmax over one scalar per layer).
+        seed: of the projector's initial weights, drawn apart from every other random number.
+    """
+
+    weight: float = 0.1
+    layer: list[int] = field(default_factory=list)
+    target: str = "qformer"
+    layer_weights: str = "uniform"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"alignment.weight={self.weight}: expected 0 or more")
+        if self.layer_weights not in ("uniform", "learned"):
+            raise ValueError(f"alignment.layer_weights={self.layer_weights!r}: expected uniform or learned")
+        if self.target not in ("qformer", "encoder"):
+            self.target_layer()
+
+    def target_layer(self) -> int | None:
+        """The layer of an `llm:<layer>` target, else None."""
+        if self.target in ("qformer", "encoder"):
+            return None
+        kind, _, layer = self.target.partition(":")
+        if kind != "llm" or not layer.isdigit():
+            raise ValueError(f"alignment.target={self.target!r}: expected one of {', '.join(TARGETS)}")
+        return int(layer)
+
+    def layers(self, num_layers: int) -> list[int]:
+        """The layers to align in a language model of `num_layers`, checked."""
+        layers = self.layer or [max(1, (num_layers - 1) // 2)]
+        for layer in [*layers, *([self.target_layer()] if self.target_layer() else [])]:
+            if not 1 <= layer <= num_layers:
+                raise ValueError(f"alignment layer {layer}: the language model has layers 1 to {num_layers}")
+        return layers
+
+
+class LayerTap:
+    """Keeps the hidden states of masked tokens at chosen decoder layers, during one forward pass.
+
+    Only the rows of the mask are kept, and a hook overwrites what it kept before, so recomputation under activation
+    checkpointing changes nothing.
+
+    Args:
+        layers: the decoder layers of the language model.
+        indices: k of `hidden_states[k]`: the hook sits on `layers[k - 1]`.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], indices: Sequence[int]):
+        self.layers = layers
+        self.indices = sorted(set(indices))
+
+    @contextmanager
+    def capture(self, mask: Tensor) -> Iterator[dict[int, Tensor]]:
+        """Within the block, a forward pass fills `{k: [R, H]}` for a mask `[B, T]` with R true places."""
+        kept: dict[int, Tensor] = {}
+        mask = mask.bool()
+
+        def hook_for(index: int):
+            def hook(_module, _args, output):
+                hidden = output[0] if isinstance(output, tuple) else output
+                kept[index] = hidden[mask.to(hidden.device)]
+
+            return hook
+
+        handles = [self.layers[index - 1].register_forward_hook(hook_for(index)) for index in self.indices]
+        try:
+            yield kept
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [index for index in self.indices if index not in kept]
+        if missing:
+            raise RuntimeError(f"no hidden states came from layers {missing}: the forward pass did not run them")
+
+
+class AlignmentProjector(nn.Module):
+    """`H -> (H + D) // 2 -> (H + D) // 2 -> D` with SiLU between: 8,310,784 parameters at the paper's sizes.
+
+    Parameter names are those of the published checkpoints.
+    """
+
+    def __init__(self, hidden_size: int, target_size: int):
+        super().__init__()
+        width = (hidden_size + target_size) // 2
+        self.projector = nn.Sequential(
+            nn.Linear(hidden_size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, target_size)
+        )
+
+    def loss(self, hidden: Tensor, target: Tensor, impl: str = "reference") -> Tensor:
+        """`1 - mean cos` (fp32 scalar) of hidden `[R, H]`, projected, and target `[R, D]`."""
+        linears = [self.projector[0], self.projector[2], self.projector[4]]
+        return alignment_loss(hidden, target, [one.weight for one in linears], [one.bias for one in linears], impl=impl)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.projector(hidden)
+
+
+class Alignment(nn.Module):
+    """One projector per aligned layer, and the weighted mean of their losses.
+
+    Args:
+        config: options.
+        layers: the aligned layers, as `AlignmentConfig.layers` gives them.
+        hidden_size, target_size: H and D.
+    """
+
+    def __init__(self, config: AlignmentConfig, layers: Sequence[int], hidden_size: int, target_size: int):
+        super().__init__()
+        self.config = config
+        self.layers = list(layers)
+        # A generator of its own: a run with weight 0 equals a run without this module, bit for bit.
+        generator = torch.Generator().manual_seed(config.seed)
+        with torch.device("meta"):
+            projectors = [AlignmentProjector(hidden_size, target_size) for _ in self.layers]
+        self.alignment_projector = nn.ModuleList(projectors).to_empty(device="cpu")
+        for linear in [one for one in self.alignment_projector.modules() if isinstance(one, nn.Linear)]:
+            bound = linear.in_features**-0.5  # torch's own choice for a linear layer
+            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
+        if config.layer_weights == "learned":
+            self.layer_logits = nn.Parameter(torch.zeros(len(self.layers)))
+
+    def layer_weights(self) -> Tensor:
+        """`[number of layers]`, positive, summing to 1."""
+        if self.config.layer_weights == "learned":
+            return self.layer_logits.softmax(dim=0)
+        return torch.full((len(self.layers),), 1 / len(self.layers))
+
+    def forward(self, hidden: dict[int, Tensor], target: Tensor, impl: str = "reference") -> Tensor:
+        """fp32 scalar, the weighted mean over layers of `1 - mean cos`; hidden `{k: [R, H]}`, target `[R, D]`."""
+        losses = torch.stack(
+            [
+                projector.loss(hidden[layer], target.detach(), impl)
+                for layer, projector in zip(self.layers, self.alignment_projector, strict=True)
+            ]
+        )
+        return (losses * self.layer_weights().to(losses)).sum()
+
+
+def pool_tokens(tokens: Tensor, num_queries: int) -> Tensor:
+    """Encoder tokens `[C, 1 + G, D]` without cls, average-pooled in their (farthest-point) order to `[C, Q, D]`."""
+    return nn.functional.adaptive_avg_pool1d(tokens[:, 1:].transpose(1, 2), num_queries).transpose(1, 2)

@@ -1,0 +1,118 @@
+"""Configurations: the point encoder, the whole model, and the two presets."""
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, Blip2QFormerConfig, LlamaConfig, PreTrainedConfig
+
+
+class PointBertConfig(PreTrainedConfig):
+    """PointBERT encoder, `points [B, N, in_channels] -> tokens [B, 1 + num_groups, hidden_size]`.
+
+    The defaults are the published encoder (21,859,200 parameters).
+
+    Args:
+        in_channels: xyz and features per point.
+        num_groups: G, centres chosen by farthest-point sampling.
+        group_size: k, nearest neighbours per centre.
+        group_dim: width of the mini-PointNet's output per group.
+        hidden_size: width of the tokens.
+    """
+
+    model_type = "pointalign_pointbert"
+    base_config_key = "point_config"
+
+    in_channels: int = 6
+    num_groups: int = 512
+    group_size: int = 32
+    group_dim: int = 256
+    hidden_size: int = 384
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    intermediate_size: int = 1536
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+
+class PointAlignConfig(PreTrainedConfig):
+    """Point encoder, Q-Former, modality projector and any causal language model.
+
+    Args:
+        text_config: configuration of the language model, of any `model_type` that AutoModelForCausalLM knows.
+        point_config: configuration of the point encoder; its `hidden_size` is the width of the tokens.
+        qformer_config: `Blip2QFormerConfig`; `encoder_hidden_size` is the output width of the point MLP.
+        point_token_id: the id that fills the places of point tokens. Only `point_mask` says which places those are,
+            so any id of the vocabulary serves and the embedding matrix keeps its size.
+        num_query_tokens: Q, point tokens per cloud.
+        projector_hidden_size: width between the two linear maps of the modality projector.
+    """
+
+    model_type = "pointalign"
+    sub_configs: ClassVar = {
+        "text_config": AutoConfig,
+        "point_config": AutoConfig,
+        "qformer_config": Blip2QFormerConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    point_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    point_token_id: int = 0
+    num_query_tokens: int = 32
+    projector_hidden_size: int = 4096
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.text_config = _sub_config(self.text_config, LlamaConfig())
+        self.point_config = _sub_config(self.point_config, PointBertConfig())
+        if isinstance(self.qformer_config, dict):
+            self.qformer_config = Blip2QFormerConfig(**self.qformer_config)
+        self.qformer_config = self.qformer_config or Blip2QFormerConfig()
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, preset: str, text_config: PreTrainedConfig, **overrides: Any) -> "PointAlignConfig":
+        """Sizes of a preset around a language model.
+
+        Args:
+            preset: `minigpt3d-phi2` (the paper's sizes) or `mini` (the embedded model's).
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        sizes = PRESETS[preset]
+        return cls(
+            text_config=text_config,
+            point_config=PointBertConfig(**sizes["point_config"]),
+            qformer_config=Blip2QFormerConfig(**sizes["qformer_config"]),
+            **(sizes["model"] | overrides),
+        )
+
+
+def _sub_config(value: dict | PreTrainedConfig | None, default: PreTrainedConfig) -> PreTrainedConfig:
+    if isinstance(value, dict):
+        return AutoConfig.for_model(**value)
+    return value if value is not None else default
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "minigpt3d-phi2": {"model": {}, "point_config": {}, "qformer_config": {}},
+    "mini": {
+        "model": {"projector_hidden_size": 384},
+        "point_config": {
+            "num_groups": 128,
+            "group_dim": 96,
+            "hidden_size": 192,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "intermediate_size": 768,
+        },
+        "qformer_config": {
+            "hidden_size": 192,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "intermediate_size": 768,
+            "encoder_hidden_size": 192,
+        },
+    },
+}

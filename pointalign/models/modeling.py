@@ -1,0 +1,321 @@
+"""PointAlign: clouds become Q-Former tokens, which stand among the words that a causal language model reads.
+
+Shape legend: B rows of text, T tokens per row, C clouds in the whole batch (row by row, in reading order), N points,
+Q query tokens per cloud, H width of the language model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+
+from pointalign.models.configuration import PointAlignConfig
+
+POINT_INPUTS = ("point_values", "point_lengths", "point_mask", "query_features")
+
+
+@dataclass
+class PointFeatures:
+    """What `encode_point_clouds` returns, one entry a stage.
+
+    Attributes:
+        encoder: `[C, T', D]` tokens of the point encoder.
+        qformer: `[C, Q, Dq]` tokens of the Q-Former, the default target of the alignment loss.
+        projected: `[C, Q, H]` tokens in the language model's space.
+    """
+
+    encoder: Tensor | None
+    qformer: Tensor
+    projected: Tensor
+
+
+@dataclass
+class PointAlignOutput(CausalLMOutputWithPast):
+    """A causal language model's output and the point features that went into it."""
+
+    point_features: PointFeatures | None = None
+
+
+class PointAlignPreTrainedModel(PreTrainedModel):
+    config_class = PointAlignConfig
+    config: PointAlignConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ("past_key_values",)
+    # Sampling and neighbours are exact in fp32 only, and the alignment target should not move with the LLM's dtype.
+    _keep_in_fp32_modules_strict = {"point_encoder", "point_mlp", "query_tokens", "qformer", "modality_projector"}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PointAlignModel):
+            nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
+
+
+class PointAlignModel(PointAlignPreTrainedModel):
+    """The point branch and the language model; the language model keeps its own head."""
+
+    def __init__(self, config: PointAlignConfig, language_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        qformer = config.qformer_config
+        width = qformer.hidden_size
+        self.point_encoder = AutoModel.from_config(config.point_config)
+        self.point_mlp = nn.Sequential(
+            nn.Linear(config.point_config.hidden_size, width), nn.GELU(), nn.Linear(width, qformer.encoder_hidden_size)
+        )
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
+        self.qformer = Blip2QFormerModel(qformer)
+        self.modality_projector = nn.Sequential(
+            nn.Linear(width, config.projector_hidden_size),
+            nn.Linear(config.projector_hidden_size, config.text_config.hidden_size),
+        )
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    @property
+    def point_branch(self) -> list[nn.Module]:
+        """The modules between the points and the language model."""
+        return [self.point_encoder, self.point_mlp, self.qformer, self.modality_projector]
+
+    def train(self, mode: bool = True) -> "PointAlignModel":
+        """A frozen part stays in evaluation mode: its dropout is off and its batch statistics do not move."""
+        super().train(mode)
+        for part in self.point_branch:
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_encoder_tokens(self, point_values: Tensor, point_lengths: Tensor | None = None) -> Tensor:
+        """Tokens `[C, T', D]` of clouds `[C, N, 3 + F]`; `point_lengths [C]` says how many points of each are real.
+
+        Clouds of unequal size are encoded size by size, so that padding can never be seen by the encoder.
+        """
+        weight = next(self.point_encoder.parameters(), None)
+        if weight is not None:
+            point_values = point_values.to(weight.device)
+        if point_lengths is None or bool((point_lengths == point_values.shape[1]).all()):
+            return self.point_encoder(point_values)
+        lengths = point_lengths.tolist()
+        places, tokens = [], []
+        for length in sorted(set(lengths)):
+            rows = [row for row, other in enumerate(lengths) if other == length]
+            places += rows
+            tokens.append(self.point_encoder(point_values[rows, :length]))
+        order = torch.tensor(places, device=point_values.device).argsort()
+        return torch.cat(tokens)[order]
+
+    def get_qformer_features(self, point_values: Tensor, point_lengths: Tensor | None = None) -> Tensor:
+        """Q-Former tokens `[C, Q, Dq]` of clouds `[C, N, 3 + F]`."""
+        return self._query(self.get_encoder_tokens(point_values, point_lengths))
+
+    def _query(self, tokens: Tensor) -> Tensor:
+        queries = self.query_tokens.expand(len(tokens), -1, -1)
+        return self.qformer(query_embeds=queries, encoder_hidden_states=self.point_mlp(tokens)).last_hidden_state
+
+    def encode_point_clouds(self, points: Tensor, point_lengths: Tensor | None = None) -> PointFeatures:
+        """Every stage of the point branch for clouds `[C, N, 3 + F]`, normalised as the feature extractor does."""
+        tokens = self.get_encoder_tokens(points, point_lengths)
+        qformer = self._query(tokens)
+        return PointFeatures(encoder=tokens, qformer=qformer, projected=self.modality_projector(qformer))
+
+    def get_point_features(
+        self, point_values: Tensor, point_lengths: Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        """`last_hidden_state [C, Q, Dq]` from the Q-Former, `pooler_output [C, Q, H]` in the LLM's space."""
+        features = self.encode_point_clouds(point_values, point_lengths)
+        return BaseModelOutputWithPooling(last_hidden_state=features.qformer, pooler_output=features.projected)
+
+    def get_placeholder_mask(self, input_ids: Tensor, point_mask: Tensor | None, num_clouds: int) -> Tensor:
+        """`point_mask [B, T]`, checked: it must offer exactly Q places per cloud."""
+        expected = num_clouds * self.config.num_query_tokens
+        if point_mask is None:
+            raise ValueError("clouds came without `point_mask`, which says where their tokens belong")
+        point_mask = point_mask.bool()
+        if point_mask.shape != input_ids.shape or int(point_mask.sum()) != expected:
+            raise ValueError(
+                f"{num_clouds} clouds need {expected} places in a point_mask of shape {list(input_ids.shape)}, "
+                f"got {int(point_mask.sum())} places in shape {list(point_mask.shape)}"
+            )
+        return point_mask
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        point_values: Tensor | None = None,
+        point_lengths: Tensor | None = None,
+        point_mask: Tensor | None = None,
+        query_features: Tensor | None = None,
+    ) -> tuple[Tensor, PointFeatures | None]:
+        """Input embeddings `[B, T, H]` with the clouds' tokens in place, and the features they were made of."""
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        if point_values is None and query_features is None:
+            if point_mask is not None and bool(point_mask.any()):
+                raise ValueError("`point_mask` marks places for point tokens, but no clouds were given")
+            return inputs_embeds, None
+        if query_features is not None:
+            query_features = query_features.to(self.modality_projector[0].weight.dtype)
+            features = PointFeatures(None, query_features, self.modality_projector(query_features))
+        else:
+            assert point_values is not None
+            features = self.encode_point_clouds(point_values, point_lengths)
+        mask = self.get_placeholder_mask(input_ids, point_mask, len(features.projected))
+        projected = features.projected.to(inputs_embeds)
+        return inputs_embeds.masked_scatter(mask[..., None], projected), features
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        point_values: Tensor | None = None,
+        point_lengths: Tensor | None = None,
+        point_mask: Tensor | None = None,
+        query_features: Tensor | None = None,
+        **kwargs: Any,
+    ):
+        """Hidden states of the language model, without its head. Arguments as in `PointAlignForConditionalGeneration`."""
+        if inputs_embeds is None:
+            assert input_ids is not None, "either `input_ids` or `inputs_embeds` is needed"
+            inputs_embeds, _ = self.embed(input_ids, point_values, point_lengths, point_mask, query_features)
+        return self.language_model.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+
+
+class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMixin):
+    """A language model that reads point clouds.
+
+    Inputs beside those of the language model:
+        point_values: `[C, N, 3 + F]` clouds, centred and scaled to the unit sphere, colours in 0..1.
+        point_lengths: `[C]` real points per cloud, where they differ.
+        point_mask: `[B, T]`, true at the Q places of every cloud.
+        query_features: `[C, Q, Dq]` Q-Former outputs computed earlier, in place of `point_values`.
+    """
+
+    def __init__(self, config: PointAlignConfig, language_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.model = PointAlignModel(config, language_model)
+        self.post_init()
+
+    @classmethod
+    def from_language_model(cls, language_model: PreTrainedModel, preset: str, **overrides: Any):
+        """A new point branch, drawn from the global generator, in front of a language model that is kept as it is."""
+        config = PointAlignConfig.from_preset(preset, language_model.config, **overrides)
+        model = cls(config, language_model)
+        if language_model.can_generate():
+            model.generation_config = language_model.generation_config
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.language_model.get_decoder()
+
+    def encode_point_clouds(self, points: Tensor, point_lengths: Tensor | None = None) -> PointFeatures:
+        return self.model.encode_point_clouds(points, point_lengths)
+
+    def get_point_features(self, point_values: Tensor, point_lengths: Tensor | None = None):
+        return self.model.get_point_features(point_values, point_lengths)
+
+    def get_qformer_features(self, point_values: Tensor, point_lengths: Tensor | None = None) -> Tensor:
+        return self.model.get_qformer_features(point_values, point_lengths)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        point_values: Tensor | None = None,
+        point_lengths: Tensor | None = None,
+        point_mask: Tensor | None = None,
+        query_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> PointAlignOutput:
+        features = None
+        if inputs_embeds is None:
+            assert input_ids is not None, "either `input_ids` or `inputs_embeds` is needed"
+            inputs_embeds, features = self.model.embed(
+                input_ids, point_values, point_lengths, point_mask, query_features
+            )
+        if labels is not None and self.training and not self._rescales_logits:
+            loss = self._supervised_loss(inputs_embeds, attention_mask, labels, **kwargs)
+            return PointAlignOutput(loss=loss, point_features=features)
+        outputs = self.model.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs
+        )
+        return PointAlignOutput(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            point_features=features,
+        )
+
+    @property
+    def _rescales_logits(self) -> bool:
+        """Whether the language model does more than a linear map after its last hidden state."""
+        text_config = self.config.text_config
+        names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        return any(getattr(text_config, name, None) not in (None, 1, 1.0) for name in names)
+
+    def _supervised_loss(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Next-token loss from the rows that carry a label only: most places of a sample are cloud or question."""
+        decoder = self.model.language_model.get_decoder()
+        hidden = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs).last_hidden_state
+        following = labels[:, 1:]
+        supervised = following != -100
+        logits = self.get_output_embeddings()(hidden[:, :-1][supervised]).float()  # [rows, vocabulary]
+        total = nn.functional.cross_entropy(logits, following[supervised], reduction="sum")
+        return total / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any):
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in POINT_INPUTS:  # the cache already holds the clouds
+                inputs.pop(name, None)
+        elif inputs.get("point_mask") is not None:
+            grown = input_ids.shape[1] - inputs["point_mask"].shape[1]  # without a cache the text is read again
+            inputs["point_mask"] = nn.functional.pad(inputs["point_mask"], (0, grown))
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids: Tensor | None = None, **kwargs: Any):
+        """Beams copy a row of text, so they must copy exactly that row's clouds, next to it."""
+        clouds = {name: kwargs.pop(name) for name in POINT_INPUTS if name != "point_mask" and name in kwargs}
+        if expand_size > 1 and kwargs.get("point_mask") is not None:
+            counts = kwargs["point_mask"].sum(dim=1).div(self.config.num_query_tokens, rounding_mode="floor").tolist()
+            order, first = [], 0
+            for count in counts:
+                order += list(range(first, first + count)) * expand_size
+                first += count
+            clouds = {name: value if value is None else value[order] for name, value in clouds.items()}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, input_ids=input_ids, **kwargs)
+        return input_ids, kwargs | clouds

@@ -1,0 +1,137 @@
+"""PointBERT: groups of neighbouring points become tokens, a transformer relates them.
+
+Shape legend: B clouds, N points, C channels (xyz first), G groups, k points per group, T = 1 + G tokens, D width.
+Parameter names are those of the published checkpoints (PointBERT, PointLLM, MiniGPT-3D).
+"""
+
+import torch
+from pointalign_kernels import farthest_point_sample, group_points
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from pointalign.models.configuration import PointBertConfig
+
+
+class MiniPointNet(nn.Module):
+    """One vector per group: shared point-wise convolutions and two maxima. `[B, G, k, C] -> [B, G, dim]`"""
+
+    def __init__(self, in_channels: int, dim: int):
+        super().__init__()
+        self.first_conv = nn.Sequential(
+            nn.Conv1d(in_channels, dim // 2, 1), nn.BatchNorm1d(dim // 2), nn.ReLU(), nn.Conv1d(dim // 2, dim, 1)
+        )
+        self.second_conv = nn.Sequential(
+            nn.Conv1d(2 * dim, 2 * dim, 1), nn.BatchNorm1d(2 * dim), nn.ReLU(), nn.Conv1d(2 * dim, dim, 1)
+        )
+
+    def forward(self, groups: Tensor) -> Tensor:
+        batch, num_groups, size, channels = groups.shape
+        local = self.first_conv(groups.reshape(batch * num_groups, size, channels).transpose(1, 2))  # [BG, dim, k]
+        whole = local.amax(dim=2, keepdim=True).expand_as(local)
+        features = self.second_conv(torch.cat([whole, local], dim=1)).amax(dim=2)  # [BG, dim]
+        return features.reshape(batch, num_groups, -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: PointBertConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(q, k, v)  # [B, heads, T, D / heads]
+        return self.proj(attended.transpose(1, 2).reshape(batch, length, width))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: PointBertConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: PointBertConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """Pre-norm blocks; the position embedding is added before every one of them."""
+
+    def __init__(self, config: PointBertConfig):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x + position)
+        return x
+
+
+class PointBertModel(PreTrainedModel):
+    """`points [B, N, C] -> tokens [B, 1 + G, D]`, the contract of every point encoder of this package.
+
+    Another encoder takes its place by configuration: register a config and a model that keep this contract with
+    AutoConfig and AutoModel, and give the config as `point_config`.
+    """
+
+    config_class = PointBertConfig
+    base_model_prefix = "point_encoder"
+    main_input_name = "points"
+    config: PointBertConfig
+
+    def __init__(self, config: PointBertConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.encoder = MiniPointNet(config.in_channels, config.group_dim)
+        self.reduce_dim = nn.Linear(config.group_dim, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.cls_pos = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width))
+        self.blocks = Transformer(config)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PointBertModel):
+            nn.init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+            nn.init.trunc_normal_(module.cls_pos, std=self.config.initializer_range)
+
+    def group(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Neighbourhoods `[B, G, k, C]` and their centres `[B, G, 3]`, in fp32, starting at point 0."""
+        minimum = max(self.config.num_groups, self.config.group_size)
+        if points.shape[1] < minimum:
+            raise ValueError(
+                f"a cloud of {points.shape[1]} points is too small: this encoder makes {self.config.num_groups} groups "
+                f"of {self.config.group_size} and needs at least {minimum} points"
+            )
+        points = points.float()
+        index = farthest_point_sample(points[..., :3].contiguous(), self.config.num_groups)
+        centres = points[..., :3].gather(1, index[..., None].expand(-1, -1, 3))
+        return group_points(points, index, self.config.group_size), centres
+
+    def forward(self, points: Tensor) -> Tensor:
+        with torch.no_grad():  # nothing upstream of the groups is learned
+            groups, centres = self.group(points)
+        dtype = self.reduce_dim.weight.dtype
+        tokens = self.reduce_dim(self.encoder(groups.to(dtype)))  # [B, G, D]
+        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        position = self.pos_embed(centres.to(dtype))
+        position = torch.cat([self.cls_pos.expand(len(tokens), -1, -1), position], dim=1)
+        return self.norm(self.blocks(x, position))

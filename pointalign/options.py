@@ -1,0 +1,160 @@
+"""The options of a training run: one dotted namespace over one YAML recipe."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from pointalign.alignment import AlignmentConfig
+
+PARTS = ("point_encoder", "point_mlp", "qformer", "modality_projector", "lora")
+RECIPES = Path(__file__).parent / "recipes"
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+@dataclass
+class ModelOptions:
+    """What is trained (`--model.*`).
+
+    Attributes:
+        llm: folder of a causal language model, or `smollm2`, the embedded one.
+        preset: sizes of the point branch, `mini` or `minigpt3d-phi2`.
+        checkpoint: point branch and adapters to start from: a stage file (.safetensors), a run's folder, or the name of
+            a shipped one. None draws them at random.
+        train: parts that train, of point_encoder, point_mlp, qformer, modality_projector, lora.
+        dtype: of the language model's own weights; `auto` is bfloat16 where the hardware computes in it.
+        lora_rank, lora_alpha, lora_dropout, lora_targets: adapters, as in peft.
+        seed: of a point branch drawn at random.
+    """
+
+    llm: str = "smollm2"
+    preset: str = "mini"
+    checkpoint: str | None = None
+    train: list[str] = field(default_factory=lambda: ["lora"])
+    dtype: str = "auto"
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_targets: str | list[str] = "all-linear"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.train) - set(PARTS))
+        if unknown:
+            raise ValueError(f"model.train: unknown part {unknown[0]!r}, expected of {', '.join(PARTS)}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"model.dtype={self.dtype!r}: expected auto, float32 or bfloat16")
+
+
+@dataclass
+class DataOptions:
+    """What it is trained on (`--data.*`). Without paths, the embedded objects.
+
+    Attributes:
+        annotations: training conversations, JSON in the PointLLM schema.
+        clouds: folder of `{object_id}_8192.npy` or other point and mesh files.
+        types: conversation types to keep; all by default.
+        up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z.
+        num_points: the most points kept of a cloud.
+        max_length: the most tokens of a sample.
+        augmentation: resample, turn, scale and jitter clouds.
+        skip_bad: leave out objects that cannot be read, named and counted, in place of stopping.
+        evaluate: held-out questions at the end of the run: `none`, or the `validation` or `test` part of the embedded
+            objects.
+    """
+
+    annotations: str | None = None
+    clouds: str | None = None
+    types: list[str] | None = None
+    up_axis: str = "y"
+    num_points: int = 8192
+    max_length: int = 512
+    augmentation: bool = False
+    skip_bad: bool = False
+    evaluate: str = "none"
+
+    def __post_init__(self) -> None:
+        if (self.annotations is None) != (self.clouds is None):
+            raise ValueError("data.annotations and data.clouds belong together: give both, or neither for the embedded set")
+        if self.evaluate not in ("none", "validation", "test"):
+            raise ValueError(f"data.evaluate={self.evaluate!r}: expected none, validation or test")
+
+
+@dataclass
+class TrainingOptions(TrainingArguments):
+    """`transformers.TrainingArguments` with this project's defaults, and the warm-up of a new point branch.
+
+    Attributes:
+        contrastive_steps: steps that teach encoder and Q-Former the objects' names, before the language model joins.
+        contrastive_batch_size, contrastive_learning_rate: of those steps.
+        point_learning_rate: for the point branch where it trains; `learning_rate` is the adapters' and projectors'.
+    """
+
+    output_dir: str | None = "runs/align"
+    per_device_train_batch_size: int = 8
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    logging_steps: float = 5
+    logging_nan_inf_filter: bool = False
+    save_strategy: str = "steps"
+    save_steps: float = 100
+    save_total_limit: int | None = 2
+    remove_unused_columns: bool = False
+    report_to: str | list[str] | None = "tensorboard"
+    seed: int = 0
+    dataloader_pin_memory: bool = False
+    contrastive_steps: int = 0
+    contrastive_batch_size: int = 48
+    contrastive_learning_rate: float = 1e-3
+    point_learning_rate: float | None = None
+
+
+@dataclass
+class Options:
+    """Everything a run depends on."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    fused: bool = False
+
+
+def parse(arguments: list[str]) -> Options:
+    """Options from `[RECIPE] [--section.name value ...] [--fused]`.
+
+    RECIPE is a YAML file or the name of a shipped recipe, `demo` by default. An unknown option or a recipe that does not
+    fit ends the program with a message that names the key.
+    """
+    from jsonargparse import ArgumentParser
+
+    recipe = "demo"
+    if arguments and not arguments[0].startswith("-"):
+        recipe, arguments = arguments[0], arguments[1:]
+    parser = ArgumentParser(
+        prog="python -m pointalign.train",
+        usage="python -m pointalign.train [RECIPE.yaml] [--model.* --data.* --alignment.* --training.*] [--fused]",
+        description="Train with the alignment loss. RECIPE is a YAML file or one of: "
+        + ", ".join(sorted(one.stem for one in RECIPES.glob("*.yaml")))
+        + " (default: demo).",
+    )
+    parser.add_argument("--config", action="config", help="the recipe, if not given first")
+    parser.add_class_arguments(ModelOptions, "model")
+    parser.add_class_arguments(DataOptions, "data")
+    parser.add_class_arguments(AlignmentConfig, "alignment")
+    parser.add_class_arguments(TrainingOptions, "training")
+    parser.add_argument("--fused", action="store_true", help="fused kernels where the device has them; nothing else changes")
+    path = Path(recipe)
+    if not path.suffix:
+        path = RECIPES / f"{recipe}.yaml"
+    if not path.exists():
+        parser.error(f"no recipe {recipe!r}: expected a YAML file or one of {', '.join(p.stem for p in RECIPES.glob('*.yaml'))}")
+    parsed = parser.parse_args(["--config", str(path), *arguments])
+    try:
+        built = parser.instantiate(parsed)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    return Options(built.model, built.data, built.alignment, built.training, parsed.fused)

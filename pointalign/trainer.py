@@ -1,0 +1,251 @@
+"""The two losses under `transformers.Trainer`: normalised alike, logged apart, saved whole and resumed exactly."""
+
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pointalign import checkpointing
+from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens
+from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
+
+
+class AlignedModel(nn.Module):
+    """A model and its alignment loss: what the Trainer trains. Only `model` survives training.
+
+    Args:
+        model: the vision-language model.
+        config: options of the alignment; with weight 0 there is neither tap nor projector.
+        impl: how the alignment loss runs, `reference` or `auto` (fused where it can).
+    """
+
+    def __init__(self, model: PointAlignForConditionalGeneration, config: AlignmentConfig, impl: str = "reference"):
+        super().__init__()
+        self.model = model
+        self.config = model.config  # read by the Trainer
+        self.alignment_config = config
+        self.impl = impl
+        self.alignment = None
+        if config.weight > 0:
+            text_config = model.config.text_config
+            layers = config.layers(text_config.num_hidden_layers)
+            widths = {
+                "qformer": model.config.qformer_config.hidden_size,
+                "encoder": model.config.point_config.hidden_size,
+            }
+            target_size = widths.get(config.target, text_config.hidden_size)
+            self.alignment = Alignment(config, layers, text_config.hidden_size, target_size)
+            target_layer = config.target_layer()
+            self.tap = LayerTap(model.get_decoder().layers, [*layers, *([target_layer] if target_layer else [])])
+
+    def target(self, features: PointFeatures, hidden: dict[int, Tensor]) -> Tensor:
+        """Rows `[R, D]` that the hidden states are compared with, detached."""
+        target_layer = self.alignment_config.target_layer()
+        if target_layer is not None:
+            return hidden[target_layer].detach()
+        if self.alignment_config.target == "qformer":
+            return features.qformer.detach().flatten(0, 1)
+        assert features.encoder is not None, "encoder targets need the clouds themselves, not cached Q-Former features"
+        return pool_tokens(features.encoder.detach(), self.config.num_query_tokens).flatten(0, 1)
+
+    def forward(
+        self, point_mask: Tensor, num_point_rows: Tensor | None = None, **inputs: Any
+    ) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        Args:
+            point_mask: `[B, T]`.
+            num_point_rows: point tokens of the whole global batch, so that micro-batches and ranks weigh by what they
+                hold; by default this batch is the whole.
+            inputs: those of the model.
+
+        Returns:
+            `loss`, and detached `ntp_loss` and `alignment_loss`, each this batch's share of the global mean.
+        """
+        inputs["use_cache"] = False
+        if self.alignment is None:
+            ntp = self.model(point_mask=point_mask, **inputs).loss
+            return {"loss": ntp, "ntp_loss": ntp.detach(), "alignment_loss": torch.zeros_like(ntp)}
+        with self.tap.capture(point_mask) as hidden:
+            outputs = self.model(point_mask=point_mask, **inputs)
+        if outputs.point_features is None:  # a batch without clouds
+            alignment = next(self.alignment.parameters()).sum() * 0
+        else:
+            target = self.target(outputs.point_features, hidden)
+            share = 1.0 if num_point_rows is None else len(target) / num_point_rows
+            alignment = self.alignment(hidden, target, self.impl) * share
+        loss = outputs.loss + self.alignment_config.weight * alignment
+        return {"loss": loss, "ntp_loss": outputs.loss.detach(), "alignment_loss": alignment.detach()}
+
+    # The Trainer asks these of a transformers model.
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.model.gradient_checkpointing_enable(**kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+class PointAlignTrainer(Trainer):
+    """`transformers.Trainer` for an `AlignedModel`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_callback(StopOnInterrupt())
+        self._parts = {"ntp_loss": 0.0, "alignment_loss": 0.0}
+        self._tokens = 0
+        self._steps_at_log, self._time_at_log = 0, time.perf_counter()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            rows = torch.stack([batch["point_mask"].sum() for batch in batches]).sum().to(device)
+            if self.args.world_size > 1:
+                rows = self.accelerator.gather(rows).sum()
+            for batch in batches:
+                batch["num_point_rows"] = rows.clamp(min=1)
+                self._tokens += batch["attention_mask"].numel() if "attention_mask" in batch else 0
+        return batches, num_items
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        # Both terms are normalised over the global batch, as the Trainer does it for tokens; it averages gradients
+        # over ranks afterwards, which the factor undoes.
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        for name in self._parts:
+            self._parts[name] = self._parts[name] + outputs[name]
+        loss = outputs["loss"] * self.args.world_size
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} (next-token "
+                f"{float(outputs['ntp_loss'])}, alignment {float(outputs['alignment_loss'])}); nothing was updated"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        steps = self.state.global_step - self._steps_at_log
+        if "loss" in logs and steps > 0:
+            elapsed = time.perf_counter() - self._time_at_log
+            for name, value in self._parts.items():
+                value = torch.as_tensor(value, device=self.args.device)
+                if self.args.world_size > 1:
+                    value = self.accelerator.gather(value).sum()
+                logs[name] = value.item() / steps
+            logs["tokens_per_second"] = round(self._tokens * self.args.world_size / elapsed, 1)
+            logs["peak_memory_gb"] = round(peak_memory_bytes() / 1e9, 3)
+            self._parts = dict.fromkeys(self._parts, 0.0)
+            self._tokens = 0
+            self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
+        super().log(logs, start_time)
+
+    # -- checkpoints: complete or absent, safetensors and JSON -----------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        run = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished = run / ".incomplete"
+        self._unfinished = unfinished
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(run / name, ignore_errors=True)
+                (unfinished / name).rename(run / name)
+        except OSError as error:
+            complete = ", ".join(str(one) for one in checkpoints(run)) or "none"
+            raise OSError(f"checkpoint {name} could not be written: {error}; complete checkpoints: {complete}") from error
+        finally:
+            self._unfinished = None
+            if self.args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        if self.args.should_save and self.args.save_total_limit:
+            for old in checkpoints(run)[: -self.args.save_total_limit]:
+                shutil.rmtree(old)
+
+    _unfinished: Path | None = None
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._unfinished or self.args.output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        state = checkpointing.training_state(self.accelerator.unwrap_model(self.model))
+        checkpointing.write_tensors(folder / "model.safetensors", state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.accelerator.unwrap_model(model or self.model)
+        expected = set(checkpointing.training_state(target))
+        checkpointing.load_state(target, Path(resume_from_checkpoint) / "model.safetensors", expected)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            checkpointing.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            checkpointing.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        checkpointing.save_random(Path(output_dir) / f"random_{self.args.process_index}")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpointing.load_random(Path(checkpoint) / f"random_{self.args.process_index}")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [one for one in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if one.is_dir()]
+    return sorted(found, key=lambda one: int(one.name.rpartition("-")[2]))
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C ends the step at hand, saves, and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.getsignal(signal.SIGINT)
+
+        def handle(_signal, _frame):
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            print("\nstopping after this step; press Ctrl-C again to stop without saving", flush=True)
+
+        try:
+            signal.signal(signal.SIGINT, handle)
+        except ValueError:  # not in the main thread: Ctrl-C is not ours to catch
+            self.previous = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: the allocator's on CUDA, resident set size elsewhere."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
