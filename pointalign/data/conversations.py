@@ -1,0 +1,130 @@
+"""Annotations in the PointLLM schema, and their translation into chat messages.
+
+An annotation file is a JSON list of entries `{"object_id": str | [str, ...], "conversation_type": str,
+"conversations": [{"from": "human" | "gpt", "value": str}, ...]}`. The first human value holds `<point>` once per object
+id; a missing type means simple_description. Source: the data release of PointLLM (Xu et al., ECCV 2024), extended to
+several objects.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+POINT_MARKER = "<point>"
+# Objaverse objects whose colours are corrupt in the released clouds
+CORRUPT_IDS = frozenset({"6760e543e1d645d5aaacd3803bcae524", "b91c0711149d460a8004f9c06d3b7f38"})
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class AnnotationError(ValueError):
+    """An annotation file that cannot be used; the message names the file and the entry, counted from 0."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One annotated dialogue about one or several objects.
+
+    `turns` are (role, text) pairs that alternate "user", "assistant"; the first text holds `<point>` as in the file,
+    once per object id.
+    """
+
+    object_ids: tuple[str, ...]
+    conversation_type: str
+    turns: tuple[tuple[str, str], ...]
+
+
+def load_conversations(path: str | Path, types: Collection[str] | None = None) -> list[Conversation]:
+    """Reads an annotation file; keeps the conversation types in `types` (None: all), leaves out corrupt Objaverse ids.
+
+    Raises: AnnotationError: not JSON, not a list, an entry that breaks the schema, or nothing left.
+    """
+    path = Path(path)
+    try:
+        entries = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise AnnotationError(f"{path}: no such annotation file") from error
+    except json.JSONDecodeError as error:
+        raise AnnotationError(f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise AnnotationError(f"{path}: not JSON ({error})") from error
+    if not isinstance(entries, list):
+        raise AnnotationError(f"{path}: expected a JSON list of entries, got {type(entries).__name__}")
+    conversations = []
+    for index, entry in enumerate(entries):
+        try:
+            conversations.append(_parse_entry(entry))
+        except AnnotationError as error:
+            raise AnnotationError(f"{path}: entry {index}: {error}") from error
+    kept = [c for c in conversations if CORRUPT_IDS.isdisjoint(c.object_ids)]
+    kept = [c for c in kept if types is None or c.conversation_type in types]
+    if not kept:
+        found = sorted({c.conversation_type for c in conversations})
+        wanted = "any type" if types is None else ", ".join(types)
+        raise AnnotationError(f"{path}: no conversation of {wanted}; the file holds {', '.join(found) or 'no entries'}")
+    return kept
+
+
+def to_messages(conversation: Conversation, clouds: Sequence[np.ndarray | str | Path]) -> list[dict]:
+    """Chat messages in the style of transformers: each `<point>` becomes an item `{"type": "point", "point": cloud}`.
+
+    Args: clouds: one per object id, arrays or paths, handed through as they are.
+    Newlines next to a marker are dropped: where a cloud stands is up to the chat template.
+    """
+    if len(clouds) != len(conversation.object_ids):
+        raise ValueError(f"expected {len(conversation.object_ids)} clouds, one per object id, got {len(clouds)}")
+    (role, first), *rest = conversation.turns
+    texts = first.split(POINT_MARKER)
+    content: list[dict] = []
+    for i, text in enumerate(texts):
+        if i > 0:
+            content.append({"type": "point", "point": clouds[i - 1]})
+            text = text.lstrip("\r\n")
+        if i < len(texts) - 1:
+            text = text.rstrip("\r\n")
+        if text:
+            content.append({"type": "text", "text": text})
+    messages = [{"role": role, "content": content}]
+    return messages + [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in rest]
+
+
+def _parse_entry(entry) -> Conversation:
+    if not isinstance(entry, dict):
+        raise AnnotationError(f"expected an object, got {type(entry).__name__}")
+    for field in ("object_id", "conversations"):
+        if field not in entry:
+            raise AnnotationError(f"field {field!r} is missing, got {', '.join(entry) or 'no fields'}")
+    ids = entry["object_id"]
+    ids = [ids] if isinstance(ids, str) else ids
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, str) and _is_plain(i) for i in ids):
+        raise AnnotationError(f"object_id must be a name, or a list of names, without '..' in it; got {ids!r:.200}")
+    kind = entry.get("conversation_type", "simple_description")
+    if not isinstance(kind, str):
+        raise AnnotationError(f"conversation_type must be a string, got {kind!r:.200}")
+    turns = entry["conversations"]
+    if not isinstance(turns, list) or not turns or len(turns) % 2:
+        count = len(turns) if isinstance(turns, list) else type(turns).__name__
+        raise AnnotationError(f"conversations must be a list of human and gpt turns in pairs, got {count}")
+    return Conversation(tuple(ids), kind, tuple(_parse_turn(i, turn, len(ids)) for i, turn in enumerate(turns)))
+
+
+def _parse_turn(index: int, turn, num_objects: int) -> tuple[str, str]:
+    expected = "gpt" if index % 2 else "human"
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or not turn["value"].strip():
+        raise AnnotationError(
+            f"turn {index} must be {{'from': {expected!r}, 'value': non-empty text}}, got {turn!r:.200}"
+        )
+    if turn.get("from") != expected:
+        raise AnnotationError(f"turn {index} must come from {expected!r}, got {turn.get('from')!r:.200}")
+    markers, due = turn["value"].count(POINT_MARKER), 0 if index else num_objects
+    if markers != due:
+        reason = "only the first human turn holds it" if index else "one per object id"
+        raise AnnotationError(f"turn {index} holds {POINT_MARKER} {markers} times, expected {due} ({reason})")
+    return _ROLES[expected], turn["value"]
+
+
+def _is_plain(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return bool(parts) and ".." not in parts and not name.startswith("/") and "\0" not in name

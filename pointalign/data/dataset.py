@@ -1,0 +1,54 @@
+"""Annotated conversations joined with their clouds, one chat sample per item."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from pointalign.data.conversations import Conversation, load_conversations, to_messages
+from pointalign.data.point_cloud import FORMATS, PointCloudError, load_point_cloud
+
+
+def find_cloud(folder: str | Path, object_id: str) -> Path:
+    """The file of an object: `{object_id}_8192.npy`, `{object_id}.npy`, then any other readable format.
+
+    Raises: PointCloudError: there is none.
+    """
+    names = [f"{object_id}_8192.npy", *(f"{object_id}{suffix}" for suffix in FORMATS)]
+    for name in names:
+        if (path := Path(folder) / name).is_file():
+            return path
+    raise PointCloudError(
+        f"no cloud of object {object_id!r} in {folder}: expected {', '.join(names[:2])} or another format"
+    )
+
+
+class ConversationDataset(Dataset):
+    """Conversations of an annotation file; an item is `{"messages": chat messages, "object_ids": tuple}`.
+
+    The clouds in the messages are float32 [N, 6], y up, as `load_point_cloud` returns them: normalising and subsampling
+    is the feature extractor's. `conversations` may be filtered in place of a subset (`pointalign.data.check` does).
+
+    Args:
+        annotation: JSON in the PointLLM schema.
+        clouds: folder with a file per object id, see `find_cloud`.
+        types: conversation types to keep; None keeps all.
+        up_axis: vertical axis of the clouds, see `load_point_cloud`.
+
+    Raises: AnnotationError on construction; PointCloudError on access to an item whose cloud is missing or bad.
+    """
+
+    def __init__(
+        self, annotation: str | Path, clouds: str | Path, types: Collection[str] | None = None, up_axis: str = "y"
+    ):
+        self.clouds = Path(clouds)
+        self.up_axis = up_axis
+        self.conversations: list[Conversation] = load_conversations(annotation, types)
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> dict:
+        conversation = self.conversations[index]
+        clouds = [load_point_cloud(find_cloud(self.clouds, i), self.up_axis) for i in conversation.object_ids]
+        return {"messages": to_messages(conversation, clouds), "object_ids": conversation.object_ids}

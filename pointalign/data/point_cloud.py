@@ -1,0 +1,183 @@
+"""Any point cloud or mesh file to coloured points, [N, 6]: checked, y up, bounded before allocation."""
+
+import hashlib
+import mmap
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from pointalign.data.mesh import GREY, load_scene, sample_mesh
+from pointalign.data.point_formats import POINT_READERS, Buffer, PointCloudError, RawPoints, ply_header
+
+__all__ = ["FORMATS", "UP_AXES", "PointCloudError", "load_point_cloud", "normalise", "point_count", "subsample"]
+
+FORMATS = (".npy", ".ply", ".obj", ".glb", ".gltf", ".stl", ".off", ".pcd", ".las")
+
+# rows of the proper rotation that turns each declared up axis into +y
+UP_AXES = {
+    "x": ((0, -1, 0), (1, 0, 0), (0, 0, 1)),
+    "y": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "z": ((1, 0, 0), (0, 0, 1), (0, -1, 0)),
+    "-x": ((0, 1, 0), (-1, 0, 0), (0, 0, 1)),
+    "-y": ((1, 0, 0), (0, -1, 0), (0, 0, -1)),
+    "-z": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
+}
+
+# What trimesh, Pillow, json and numpy raise on garbled files. SyntaxError is Pillow's word for a broken PNG chunk.
+_MALFORMED = (
+    ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError, OSError,
+    EOFError, MemoryError, NameError, SyntaxError, struct.error,
+)  # fmt: skip
+
+
+def load_point_cloud(path: str | Path, up_axis: str = "y", num_points: int = 8192) -> np.ndarray:
+    """Reads points (.npy, .ply, .pcd, .las) or samples the surface of a mesh (.ply, .obj, .glb, .gltf, .stl, .off).
+
+    Args:
+        path: the file; its suffix names the format. A .npy is [N, 3] (xyz) or [N, 6] (xyz + rgb).
+        up_axis: the vertical of the file, one of x, y, z, -x, -y, -z; it is rotated onto +y.
+        num_points: samples drawn from a mesh, uniform by area, seeded by the content of the file. Point clouds keep all
+            of their points: `subsample` reduces them.
+
+    Returns:
+        [N, 6] float32: xyz as in the file (not normalised), rgb in 0..1. Colours in 0..255 (integers, or floats above
+        1) and 16-bit colours are recognised; a file without colours gives mid-grey, 0.5. A cloud so far from the origin
+        that float32 would blur it (georeferenced .las) is moved to its centroid, which `normalise` does anyway.
+
+    Raises:
+        PointCloudError: the file is missing, empty, truncated, of unknown format or malformed; its header promises more
+            than it holds; a number is NaN or infinite; a colour is out of range; fewer than two distinct points.
+        ValueError: unknown `up_axis`.
+    """
+    if up_axis not in UP_AXES:
+        raise ValueError(f"up_axis must be one of {', '.join(UP_AXES)}, got {up_axis!r}")
+    path = Path(path)
+    try:
+        with np.errstate(all="ignore"):  # overflow ends in the finiteness check
+            raw = _read(_map(path), path, num_points)
+            xyz = _single_precision(np.column_stack([*raw.xyz]))
+            xyz = xyz @ np.array(UP_AXES[up_axis], np.float32).T
+            rgb = (
+                np.full_like(xyz, GREY)
+                if raw.rgb is None
+                else _unit_colours(np.column_stack([*raw.rgb]), raw.full_scale)
+            )
+    except PointCloudError as error:
+        raise PointCloudError(f"{path}: {error}") from error
+    except _MALFORMED as error:
+        raise PointCloudError(f"{path}: unreadable {path.suffix} file ({type(error).__name__}: {error})") from error
+    return np.hstack([xyz, rgb])
+
+
+def point_count(path: str | Path) -> int | None:
+    """The number of points a file promises, from its header, checked against the size of the file; None for a mesh.
+
+    Binary files are not read beyond the header; text and compressed ones are parsed.
+
+    Raises: PointCloudError as `load_point_cloud`, for what the header can tell.
+    """
+    path = Path(path)
+    try:
+        data = _map(path)
+        return None if _is_mesh(data, path) else len(POINT_READERS[path.suffix.lower()](data).xyz[0])
+    except PointCloudError as error:
+        raise PointCloudError(f"{path}: {error}") from error
+    except _MALFORMED as error:
+        raise PointCloudError(f"{path}: unreadable {path.suffix} file ({type(error).__name__}: {error})") from error
+
+
+def normalise(points: np.ndarray) -> np.ndarray:
+    """Centres xyz on the centroid and divides by the largest norm (unit sphere); other columns are untouched.
+
+    Args: points: [N, 3 + F], at least two distinct points. Returns: [N, 3 + F] float32, a copy.
+    Raises: PointCloudError: all points are equal. Source: the preprocessing of PointLLM.
+    """
+    xyz = points[:, :3].astype(np.float64)
+    xyz -= xyz.mean(axis=0)
+    radius = np.linalg.norm(xyz, axis=1).max()
+    if not radius > 0:
+        raise PointCloudError("a cloud of one point, or of equal points, has no size to normalise")
+    return np.hstack([xyz / radius, points[:, 3:]]).astype(np.float32)
+
+
+def subsample(points: np.ndarray, num_points: int) -> np.ndarray:
+    """At most `num_points` rows of `points` [N, C], in their order.
+
+    A larger cloud is sampled uniformly without replacement, seeded by its content: the same cloud gives the same subset
+    in training, chat and evaluation, on any machine.
+    """
+    if len(points) <= num_points:
+        return points
+    # raw PCG64 words, unlike Generator.choice, are the same in every numpy version
+    words = np.random.PCG64(_seed(np.ascontiguousarray(points, "<f4"))).random_raw(len(points))
+    return points[np.sort(np.argsort(words, kind="stable")[:num_points])]
+
+
+def _map(path: Path) -> Buffer:
+    if path.suffix.lower() not in FORMATS:
+        raise PointCloudError(f"unknown format {path.suffix!r}, expected one of {', '.join(FORMATS)}")
+    if not path.is_file():
+        raise PointCloudError("no such file")
+    if path.stat().st_size == 0:
+        raise PointCloudError("the file is empty")
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _is_mesh(data: Buffer, path: Path) -> bool:
+    if path.suffix.lower() == ".ply":
+        return any(element.name == "face" and element.count for element in ply_header(data)[1])
+    return path.suffix.lower() not in POINT_READERS
+
+
+def _read(data: Buffer, path: Path, num_points: int) -> RawPoints:
+    if not _is_mesh(data, path):
+        return POINT_READERS[path.suffix.lower()](data)
+    x, y, z, *rgb = sample_mesh(load_scene(data, path), num_points, _seed(data)).T
+    return RawPoints((x, y, z), (rgb[0], rgb[1], rgb[2]), 1.0)
+
+
+def _seed(content) -> int:
+    return int.from_bytes(hashlib.sha256(content).digest()[:16], "little")
+
+
+def _single_precision(xyz: np.ndarray) -> np.ndarray:
+    """xyz [N, 3] as float32, finite and with an extent, about its centroid if float32 needs that."""
+    if len(xyz) == 0:
+        raise PointCloudError("the file holds no points")
+    if xyz.dtype != np.float32:
+        extent, farthest = np.ptp(xyz, axis=0).max(), np.abs(xyz).max()
+        if extent > 0 and farthest * np.finfo(np.float32).eps > 1e-4 * extent:
+            xyz = xyz - xyz.mean(axis=0)
+    single = xyz.astype(np.float32)
+    _check_finite(single, xyz, "coordinates")
+    if (single == single[0]).all():
+        raise PointCloudError(f"at least 2 distinct points are needed, got {len(xyz)} at {single[0].tolist()}")
+    return single
+
+
+def _unit_colours(rgb: np.ndarray, full_scale: float | None) -> np.ndarray:
+    """rgb [N, 3] as float32 in 0..1; without a declared `full_scale`, integers and floats above 1 are 0..255."""
+    _check_finite(rgb, rgb, "colours")
+    low, high = float(rgb.min()), float(rgb.max())
+    if full_scale is None:
+        full_scale = 255.0 if rgb.dtype.kind in "iu" or high > 1.001 else 1.0
+    elif full_scale == 65535.0 and high <= 255:
+        full_scale = 255.0  # 8-bit colours in 16-bit fields, a habit of many .las writers
+    if low < -1e-3 or high > full_scale * 1.001:
+        bad = int(np.flatnonzero((rgb < -1e-3).any(axis=1) | (rgb > full_scale * 1.001).any(axis=1))[0])
+        raise PointCloudError(
+            f"colours must lie in 0..1, 0..255 or 16 bits; point {bad} has {rgb[bad].tolist()}, "
+            f"the file ranges from {low:g} to {high:g}"
+        )
+    return np.clip(rgb / full_scale, 0, 1).astype(np.float32)
+
+
+def _check_finite(values: np.ndarray, original: np.ndarray, what: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        raise PointCloudError(
+            f"point {bad[0]} has {what} {original[bad[0]].tolist()}: NaN, infinite or too large for float32; "
+            f"{len(bad)} of {len(values)} points are, remove them"
+        )
