@@ -24,7 +24,7 @@ def find_cloud(folder: str | Path, object_id: str) -> Path:
 
 
 class ConversationDataset(Dataset):
-    """Conversations of an annotation file; an item is `{"messages": chat messages, "object_ids": tuple}`.
+    """Conversations of an annotation file; an item holds `messages`, `object_ids`, `conversation_type`.
 
     The clouds in the messages are float32 [N, 6], y up, as `load_point_cloud` returns them: normalising and subsampling
     is the feature extractor's. `conversations` may be filtered in place of a subset (`pointalign.data.check` does).
@@ -51,4 +51,8 @@ class ConversationDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         conversation = self.conversations[index]
         clouds = [load_point_cloud(find_cloud(self.clouds, i), self.up_axis) for i in conversation.object_ids]
-        return {"messages": to_messages(conversation, clouds), "object_ids": conversation.object_ids}
+        return {
+            "messages": to_messages(conversation, clouds),
+            "object_ids": conversation.object_ids,
+            "conversation_type": conversation.conversation_type,
+        }

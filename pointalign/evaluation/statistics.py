@@ -1,0 +1,54 @@
+"""Intervals and tests that respect families: near-duplicate objects are one observation, not many."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:5.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def _by_cluster(values: np.ndarray, clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the values of every cluster."""
+    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.bincount(place, weights=values), np.bincount(place)
+
+
+def cluster_mean(values: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Estimate:
+    """Mean of `values [N]` with a percentile bootstrap interval over `clusters [N]`."""
+    data = np.asarray(values, dtype=float)
+    if len(data) == 0:
+        raise ValueError("no values to average")
+    sums, counts = _by_cluster(data, clusters)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(float(data.mean()), float(low), float(high), len(data))
+
+
+def paired_difference(
+    ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[str], seed: int = 0
+) -> tuple[Estimate, float]:
+    """Mean of `ours - theirs` with its interval, and the two-sided p-value of a sign-flip test over clusters."""
+    difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    estimate = cluster_mean(difference, clusters, seed)
+    sums, _ = _by_cluster(difference, clusters)
+    signs = np.random.default_rng(seed + 1).choice([-1, 1], size=(RESAMPLES, len(sums)))
+    extreme = np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9
+    return estimate, float((extreme.sum() + 1) / (RESAMPLES + 1))

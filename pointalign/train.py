@@ -1,0 +1,217 @@
+"""`python -m pointalign.train [RECIPE.yaml] [--options] [--fused]`: one command from data to a model that answers."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pointalign.options import Options, parse
+
+
+def main(arguments: list[str] | None = None) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return run(options)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(options: Options) -> int:
+    """Train as the options say. Returns the exit status: 0, or 130 after Ctrl-C."""
+    from pointalign import assets, checkpointing, stages
+    from pointalign.data.check import check
+    from pointalign.data.collator import ConversationCollator
+    from pointalign.data.dataset import ConversationDataset
+    from pointalign.trainer import AlignedModel, PointAlignTrainer, checkpoints
+
+    folder = run_folder(options)
+    main_process = int(os.environ.get("RANK", 0)) == 0
+    impl = choose_impl(options.fused)
+    annotations, clouds = options.data.annotations, options.data.clouds
+    if annotations is None or clouds is None:
+        furniture = assets.furniture()
+        annotations, clouds = furniture / "annotations" / "train.json", furniture / "clouds"
+    dataset = ConversationDataset(annotations, clouds, options.data.types, options.data.up_axis)
+    model, processor = stages.build(options.model, options.data)
+    report = check(dataset, processor.feature_extractor.min_points, options.data.skip_bad)
+    if main_process:
+        print(report)
+        checkpointing.write_json(folder / "options.json", describe(options))
+    resume = options.training.resume_from_checkpoint
+    evaluation = None
+    if options.data.evaluate != "none" and main_process:
+        evaluation = Evaluation(options.data.evaluate, folder)
+    if options.training.contrastive_steps and not resume:
+        warm_up(model, processor, options)
+    elif evaluation is not None and options.model.checkpoint is not None:
+        evaluation.before(model, processor)
+
+    if not any(parameter.requires_grad for parameter in model.parameters()) and options.alignment.weight == 0:
+        raise ValueError("nothing trains: model.train is empty and alignment.weight is 0")
+    trainer = PointAlignTrainer(
+        model=AlignedModel(model, options.alignment, impl),
+        args=options.training,
+        train_dataset=dataset,
+        data_collator=ConversationCollator(processor, options.data.max_length, options.data.augmentation),
+        optimizers=(None, None),
+    )
+    trainer.point_learning_rate = options.training.point_learning_rate
+    trainer.train(resume_from_checkpoint=resume)
+    if not trainer.is_world_process_zero():
+        return 0
+    if trainer.interrupted:
+        last = checkpoints(folder)[-1]
+        print(f"\nstopped at step {trainer.state.global_step}; saved in {last}; go on with "
+              f"--training.resume_from_checkpoint {last}")
+        return 130
+
+    from pointalign.evaluation.plots import loss_curves
+
+    loss_curves(trainer.state.log_history, folder / "loss.png", options.alignment.weight)
+    stages.save_stage(model, folder / stages.STAGE_FILE, describe(options) | {"steps": trainer.state.global_step})
+    stages.export(model, processor, folder / "model")
+    written = {"loss curves": "loss.png", "stage checkpoint": stages.STAGE_FILE, "model": "model"}
+    if evaluation is not None:
+        evaluation.after(folder / "model")
+        written |= {"accuracy": "accuracy.json", "answers": "answers.md"}
+    print("\nwritten:")
+    for what, name in written.items():
+        print(f"  {what:17} {folder / name}")
+    print(f"ask it yourself: python -m pointalign.chat CLOUD --model {folder / 'model'}")
+    return 0
+
+
+def run_folder(options: Options) -> Path:
+    """The run's folder; a finished run is never overwritten: a free number is appended."""
+    folder = Path(options.training.output_dir or "runs/align")
+    if options.training.resume_from_checkpoint is None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        number, wanted = 2, folder
+        while folder.exists() and any(folder.iterdir()):
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+            number += 1
+    options.training.output_dir = str(folder)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def choose_impl(fused: bool) -> str:
+    """`auto` under --fused where a fused alignment loss can run, else `reference`, said in one line."""
+    if not fused:
+        return "reference"
+    import torch
+    from pointalign_kernels import fused_available
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if fused_available(device):
+        return "auto"
+    print(f"--fused: no fused alignment loss runs on {device}; the plain-PyTorch reference is used")
+    return "reference"
+
+
+def describe(options: Options) -> dict[str, Any]:
+    """The options as JSON values, with the versions they ran under."""
+    import platform
+    from dataclasses import asdict
+
+    import torch
+    import transformers
+
+    training = options.training.to_dict()
+    defaults = type(options.training)().to_dict()
+    changed = {name: value for name, value in training.items() if value != defaults.get(name)}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    described = {
+        "model": asdict(options.model),
+        "data": asdict(options.data),
+        "alignment": asdict(options.alignment),
+        "training": changed,
+        "fused": options.fused,
+        "versions": versions,
+    }
+    return json.loads(json.dumps(described, default=str))
+
+
+def warm_up(model: Any, processor: Any, options: Options) -> None:
+    from pointalign import assets, contrastive
+    from pointalign.evaluation.naming import load_objects
+
+    if options.data.annotations is not None:
+        raise ValueError("training.contrastive_steps needs the names of the embedded objects: leave data.annotations out")
+    objects = load_objects(assets.furniture(), "train")
+    named = contrastive.NamedClouds(objects.clouds, [record["name"] for record in objects.records])
+    contrastive.warm_up(
+        model,
+        processor,
+        named,
+        assets.sentence_encoder(),
+        options.training.contrastive_steps,
+        options.training.contrastive_batch_size,
+        options.training.contrastive_learning_rate,
+        options.training.device,
+    )
+
+
+class Evaluation:
+    """Held-out objects before and after training, beside the baselines; and ten questions with their answers."""
+
+    def __init__(self, split: str, folder: Path):
+        from pointalign import assets
+        from pointalign.evaluation import naming
+
+        self.split, self.folder = split, folder
+        self.held_out = naming.load_objects(assets.furniture(), split)
+        self.training = naming.load_objects(assets.furniture(), "train")
+        self.results: dict[str, Any] = {}
+
+    def before(self, model: Any, processor: Any) -> None:
+        from pointalign.evaluation import naming
+
+        answers = naming.name_all(model, processor, self.held_out.clouds, "naming before training")
+        self.results["model before training"] = naming.correct(answers, self.held_out)
+
+    def after(self, exported: Path) -> None:
+        """Evaluate the model as it was written, not as it stood in memory."""
+        from pointalign import checkpointing
+        from pointalign.evaluation import baselines, naming, samples
+        from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+
+        model = PointAlignForConditionalGeneration.from_pretrained(exported, dtype="auto").eval()
+        processor = PointAlignProcessor.from_pretrained(exported)
+        clouds = self.held_out.clouds
+        inputs = {
+            "model": clouds,
+            "model, random yaw": baselines.random_yaw(clouds),
+            "model, shuffled clouds": [clouds[i] for i in naming.shuffled(len(clouds))],
+        }
+        answers = {name: naming.name_all(model, processor, given, name) for name, given in inputs.items()}
+        self.results |= {name: naming.correct(given, self.held_out) for name, given in answers.items()}
+        self.results |= naming.controls(self.held_out, self.training)
+        pairs = [
+            ("model, random yaw", "1-NN Chamfer, random yaw"),
+            ("model", "1-NN Chamfer, fixed pose"),
+            ("model", "model, shuffled clouds"),
+        ]
+        if "model before training" in self.results:
+            pairs.append(("model", "model before training"))
+        report = naming.report(self.results, self.held_out, self.training, pairs)
+        per_object = [
+            {"object_id": record["object_id"], "truth": record["head_noun"], "answer": answer}
+            for record, answer in zip(self.held_out.records, answers["model"], strict=True)
+        ]
+        checkpointing.write_json(
+            self.folder / "accuracy.json", {"split": self.split} | report.as_dict() | {"objects": per_object}
+        )
+        print(f"\n{self.split} objects, never seen in training; 95 % intervals clustered by family\n{report.table()}\n")
+        text = samples.ask_ten(model, processor, self.held_out)
+        (self.folder / "answers.md").write_text(text)
+        print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
