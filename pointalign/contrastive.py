@@ -71,6 +71,7 @@ def warm_up(
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng(int(torch.randint(2**62, (1,))))
+    half = model.model.language_model.dtype == torch.bfloat16
     losses: list[float] = []
     model.train()
     order = np.array([], dtype=int)
@@ -83,8 +84,9 @@ def warm_up(
         clouds = [augment(data.clouds[i], rng)[:size] for i in chosen]
         smallest = min(len(cloud) for cloud in clouds)
         points = np.stack([processor.feature_extractor.prepare(cloud[:smallest]) for cloud in clouds])
-        tokens = model.get_qformer_features(torch.from_numpy(points).to(device))  # [B, Q, D]
-        seen = functional.normalize(head(tokens.mean(dim=1)), dim=-1)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
+            tokens = model.get_qformer_features(torch.from_numpy(points).to(device))  # [B, Q, D]
+        seen = functional.normalize(head(tokens.float().mean(dim=1)), dim=-1)
         loss = functional.cross_entropy(seen @ sentences.T / TEMPERATURE, soft[wanted[chosen]])
         optimizer.zero_grad()
         loss.backward()

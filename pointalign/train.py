@@ -58,13 +58,12 @@ def run(options: Options) -> int:
         args=options.training,
         train_dataset=dataset,
         data_collator=ConversationCollator(processor, options.data.max_length, options.data.augmentation),
-        optimizers=(None, None),
+        point_learning_rate=options.training.point_learning_rate,
     )
-    trainer.point_learning_rate = options.training.point_learning_rate
     trainer.train(resume_from_checkpoint=resume)
     if not trainer.is_world_process_zero():
         return 0
-    if trainer.interrupted:
+    if trainer.stop.interrupted:
         last = checkpoints(folder)[-1]
         print(f"\nstopped at step {trainer.state.global_step}; saved in {last}; go on with "
               f"--training.resume_from_checkpoint {last}")

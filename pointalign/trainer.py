@@ -17,6 +17,10 @@ from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_toke
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
 
 
+# What a point branch learns before the projectors: these parameters may have a learning rate of their own.
+POINT_PARTS = tuple(f"model.model.{part}" for part in ("point_encoder", "point_mlp", "qformer", "query_tokens"))
+
+
 class AlignedModel(nn.Module):
     """A model and its alignment loss: what the Trainer trains. Only `model` survives training.
 
@@ -69,7 +73,12 @@ class AlignedModel(nn.Module):
         Returns:
             `loss`, and detached `ntp_loss` and `alignment_loss`, each this batch's share of the global mean.
         """
-        inputs["use_cache"] = False
+        # Mixed precision follows the language model: fp32 adapters and point branch compute in bf16 beside bf16 weights.
+        dtype = self.model.model.language_model.dtype
+        with torch.autocast(point_mask.device.type, dtype, enabled=dtype == torch.bfloat16):
+            return self._losses(point_mask, num_point_rows, inputs | {"use_cache": False})
+
+    def _losses(self, point_mask: Tensor, num_point_rows: Tensor | None, inputs: dict[str, Any]) -> dict[str, Tensor]:
         if self.alignment is None:
             ntp = self.model(point_mask=point_mask, **inputs).loss
             return {"loss": ntp, "ntp_loss": ntp.detach(), "alignment_loss": torch.zeros_like(ntp)}
@@ -99,14 +108,39 @@ class AlignedModel(nn.Module):
 
 
 class PointAlignTrainer(Trainer):
-    """`transformers.Trainer` for an `AlignedModel`."""
+    """`transformers.Trainer` for an `AlignedModel`.
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    Args:
+        point_learning_rate: of the point branch where it trains; everything else has `args.learning_rate`.
+    """
+
+    def __init__(self, *args: Any, point_learning_rate: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.add_callback(StopOnInterrupt())
+        self.point_learning_rate = point_learning_rate
+        self.stop = StopOnInterrupt()
+        self.add_callback(self.stop)
         self._parts = {"ntp_loss": 0.0, "alignment_loss": 0.0}
         self._tokens = 0
         self._steps_at_log, self._time_at_log = 0, time.perf_counter()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.point_learning_rate is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        groups: dict[bool, list] = {True: [], False: []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                groups[name.startswith(POINT_PARTS)].append(parameter)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+        rates = {True: self.point_learning_rate, False: self.args.learning_rate}
+        self.optimizer = kind(
+            [
+                {"params": parameters, "lr": rates[point], "weight_decay": self.args.weight_decay}
+                for point, parameters in groups.items()
+                if parameters
+            ],
+            **options,
+        )
+        return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)

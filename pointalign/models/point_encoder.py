@@ -26,11 +26,20 @@ class MiniPointNet(nn.Module):
         )
 
     def forward(self, groups: Tensor) -> Tensor:
+        """The convolutions as matrix products over all points at once; the second one splits `[global, local]` in two,
+        so that its global half runs once per group and nothing is concatenated."""
         batch, num_groups, size, channels = groups.shape
-        local = self.first_conv(groups.reshape(batch * num_groups, size, channels).transpose(1, 2))  # [BG, dim, k]
-        whole = local.amax(dim=2, keepdim=True).expand_as(local)
-        features = self.second_conv(torch.cat([whole, local], dim=1)).amax(dim=2)  # [BG, dim]
-        return features.reshape(batch, num_groups, -1)
+        first, norm, act, second = self.first_conv
+        x = act(norm(functional.linear(groups.reshape(-1, channels), first.weight[..., 0], first.bias)))
+        local = functional.linear(x, second.weight[..., 0], second.bias)  # [B G k, dim]
+        whole = local.view(batch * num_groups, size, -1).amax(dim=1)  # [B G, dim]
+        first, norm, act, second = self.second_conv
+        for_whole, for_local = first.weight[..., 0].chunk(2, dim=1)
+        x = functional.linear(local, for_local).view(batch * num_groups, size, -1)
+        x = x + functional.linear(whole, for_whole, first.bias)[:, None]
+        x = act(norm(x.flatten(0, 1)))
+        features = functional.linear(x, second.weight[..., 0], second.bias)
+        return features.view(batch, num_groups, size, -1).amax(dim=2)
 
 
 class Attention(nn.Module):
