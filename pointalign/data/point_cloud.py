@@ -55,7 +55,7 @@ def load_point_cloud(path: str | Path, up_axis: str = "y", num_points: int = 819
     path = Path(path)
     try:
         with np.errstate(all="ignore"):  # overflow ends in the finiteness check
-            raw = _read(_map(path), path, num_points)
+            raw = _read(_checked(path).read_bytes(), path, num_points)
             xyz = _single_precision(np.column_stack([*raw.xyz]))
             xyz = xyz @ np.array(UP_AXES[up_axis], np.float32).T
             rgb = (
@@ -79,7 +79,9 @@ def point_count(path: str | Path) -> int | None:
     """
     path = Path(path)
     try:
-        data = _map(path)
+        # only the headers of binary files are touched: a map spares reading the rest
+        with _checked(path).open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return None if _is_mesh(data, path) else len(POINT_READERS[path.suffix.lower()](data).xyz[0])
     except PointCloudError as error:
         raise PointCloudError(f"{path}: {error}") from error
@@ -114,15 +116,14 @@ def subsample(points: np.ndarray, num_points: int) -> np.ndarray:
     return points[np.sort(np.argsort(words, kind="stable")[:num_points])]
 
 
-def _map(path: Path) -> Buffer:
+def _checked(path: Path) -> Path:
     if path.suffix.lower() not in FORMATS:
         raise PointCloudError(f"unknown format {path.suffix!r}, expected one of {', '.join(FORMATS)}")
     if not path.is_file():
         raise PointCloudError("no such file")
     if path.stat().st_size == 0:
         raise PointCloudError("the file is empty")
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return path
 
 
 def _is_mesh(data: Buffer, path: Path) -> bool:
