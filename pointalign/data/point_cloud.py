@@ -3,6 +3,7 @@
 import hashlib
 import mmap
 import struct
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ UP_AXES = {
     "-z": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
 }
 
-# What trimesh, Pillow, json and numpy raise on garbled files. SyntaxError is Pillow's word for a broken PNG chunk.
+# What trimesh, Pillow, json and numpy raise on garbled files. SyntaxError is Pillow's word for a broken PNG chunk,
+# TokenError comes from numpy's second try at a .npy header as Python 2 wrote it.
 _MALFORMED = (
     ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError, OSError,
-    EOFError, MemoryError, NameError, SyntaxError, struct.error,
+    EOFError, MemoryError, NameError, SyntaxError, struct.error, tokenize.TokenError,
 )  # fmt: skip
 
 
