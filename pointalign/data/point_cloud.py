@@ -60,11 +60,9 @@ def load_point_cloud(path: str | Path, up_axis: str = "y", num_points: int = 819
             raw = _read(_checked(path).read_bytes(), path, num_points)
             xyz = _single_precision(np.column_stack([*raw.xyz]))
             xyz = xyz @ np.array(UP_AXES[up_axis], np.float32).T
-            rgb = (
-                np.full_like(xyz, GREY)
-                if raw.rgb is None
-                else _unit_colours(np.column_stack([*raw.rgb]), raw.full_scale)
-            )
+            rgb = np.full_like(xyz, GREY)
+            if raw.rgb is not None:
+                rgb = _unit_colours(np.column_stack([*raw.rgb]), raw.full_scale)
     except PointCloudError as error:
         raise PointCloudError(f"{path}: {error}") from error
     except _MALFORMED as error:
@@ -172,7 +170,7 @@ def _unit_colours(rgb: np.ndarray, full_scale: float | None) -> np.ndarray:
         bad = int(np.flatnonzero((rgb < -1e-3).any(axis=1) | (rgb > full_scale * 1.001).any(axis=1))[0])
         raise PointCloudError(
             f"colours must lie in 0..1, 0..255 or 16 bits; point {bad} has {rgb[bad].tolist()}, "
-            f"the file ranges from {low:g} to {high:g}"
+            f"the file ranges from {low:g} to {high:g} (normals are no colours: leave them out)"
         )
     return np.clip(rgb / full_scale, 0, 1).astype(np.float32)
 
