@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         dataset = ConversationDataset(options.annotation, options.clouds, options.types, options.up_axis)
         print(f"{len(dataset)} conversations; {check(dataset, options.num_groups)}")
-    except (AnnotationError, BadObjectsError) as error:
+    except (AnnotationError, BadObjectsError, NotADirectoryError) as error:
         sys.exit(str(error))
 
 

@@ -9,7 +9,7 @@ several objects.
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -126,5 +126,5 @@ def _parse_turn(index: int, turn, num_objects: int) -> tuple[str, str]:
 
 
 def _is_plain(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return bool(parts) and ".." not in parts and not name.startswith("/") and "\0" not in name
+    """May name a file, in a subfolder too, but never one outside of the folder of clouds."""
+    return bool(name) and name[0] != "/" and "\0" not in name and ".." not in name.replace("\\", "/").split("/")

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from pointalign.data.conversations import Conversation, load_conversations, to_messages
-from pointalign.data.point_cloud import FORMATS, PointCloudError, load_point_cloud
+from pointalign.data.point_cloud import FORMATS, UP_AXES, PointCloudError, load_point_cloud
 
 
 def find_cloud(folder: str | Path, object_id: str) -> Path:
@@ -27,7 +27,7 @@ class ConversationDataset(Dataset):
     """Conversations of an annotation file; an item holds `messages`, `object_ids`, `conversation_type`.
 
     The clouds in the messages are float32 [N, 6], y up, as `load_point_cloud` returns them: normalising and subsampling
-    is the feature extractor's. `conversations` may be filtered in place of a subset (`pointalign.data.check` does).
+    is the feature extractor's. `conversations` is a plain list that may be filtered, as `pointalign.data.check` does.
 
     Args:
         annotation: JSON in the PointLLM schema.
@@ -35,13 +35,18 @@ class ConversationDataset(Dataset):
         types: conversation types to keep; None keeps all.
         up_axis: vertical axis of the clouds, see `load_point_cloud`.
 
-    Raises: AnnotationError on construction; PointCloudError on access to an item whose cloud is missing or bad.
+    Raises: AnnotationError, NotADirectoryError, ValueError (unknown `up_axis`) on construction; PointCloudError on
+        access to an item whose cloud is missing or bad.
     """
 
     def __init__(
         self, annotation: str | Path, clouds: str | Path, types: Collection[str] | None = None, up_axis: str = "y"
     ):
         self.clouds = Path(clouds)
+        if not self.clouds.is_dir():
+            raise NotADirectoryError(f"expected a folder of clouds, {self.clouds} is none")
+        if up_axis not in UP_AXES:
+            raise ValueError(f"up_axis must be one of {', '.join(UP_AXES)}, got {up_axis!r}")
         self.up_axis = up_axis
         self.conversations: list[Conversation] = load_conversations(annotation, types)
 

@@ -37,8 +37,9 @@ def sample_mesh(scene: trimesh.Scene | trimesh.Trimesh, num_points: int, seed: i
     """Samples the surface of a mesh, or of a scene with its transforms applied, uniformly by area.
 
     Colours come from textures and materials (glTF base colour factors multiply their texture and are not converted
-    from linear to sRGB), vertex colours or face colours; a surface without any is mid-grey (0.5). A scene without faces
-    gives its own points instead, whatever `num_points` says.
+    from linear to sRGB), vertex colours or face colours; a surface without any is mid-grey (0.5), and one whose texture
+    is missing has the colour of its material. trimesh reads no colours from .stl and .off. A scene without faces gives
+    its own points instead, whatever `num_points` says.
 
     Returns: [num_points, 6] float64, xyz + rgb in 0..1; the same for the same `seed`.
     Raises: PointCloudError for a scene with no surface and no points, non-finite vertices or indices out of range.

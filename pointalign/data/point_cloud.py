@@ -3,6 +3,7 @@
 import hashlib
 import mmap
 import struct
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ UP_AXES = {
     "-z": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
 }
 
-# What trimesh, Pillow, json and numpy raise on garbled files. SyntaxError is Pillow's word for a broken PNG chunk.
+# What trimesh, Pillow, json and numpy raise on garbled files. SyntaxError is Pillow's word for a broken PNG chunk,
+# TokenError comes from numpy's second try at a .npy header as Python 2 wrote it.
 _MALFORMED = (
     ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError, OSError,
-    EOFError, MemoryError, NameError, SyntaxError, struct.error,
+    EOFError, MemoryError, NameError, SyntaxError, struct.error, tokenize.TokenError,
 )  # fmt: skip
 
 
@@ -55,14 +57,12 @@ def load_point_cloud(path: str | Path, up_axis: str = "y", num_points: int = 819
     path = Path(path)
     try:
         with np.errstate(all="ignore"):  # overflow ends in the finiteness check
-            raw = _read(_map(path), path, num_points)
+            raw = _read(_checked(path).read_bytes(), path, num_points)
             xyz = _single_precision(np.column_stack([*raw.xyz]))
             xyz = xyz @ np.array(UP_AXES[up_axis], np.float32).T
-            rgb = (
-                np.full_like(xyz, GREY)
-                if raw.rgb is None
-                else _unit_colours(np.column_stack([*raw.rgb]), raw.full_scale)
-            )
+            rgb = np.full_like(xyz, GREY)
+            if raw.rgb is not None:
+                rgb = _unit_colours(np.column_stack([*raw.rgb]), raw.full_scale)
     except PointCloudError as error:
         raise PointCloudError(f"{path}: {error}") from error
     except _MALFORMED as error:
@@ -79,7 +79,9 @@ def point_count(path: str | Path) -> int | None:
     """
     path = Path(path)
     try:
-        data = _map(path)
+        # only the headers of binary files are touched: a map spares reading the rest
+        with _checked(path).open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return None if _is_mesh(data, path) else len(POINT_READERS[path.suffix.lower()](data).xyz[0])
     except PointCloudError as error:
         raise PointCloudError(f"{path}: {error}") from error
@@ -114,15 +116,14 @@ def subsample(points: np.ndarray, num_points: int) -> np.ndarray:
     return points[np.sort(np.argsort(words, kind="stable")[:num_points])]
 
 
-def _map(path: Path) -> Buffer:
+def _checked(path: Path) -> Path:
     if path.suffix.lower() not in FORMATS:
         raise PointCloudError(f"unknown format {path.suffix!r}, expected one of {', '.join(FORMATS)}")
     if not path.is_file():
         raise PointCloudError("no such file")
     if path.stat().st_size == 0:
         raise PointCloudError("the file is empty")
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return path
 
 
 def _is_mesh(data: Buffer, path: Path) -> bool:
@@ -169,7 +170,7 @@ def _unit_colours(rgb: np.ndarray, full_scale: float | None) -> np.ndarray:
         bad = int(np.flatnonzero((rgb < -1e-3).any(axis=1) | (rgb > full_scale * 1.001).any(axis=1))[0])
         raise PointCloudError(
             f"colours must lie in 0..1, 0..255 or 16 bits; point {bad} has {rgb[bad].tolist()}, "
-            f"the file ranges from {low:g} to {high:g}"
+            f"the file ranges from {low:g} to {high:g} (normals are no colours: leave them out)"
         )
     return np.clip(rgb / full_scale, 0, 1).astype(np.float32)
 

@@ -9,6 +9,7 @@ import io
 import math
 import mmap
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,22 @@ class RawPoints(NamedTuple):
     xyz: tuple[np.ndarray, np.ndarray, np.ndarray]
     rgb: tuple[np.ndarray, np.ndarray, np.ndarray] | None
     full_scale: float | None
+
+
+class Field(NamedTuple):
+    """A field of a point: numpy type, byte offset in a binary record, column in a text row."""
+
+    kind: str
+    offset: int
+    column: int
+
+
+class Layout(NamedTuple):
+    """The fields of a point by name, the bytes of a binary record and the columns of a text row."""
+
+    fields: dict[str, Field]
+    record: int
+    width: int
 
 
 def read_npy(data: Buffer) -> RawPoints:
@@ -53,6 +70,8 @@ _PLY_TYPES = {
     "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
     "float32": "f4", "float64": "f8",
 }  # fmt: skip
+_PLY_COLOURS = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
+_TEXT_COLUMNS = {"x", "y", "z", "rgb", "rgba"}.union(*_PLY_COLOURS)  # what is parsed of a text row
 _PLY_ENCODINGS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 
 
@@ -108,20 +127,16 @@ def read_ply(data: Buffer) -> RawPoints:
             offset += element.count * sum(np.dtype(kind).itemsize for _, kind in element.fields)
     else:
         raise PointCloudError("the PLY file has no element 'vertex'")
-    fields = [(name, kind) for name, kind in element.fields if kind is not None]
-    if len(fields) < len(element.fields):
+    specs = [(name, order + kind, 1) for name, kind in element.fields if kind is not None]
+    if len(specs) < len(element.fields):
         raise PointCloudError("PLY vertices with list properties are not supported")
-    kinds = dict(fields)
-    names = _xyz_names(kinds)
-    colours = next(
-        (rgb for rgb in (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
-         if kinds.keys() >= set(rgb)), ())  # fmt: skip
+    layout = _layout(specs)
+    rgb = next((names for names in _PLY_COLOURS if layout.fields.keys() >= set(names)), None)
     if order:
-        columns = _binary_table(data, offset, element.count, [(name, order + kind) for name, kind in fields])
+        columns = _binary_table(data, offset, element.count, layout)
     else:
-        columns = _text_table(data, offset, element.count, list(kinds), [*names, *colours], skip=lines)
-    full_scale = {"u1": 255.0, "u2": 65535.0, "i4": 255.0, "u4": 255.0}.get(kinds[colours[0]]) if colours else None
-    return RawPoints(_three(columns, names), _three(columns, colours) if colours else None, full_scale)
+        columns = _text_table(data, offset, element.count, layout, skip=lines)
+    return _columns_to_points(columns, layout, rgb)
 
 
 def read_pcd(data: Buffer) -> RawPoints:
@@ -139,70 +154,54 @@ def read_pcd(data: Buffer) -> RawPoints:
     missing = {"FIELDS", "SIZE", "TYPE", "WIDTH", "HEIGHT"} - header.keys()
     if missing or len(header["DATA"]) != 1:
         raise PointCloudError(f"PCD header incomplete: {', '.join(sorted(missing)) or 'DATA'} missing")
-    counts = [int(count) for count in header.get("COUNT", ["1"] * len(header["FIELDS"]))]
+    names, sizes, types = header["FIELDS"], header["SIZE"], header["TYPE"]
+    counts = [int(count) for count in header.get("COUNT", ["1"] * len(names))]
     points = int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
-    if min([points, *counts]) < 0 or not len(header["FIELDS"]) == len(header["SIZE"]) == len(header["TYPE"]) == len(
-        counts
-    ):
+    if not len(names) == len(sizes) == len(types) == len(counts) or min([points, *counts]) < 0:
         raise PointCloudError("PCD header: FIELDS, SIZE, TYPE and COUNT must be non-negative and of one length")
-    fields: list[tuple[str, str]] = []
-    for name, size, kind, count in zip(header["FIELDS"], header["SIZE"], header["TYPE"], counts, strict=True):
-        if (kind, size) not in _PCD_TYPES or count > 4096:
-            raise PointCloudError(
-                f"PCD field {name!r}: TYPE {kind} with SIZE {size} and COUNT {count} is not supported"
-            )
-        # padding fields share the name "_": every column but the first of a name gets one of its own
-        taken = {other for other, _ in fields}
-        first = [name] if name not in taken and count else []
-        extra = [f"{name} {len(fields) + i}" for i in range(count - len(first))]
-        fields += [(column, "<" + kind.lower() + size) for column in first + extra]
-    kinds = dict(fields)
-    names = _xyz_names(kinds)
-    packed = next((name for name in ("rgb", "rgba") if name in kinds), None)
-    colours = ("r", "g", "b") if packed is None and {"r", "g", "b"} <= kinds.keys() else ()
+    unknown = [name for name, kind in zip(names, zip(types, sizes, strict=True), strict=True) if kind not in _PCD_TYPES]
+    if unknown:
+        raise PointCloudError(f"PCD fields {', '.join(unknown):.200} are of unknown TYPE and SIZE")
+    kinds = [f"<{kind.lower()}{size}" for kind, size in zip(types, sizes, strict=True)]
+    layout = _layout(zip(names, kinds, counts, strict=True))
     match header["DATA"][0].lower():
         case "ascii":
-            wanted = [*names, *colours, *([packed] if packed else [])]
-            columns = _text_table(data, offset, points, list(kinds), wanted)
+            columns = _text_table(data, offset, points, layout)
         case "binary":
-            columns = _binary_table(data, offset, points, fields)
+            columns = _binary_table(data, offset, points, layout)
         case "binary_compressed":
-            columns = _unpack_columns(data, offset, points, fields)
+            columns = _unpack_columns(data, offset, points, layout)
         case other:
             raise PointCloudError(f"PCD DATA is ascii, binary or binary_compressed, got {other!r}")
-    if packed:
-        rgb = _unpack_rgb(columns[packed], kinds[packed])
-        return RawPoints(_three(columns, names), rgb, 255.0)
-    return RawPoints(_three(columns, names), _three(columns, colours) if colours else None, 255.0)
+    packed = next((name for name in ("rgb", "rgba") if name in columns), None)
+    if packed is None:
+        return _columns_to_points(columns, layout, ("r", "g", "b") if {"r", "g", "b"} <= columns.keys() else None)
+    bits = columns[packed]
+    # PCL packs 0xAARRGGBB into 32 bits, often declared as a float: its bits count, not its value
+    if layout.fields[packed].kind == "<f4":
+        bits = np.ascontiguousarray(bits, "<f4").view("<u4")
+    bits = bits.astype(np.int64)
+    rgb = (bits >> 16) & 255, (bits >> 8) & 255, bits & 255
+    return RawPoints(_columns_to_points(columns, layout, None).xyz, rgb, 255.0)
 
 
 _PCD_TYPES = {(k, s) for k, sizes in {"F": "48", "I": "1248", "U": "1248"}.items() for s in sizes}
 
 
-def _unpack_rgb(column: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """PCL packs 0xAARRGGBB into 32 bits, often declared as a float: its bits count, not its value."""
-    bits = np.ascontiguousarray(column, "<f4").view("<u4") if kind == "<f4" else column.astype(np.int64)
-    return (bits >> 16) & 255, (bits >> 8) & 255, bits & 255
-
-
-def _unpack_columns(data: Buffer, offset: int, count: int, fields: list[tuple[str, str]]) -> dict[str, np.ndarray]:
-    """binary_compressed: uint32 packed size, uint32 unpacked size, LZF data; column after column."""
-    sizes = [count * np.dtype(kind).itemsize for _, kind in fields]
-    if len(data) < offset + 8:
-        raise PointCloudError("the file ends before the compressed data")
-    packed, unpacked = struct.unpack_from("<II", data, offset)
+def _unpack_columns(data: Buffer, start: int, count: int, layout: Layout) -> dict[str, np.ndarray]:
+    """binary_compressed: uint32 packed size, uint32 unpacked size, LZF data; field after field."""
+    left = len(data) - start - 8
+    packed, unpacked = struct.unpack_from("<II", data, start) if left >= 0 else (0, 0)
     # LZF turns three bytes into at most 264
-    if unpacked != sum(sizes) or packed > len(data) - offset - 8 or unpacked > 88 * packed:
+    if unpacked != count * layout.record or packed > left or unpacked > 88 * packed:
         raise PointCloudError(
-            f"the header promises {count} points ({sum(sizes)} bytes), the compressed block declares {unpacked} bytes "
-            f"in {packed}, and {len(data) - offset - 8} follow"
+            f"the header promises {count} points ({count * layout.record} bytes), the compressed block declares "
+            f"{unpacked} bytes in {packed}, and {max(left, 0)} follow it"
         )
-    table = _lzf_decompress(bytes(data[offset + 8 : offset + 8 + packed]), unpacked)
-    columns, start = {}, 0
-    for (name, kind), size in zip(fields, sizes, strict=True):
-        columns[name] = np.frombuffer(table, kind, count, start)
-        start += size
-    return columns
+    table = _lzf_decompress(bytes(data[start + 8 : start + 8 + packed]), unpacked)
+    return {
+        name: np.frombuffer(table, field.kind, count, field.offset * count) for name, field in layout.fields.items()
+    }
 
 
 def _lzf_decompress(packed: bytes, size: int) -> bytes:
@@ -249,15 +248,11 @@ def read_las(data: Buffer) -> RawPoints:
     colour = _LAS_COLOUR_OFFSET.get(kind)
     if kind > 10 or record < (20 if colour is None else colour + 6):
         raise PointCloudError(f"LAS point format {kind} with records of {record} bytes is not supported")
-    _check_size(data, start, count, record)
     scale = struct.unpack_from("<6d", data, 131)
-    offsets = {"x": 0, "y": 4, "z": 8}
-    formats = ["<i4"] * 3
+    fields = {"x": Field("<i4", 0, 0), "y": Field("<i4", 4, 0), "z": Field("<i4", 8, 0)}
     if colour is not None:
-        offsets |= {"red": colour, "green": colour + 2, "blue": colour + 4}
-        formats += ["<u2"] * 3
-    layout = np.dtype({"names": list(offsets), "formats": formats, "offsets": [*offsets.values()], "itemsize": record})
-    table = np.frombuffer(data, layout, count, start)
+        fields |= {name: Field("<u2", colour + 2 * i, 0) for i, name in enumerate(("red", "green", "blue"))}
+    table = _binary_table(data, start, count, Layout(fields, record, 0))
     x, y, z = (table[axis] * scale[i] + scale[3 + i] for i, axis in enumerate("xyz"))
     rgb = (table["red"], table["green"], table["blue"]) if colour is not None else None
     return RawPoints((x, y, z), rgb, 65535.0)
@@ -276,34 +271,47 @@ def _check_size(data: Buffer, start: int, count: int, width: int, what: str = "p
         )
 
 
-def _xyz_names(kinds: dict) -> tuple[str, str, str]:
-    if not {"x", "y", "z"} <= kinds.keys():
-        raise PointCloudError(f"expected the fields x, y and z, got {', '.join(kinds)[:200] or 'none'}")
-    return "x", "y", "z"
+def _layout(specs: Iterable[tuple[str, str, int]]) -> Layout:
+    """Fields laid end to end, given as (name, numpy type, how many of them); the first of a repeated name counts."""
+    fields: dict[str, Field] = {}
+    record = width = 0
+    for name, kind, count in specs:
+        if count:
+            fields.setdefault(name, Field(kind, record, width))
+        record += count * np.dtype(kind).itemsize
+        width += count
+    if not {"x", "y", "z"} <= fields.keys():
+        raise PointCloudError(f"expected the fields x, y and z, got {', '.join(fields)[:200] or 'none'}")
+    return Layout(fields, record, width)
 
 
-def _three(columns: dict[str, np.ndarray], names) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    a, b, c = names
-    return columns[a], columns[b], columns[c]
+def _columns_to_points(columns: dict[str, np.ndarray], layout: Layout, rgb: tuple[str, str, str] | None) -> RawPoints:
+    xyz = columns["x"], columns["y"], columns["z"]
+    if rgb is None:
+        return RawPoints(xyz, None, None)
+    kind = layout.fields[rgb[0]].kind[-2:]
+    full_scale = 65535.0 if kind == "u2" else 255.0 if kind[0] in "iu" else None
+    return RawPoints(xyz, (columns[rgb[0]], columns[rgb[1]], columns[rgb[2]]), full_scale)
 
 
-def _binary_table(data: Buffer, start: int, count: int, fields: list[tuple[str, str]]) -> dict[str, np.ndarray]:
-    layout = np.dtype(fields)
-    _check_size(data, start, count, layout.itemsize)
-    table = np.frombuffer(data, layout, count, start)
-    return {name: table[name] for name, _ in fields}
+def _binary_table(data: Buffer, start: int, count: int, layout: Layout) -> dict[str, np.ndarray]:
+    _check_size(data, start, count, layout.record)
+    kinds, offsets = [f.kind for f in layout.fields.values()], [f.offset for f in layout.fields.values()]
+    names = [*layout.fields]
+    dtype = np.dtype({"names": names, "formats": kinds, "offsets": offsets, "itemsize": layout.record})
+    table = np.frombuffer(data, dtype, count, start)
+    return {name: table[name] for name in names}
 
 
-def _text_table(
-    data: Buffer, start: int, count: int, names: list[str], wanted: list[str], skip: int = 0
-) -> dict[str, np.ndarray]:
-    _check_size(data, start, count, 2 * len(names), slack=1)
+def _text_table(data: Buffer, start: int, count: int, layout: Layout, skip: int = 0) -> dict[str, np.ndarray]:
+    _check_size(data, start, count, 2 * layout.width, slack=1)
+    names = layout.fields.keys() & _TEXT_COLUMNS
     rows = io.StringIO(data[start:].decode("latin-1"))
-    picked = [names.index(name) for name in wanted]
+    picked = [layout.fields[name].column for name in names]
     try:
         table = np.loadtxt(rows, skiprows=skip, max_rows=count, usecols=picked, ndmin=2, comments=None)
     except ValueError as error:
-        raise PointCloudError(f"expected {count} rows of {len(names)} numbers: {error}") from error
+        raise PointCloudError(f"expected {count} rows of {layout.width} numbers: {error}") from error
     if len(table) != count:
         raise PointCloudError(f"the header promises {count} points, {len(table)} rows follow it")
-    return dict(zip(wanted, table.T, strict=True))
+    return dict(zip(names, table.T, strict=True))

@@ -1,0 +1,107 @@
+"""The pre-flight check names, counts and, if asked, skips bad objects."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import trimesh
+
+from pointalign.data import check as check_module
+from pointalign.data.check import BadObjectsError, check
+from pointalign.data.dataset import ConversationDataset
+
+CLOUD = np.random.default_rng(0).random((64, 6)).astype(np.float32)
+
+
+def build(folder, clouds, pairs=()):
+    """A data set of one conversation per object of `clouds` (name -> array, None = no file) and per pair of names."""
+    entries = []
+    for ids in [*clouds, *pairs]:
+        human = "<point>" * (1 if isinstance(ids, str) else len(ids)) + " What?"
+        turns = [{"from": "human", "value": human}, {"from": "gpt", "value": "It."}]
+        entries.append({"object_id": ids, "conversations": turns})
+    for name, cloud in clouds.items():
+        if cloud is not None:
+            np.save(folder / f"{name}_8192.npy", cloud)
+    (folder / "annotation.json").write_text(json.dumps(entries))
+    return ConversationDataset(folder / "annotation.json", folder)
+
+
+def broken():
+    cloud = CLOUD.copy()
+    cloud[5, 0] = np.nan
+    return {"good": CLOUD, "missing": None, "nan": cloud, "small": CLOUD[:31], "other": CLOUD + 1 / 255}
+
+
+def test_good_data_passes(tmp_path):
+    dataset = build(tmp_path, {"a": CLOUD, "b": CLOUD}, [["a", "b"]])
+    trimesh.creation.box().export(tmp_path / "mesh.ply")
+    report = check(dataset, num_groups=64)
+    assert (report.objects, report.read_in_full, report.bad) == (2, 2, {})
+    assert str(report) == "2 objects checked (all read in full), none bad" and len(dataset) == 3
+
+
+def test_bad_objects_stop_the_run_and_are_all_named(tmp_path):
+    dataset = build(tmp_path, broken() | {"other": CLOUD})
+    with pytest.raises(BadObjectsError) as caught:
+        check(dataset, num_groups=32)
+    message = str(caught.value)
+    assert message.startswith("3 of 5 objects are bad (all read in full):") and "--data.skip_bad" in message
+    assert "missing: no cloud of object 'missing'" in message and "point 5 has coordinates" in message
+    assert "31 points, the encoder needs at least 32" in message
+    assert len(dataset) == 5
+
+
+def test_skip_bad_drops_their_conversations(tmp_path, capsys):
+    dataset = build(tmp_path, broken() | {"other": CLOUD}, [["good", "other"], ["good", "nan"]])
+    report = check(dataset, num_groups=32, skip_bad=True)
+    assert sorted(report.bad) == ["missing", "nan", "small"] and report.dropped_conversations == 4
+    assert [c.object_ids for c in dataset.conversations] == [("good",), ("other",), ("good", "other")]
+    printed = capsys.readouterr().err
+    assert "3 of 5 objects are bad" in printed and "4 conversations about them were dropped" in printed
+
+
+def test_skip_bad_needs_something_left(tmp_path):
+    with pytest.raises(BadObjectsError, match="No conversation is left"):
+        check(build(tmp_path, {"a": None}), num_groups=32, skip_bad=True)
+
+
+def test_ten_are_named_and_all_counted(tmp_path):
+    with pytest.raises(BadObjectsError) as caught:
+        check(build(tmp_path, {f"o{i:02}": None for i in range(25)} | {"good": CLOUD}), num_groups=32)
+    message = str(caught.value)
+    assert "25 of 26 objects" in message and "o09" in message and "o10" not in message and "and 15 more" in message
+
+
+def test_large_sets_are_sampled_and_headers_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_module, "FULL_READ_LIMIT", 20)
+    monkeypatch.setattr(check_module, "FULL_READ_SAMPLE", 5)
+    dataset = build(tmp_path, {f"o{i:02}": CLOUD for i in range(30)} | {"none": None, "small": CLOUD[:8]})
+    for name in ("o03", "o17", "o29"):  # truncated: the header gives them away, read in full or not
+        path = tmp_path / f"{name}_8192.npy"
+        path.write_bytes(path.read_bytes()[:-1])
+    trimesh.creation.box().export(tmp_path / "o11.stl")
+    (tmp_path / "o11_8192.npy").unlink()
+    report = check(dataset, num_groups=32, skip_bad=True)
+    assert report.read_in_full == 5 and "(5 read in full)" in str(report)
+    assert sorted(report.bad) == ["none", "o03", "o17", "o29", "small"]
+
+
+def test_command_line(tmp_path, capsys):
+    build(tmp_path, {"a": CLOUD})
+    command = [
+        sys.executable,
+        "-m",
+        "pointalign.data.check",
+        str(tmp_path / "annotation.json"),
+        "--clouds",
+        str(tmp_path),
+    ]
+    bad = subprocess.run(command, capture_output=True, text=True)
+    assert bad.returncode == 1 and "at least 512" in bad.stderr and "Traceback" not in bad.stderr
+    check_module.main([*command[3:], "--num_groups", "64"])
+    assert "1 conversations; 1 objects checked (all read in full), none bad" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no such annotation file"):
+        check_module.main([str(tmp_path / "gone.json"), "--clouds", str(tmp_path)])

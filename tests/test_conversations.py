@@ -1,0 +1,144 @@
+"""PointLLM annotations: what is read, what is refused and how, and the chat messages made of them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pointalign.data.conversations import (
+    CORRUPT_IDS,
+    AnnotationError,
+    Conversation,
+    load_conversations,
+    to_messages,
+)
+
+
+def turns(*texts):
+    return [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
+
+
+def entry(object_id="a", texts=("<point>\nWhat is this?", "A chair."), **fields):
+    return {"object_id": object_id, "conversations": turns(*texts), **fields}
+
+
+def annotation(tmp_path, entries):
+    path = tmp_path / "annotation.json"
+    path.write_text(entries if isinstance(entries, str) else json.dumps(entries))
+    return path
+
+
+def test_entries_are_read(tmp_path):
+    multi = ("<point>\nWhat is it?", "A lamp.", "Which colour?", "Red.")
+    entries = [
+        entry(),
+        entry("b", multi, conversation_type="multi_round"),
+        entry(["a", "b"], ("Compare <point> and <point>.", "Both are lamps."), conversation_type="single_round"),
+    ]
+    first, second, third = load_conversations(annotation(tmp_path, entries))
+    assert first == Conversation(
+        ("a",), "simple_description", (("user", "<point>\nWhat is this?"), ("assistant", "A chair."))
+    )
+    assert second.conversation_type == "multi_round"
+    assert second.turns == tuple(zip(("user", "assistant") * 2, multi, strict=True))
+    assert third.object_ids == ("a", "b")
+
+
+def test_types_and_corrupt_ids_are_filtered(tmp_path):
+    corrupt = sorted(CORRUPT_IDS)
+    assert len(corrupt) == 2
+    pair = entry(["a", corrupt[1]], ("<point><point> Compare.", "They differ."))
+    entries = [entry(), entry("b", conversation_type="single_round"), entry(corrupt[0]), pair]
+    path = annotation(tmp_path, entries)
+    assert [c.object_ids for c in load_conversations(path)] == [("a",), ("b",)]
+    assert [c.object_ids for c in load_conversations(path, ["single_round"])] == [("b",)]
+    with pytest.raises(AnnotationError, match="no conversation of detailed_description; the file holds simple_desc"):
+        load_conversations(path, ["detailed_description"])
+
+
+def test_files_that_hold_no_list(tmp_path):
+    with pytest.raises(AnnotationError, match="no such annotation file"):
+        load_conversations(tmp_path / "gone.json")
+    with pytest.raises(AnnotationError, match="not JSON, line 2 column 4"):
+        load_conversations(annotation(tmp_path, "[\n1, }"))
+    with pytest.raises(AnnotationError, match="expected a JSON list of entries, got dict"):
+        load_conversations(annotation(tmp_path, entry()))
+    with pytest.raises(AnnotationError, match="the file holds no entries"):
+        load_conversations(annotation(tmp_path, []))
+    for raw in (b"", b"\xff\xfe\x00[", b"\x80\x81", b"[" * 100_000):
+        (tmp_path / "raw.json").write_bytes(raw)
+        with pytest.raises(AnnotationError, match=r"raw\.json: not JSON"):
+            load_conversations(tmp_path / "raw.json")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("text", "expected an object, got str"),
+        ({"conversations": turns("<point>", "b")}, "field 'object_id' is missing, got conversations"),
+        ({"object_id": "a"}, "field 'conversations' is missing"),
+        (entry(7), "object_id must be a name"),
+        (entry([]), "object_id must be a name"),
+        (entry(""), "object_id must be a name"),
+        (entry("../secret"), r"without '..' in it; got \['../secret'\]"),
+        (entry("/etc/secret"), "object_id must be a name"),
+        (entry(conversation_type=3), "conversation_type must be a string"),
+        (entry(texts=()), "human and gpt turns in pairs, got 0"),
+        (entry(texts=("<point> a", "b", "c")), "in pairs, got 3"),
+        ({"object_id": "a", "conversations": "hello"}, "in pairs, got str"),
+        ({"object_id": "a", "conversations": [1, 2]}, "turn 0 must be .* non-empty text"),
+        (entry(texts=("<point> a", "  ")), "turn 1 must be .* non-empty text"),
+        (
+            {"object_id": "a", "conversations": turns("<point> a", "b")[::-1]},
+            "turn 0 must come from 'human', got 'gpt'",
+        ),
+        ({"object_id": "a", "conversations": turns("<point> a")[:1] * 2}, "turn 1 must come from 'gpt', got 'human'"),
+        (entry(texts=("What is this?", "b")), "turn 0 holds <point> 0 times, expected 1"),
+        (entry(texts=("<point><point>", "b")), "turn 0 holds <point> 2 times, expected 1"),
+        (entry(["a", "b"], ("<point>", "b")), "turn 0 holds <point> 1 times, expected 2"),
+        (entry(texts=("<point>", "b <point>")), "turn 1 holds <point> 1 times, expected 0 .only the first"),
+        (entry(texts=("<point>", "b", "<point>", "c")), "turn 2 holds <point> 1 times, expected 0"),
+    ],
+)
+def test_bad_entries_are_named(tmp_path, bad, message):
+    with pytest.raises(AnnotationError, match=f"annotation.json: entry 1: .*{message}"):
+        load_conversations(annotation(tmp_path, [entry(), bad]))
+
+
+def test_messages_of_one_cloud():
+    cloud = np.zeros((4, 6), np.float32)
+    question = "<point>\nWhat\nis this?\n"
+    conversation = Conversation(("a",), "x", (("user", question), ("assistant", "A chair."), ("user", "Its colour?")))
+    messages = to_messages(conversation, [cloud])
+    assert messages == [
+        {
+            "role": "user",
+            "content": [{"type": "point", "point": cloud}, {"type": "text", "text": "What\nis this?\n"}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "A chair."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Its colour?"}]},
+    ]
+    assert messages[0]["content"][0]["point"] is cloud
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Compare <point> and <point>.", ["Compare ", 0, " and ", 1, "."]),
+        ("<point>\n<point>\nCompare.", [0, 1, "Compare."]),
+        ("Compare:\n<point><point>", ["Compare:", 0, 1]),
+    ],
+)
+def test_several_clouds_stand_in_place(text, expected):
+    conversation = Conversation(("a", "b"), "x", (("user", text), ("assistant", "ok")))
+    content = to_messages(conversation, ["a.npy", "b.npy"])[0]["content"]
+    clouds = ["a.npy", "b.npy"]
+    assert content == [
+        {"type": "text", "text": e} if isinstance(e, str) else {"type": "point", "point": clouds[e]} for e in expected
+    ]
+
+
+def test_number_of_clouds_must_match():
+    conversation = Conversation(("a", "b"), "x", (("user", "<point><point>"), ("assistant", "ok")))
+    with pytest.raises(ValueError, match="expected 2 clouds, one per object id, got 1"):
+        to_messages(conversation, ["a.npy"])
