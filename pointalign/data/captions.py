@@ -67,7 +67,7 @@ def _names() -> dict[str, list[str]]:
 
 
 def read_name(title: str, object_id: str = "") -> ObjectName:
-    """A catalogue title as plain English: the committed correction of the object or the title, if there is one, else the
+    """A catalogue title as plain English: the committed correction of the object or the title if there is one, else the
     title without counters.
 
     The head noun is the last word before the first preposition ("chair with cushion" -> "chair").

@@ -2,8 +2,8 @@
 
     python -m pointalign.data.families CATALOGUE_FOLDER
 
-writes `furniture_data/splits.json` (object id -> family, split), `furniture_data/ATTRIBUTION.md` and the small clouds of
-`tests/clouds`. Objects that could give each other away are one family, and a family is never in two splits:
+writes `furniture_data/splits.json` (object id -> family, split), `furniture_data/ATTRIBUTION.md` and the small clouds
+of `tests/clouds`. Objects that could give each other away are one family, and a family is never in two splits:
 
 - the same creator and the same name once counts, sizes, shapes, colours, materials, poses and trailing phrases are gone
   ("sofa 2 seats" and "sofa 3 seats"; a series of wall sockets);

@@ -242,16 +242,15 @@ def describe_object(entry: CatalogueEntry, points: np.ndarray, family: str, spli
     }
 
 
-def build_furniture(
-    catalogues: Path, out: Path, workers: int | None = None, progress: Callable[[list], Iterable] = iter
-) -> dict[str, int]:
+def build_furniture(catalogues: Path, out: Path, progress: Callable[[list], Iterable] = iter) -> dict[str, int]:
     """Sample, measure and describe every object of the committed split; returns the number of objects per split.
 
     Args:
         catalogues: folder with the five `.sh3f` files.
         out: folder to write `clouds/`, `annotations/` and `objects.json` into.
-        workers: processes; default one per core.
         progress: wraps the list of pending objects, e.g. `tqdm`.
+
+    Raises ValueError if the catalogues lack an object of the committed split.
     """
     from .captions import conversations
 
@@ -263,7 +262,7 @@ def build_furniture(
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     clouds.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")  # forking a process that runs torch threads can deadlock
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         jobs = [pool.submit(_build_object, entry, **splits[entry.object_id], clouds=clouds) for entry in entries]
         records = [job.result() for job in progress(jobs)]
     (out / "objects.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
