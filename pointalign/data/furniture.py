@@ -20,10 +20,11 @@ import multiprocessing
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -105,16 +106,17 @@ def read_catalogues(folder: Path) -> list[CatalogueEntry]:
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 
-def load_scene(entry: CatalogueEntry):
+def load_scene(entry: CatalogueEntry) -> Any:
     """The object's mesh parts as a `trimesh.Scene`, one geometry per material."""
     import trimesh
+    from trimesh.resolvers import ZipResolver
 
     logging.getLogger("trimesh").setLevel(logging.CRITICAL)  # textures that the catalogue lacks: the material's colour
     folder = str(PurePosixPath(entry.model).parent) + "/"
     with zipfile.ZipFile(entry.archive) as files:
         beside = {n[len(folder) :]: io.BytesIO(files.read(n)) for n in files.namelist() if n.startswith(folder)}
     model = beside[PurePosixPath(entry.model).name]
-    resolver = trimesh.resolvers.ZipResolver(beside)
+    resolver = ZipResolver(beside)
     return trimesh.load_scene(model, file_type="obj", resolver=resolver, process=False)
 
 
@@ -211,11 +213,16 @@ def read_splits() -> dict[str, dict[str, str]]:
 
 
 def _build_object(entry: CatalogueEntry, family: str, split: str, clouds: Path) -> dict:
-    from .captions import measure, read_name
-
     points = sample_object(entry)
     np.save(clouds / f"{entry.object_id}_{POINTS}.npy", points)
-    name = read_name(entry.title)
+    return describe_object(entry, points, family, split)
+
+
+def describe_object(entry: CatalogueEntry, points: np.ndarray, family: str, split: str) -> dict:
+    """The object's record in `objects.json`."""
+    from .captions import measure, read_name
+
+    name = read_name(entry.title, entry.object_id)
     width, height, depth = entry.size_cm
     return {
         "object_id": entry.object_id,
@@ -235,16 +242,15 @@ def _build_object(entry: CatalogueEntry, family: str, split: str, clouds: Path) 
     }
 
 
-def build_furniture(
-    catalogues: Path, out: Path, workers: int | None = None, progress: Callable[[list], object] = iter
-) -> dict[str, int]:
+def build_furniture(catalogues: Path, out: Path, progress: Callable[[list], Iterable] = iter) -> dict[str, int]:
     """Sample, measure and describe every object of the committed split; returns the number of objects per split.
 
     Args:
         catalogues: folder with the five `.sh3f` files.
         out: folder to write `clouds/`, `annotations/` and `objects.json` into.
-        workers: processes; default one per core.
         progress: wraps the list of pending objects, e.g. `tqdm`.
+
+    Raises ValueError if the catalogues lack an object of the committed split.
     """
     from .captions import conversations
 
@@ -256,7 +262,7 @@ def build_furniture(
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     clouds.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")  # forking a process that runs torch threads can deadlock
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         jobs = [pool.submit(_build_object, entry, **splits[entry.object_id], clouds=clouds) for entry in entries]
         records = [job.result() for job in progress(jobs)]
     (out / "objects.json").write_text(json.dumps(records, indent=1), encoding="utf-8")

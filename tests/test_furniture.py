@@ -1,0 +1,363 @@
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from made_catalogue import make_catalogue, quarters
+
+from pointalign import assets
+from pointalign.data import captions, families, furniture
+
+TILT = "1 0 0 0 0 1 0 -1 0"  # z up -> y up
+CLOUDS = Path(__file__).parent / "clouds"
+RED, GREEN, BLUE, WHITE = (255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255), (255, 255, 255, 255)
+
+
+def box(width, height, depth, count=8192, colour=(0.9, 0.1, 0.1), seed=0):
+    mesh = trimesh.creation.box((width, height, depth))
+    points, _ = trimesh.sample.sample_surface(mesh, count, seed=seed)
+    return furniture.normalise(np.concatenate([points, np.tile(colour, (count, 1))], axis=1))
+
+
+def record(points, name="box", size=(1, 1, 1), **extra):
+    named = captions.read_name(name)
+    return {
+        "object_id": f"made-{name}",
+        "name": named.name,
+        "head_noun": named.head,
+        "noun_phrase": named.phrase,
+        "plural": named.plural,
+        "category": "kitchen",
+        "width_cm": size[0],
+        "height_cm": size[1],
+        "depth_cm": size[2],
+        **captions.measure(points, size),
+        **extra,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ catalogue
+
+
+def test_catalogue_is_parsed(tmp_path):
+    path = make_catalogue(
+        tmp_path / "Scopia.sh3f",
+        [
+            {"id": "Seat 1", "name": "Caf\\u00e9 chair", "creator": "Jos\xe9", "rotation": TILT},
+            {"id": "lamp", "name": "Lamp 16:9", "size": (1.5, 2, 3)},
+        ],
+    )
+    first, second = furniture.read_catalogue(path)
+    assert (first.object_id, first.title, first.creator, first.license) == (
+        "made-up-seat-1",
+        "Café chair",
+        "José",
+        "CC-BY-3.0",
+    )
+    assert first.rotation == (1, 0, 0, 0, 0, 1, 0, -1, 0) and second.rotation == (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    assert second.size_cm == (1.5, 2, 3)
+
+
+def test_unknown_catalogue_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Other\.sh3f: expected a catalogue with a known licence"):
+        furniture.read_catalogue(make_catalogue(tmp_path / "Other.sh3f", []))
+
+
+def test_ids_must_be_unique(tmp_path):
+    for name in furniture.LICENSES:
+        make_catalogue(tmp_path / f"{name}.sh3f", [{"id": "same", "name": "Chair"}] if name[0] in "KR" else [])
+    with pytest.raises(ValueError, match="made-up-same"):
+        furniture.read_catalogues(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_points_follow_the_area_of_the_faces(tmp_path):
+    entry = {"id": "a", "name": "Chair", "size": (10.0, 30.0, 20.0), "kd": "0.2 0.4 0.6"}  # areas 300 and 100
+    (entry,) = furniture.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [entry]))
+    points = furniture.sample_surface(furniture.load_scene(entry), 20_000, seed=1)
+    upright = np.isclose(points[:, 2], 0) & (points[:, 1] > 1e-9)
+    assert upright.mean() == pytest.approx(0.75, abs=0.015)
+    assert points[upright, :2].mean(0) == pytest.approx([5, 15], rel=0.03)
+    assert np.allclose(points[:, 3:], [0.2, 0.4, 0.6], atol=1 / 255)
+    assert np.array_equal(points, furniture.sample_surface(furniture.load_scene(entry), 20_000, seed=1))
+
+
+def test_colours_come_from_the_texture_at_the_interpolated_place(tmp_path):
+    item = {
+        "id": "a",
+        "name": "Chair",
+        "size": (10.0, 10.0, 1e-6),
+        "image": quarters(RED, GREEN, BLUE, WHITE),
+        "kd": "0 0 0",
+    }
+    (entry,) = furniture.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [item]))
+    points = furniture.sample_surface(furniture.load_scene(entry), 4000, seed=0)
+    x, y = points[:, 0] / 10, points[:, 1] / 10
+    inner = (abs(x - 0.5) > 0.02) & (abs(y - 0.5) > 0.02) & (np.minimum(x, y) > 0.02) & (np.maximum(x, y) < 0.98)
+    for right, upper, colour in ((0, 1, RED), (1, 1, GREEN), (0, 0, BLUE), (1, 0, WHITE)):
+        here = inner & ((x > 0.5) == bool(right)) & ((y > 0.5) == bool(upper))
+        assert here.sum() > 700
+        assert np.allclose(points[here, 3:], np.array(colour[:3]) / 255)
+
+
+def test_transparent_texels_are_cut_out(tmp_path):
+    clear = (0, 255, 0, 0)
+    item = {"id": "a", "name": "Plant", "size": (10.0, 10.0, 1e-6), "image": quarters(RED, clear, clear, RED)}
+    (entry,) = furniture.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [item]))
+    points = furniture.sample_surface(furniture.load_scene(entry), 4000, seed=0)
+    assert points.shape == (4000, 6)
+    assert ((points[:, 0] < 5) == (points[:, 1] > 5)).mean() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("scene", "message"),
+    [
+        (trimesh.Scene(), "no faces"),
+        (trimesh.Scene(trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [2, 0, 0]], [[0, 1, 2]], process=False)), "no area"),
+    ],
+)
+def test_nothing_to_sample_is_an_error(scene, message):
+    with pytest.raises(ValueError, match=message):
+        furniture.sample_surface(scene, 10, seed=0)
+
+
+def test_cloud_is_rotated_and_normalised(tmp_path):
+    item = {"id": "a", "name": "Chair", "size": (10.0, 20.0, 40.0), "rotation": TILT}
+    (entry,) = furniture.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [item]))
+    points = furniture.sample_object(entry)
+    assert points.shape == (8192, 6) and points.dtype == np.float32
+    assert np.linalg.norm(points[:, :3], axis=1).max() == pytest.approx(1, abs=1e-6)
+    assert np.abs(points[:, :3].mean(0)).max() < 1e-6
+    sides = np.ptp(points[:, :3], axis=0)
+    assert sides / sides[0] == pytest.approx([1, 4, 2], rel=0.05), "the model's z became the height"
+
+
+# ---------------------------------------------------------------------------------------------------------------- facts
+
+
+def test_names_and_head_nouns():
+    read = captions.read_name
+    assert read("Office chair") == captions.ObjectName("office chair", "chair", "an office chair", False)
+    assert read("Sofa 2 seats").name == "sofa"
+    assert read("Chair with cushion").head == "chair" and read("Glass of wine").head == "glass"
+    assert read("Tulips").plural and read("Tulips").head == "tulip"
+    assert read("TV remote control").phrase == "a remote control" and read("Urinal").phrase == "a urinal"
+    assert not read("Bus").plural and not read("Wine glass").plural and read("Bread").phrase == "bread"
+
+
+@pytest.mark.parametrize(
+    ("rgb", "name"),
+    [
+        ((0, 0, 0), "black"),
+        ((0.5, 0.5, 0.5), "gray"),
+        ((1, 1, 1), "white"),
+        ((0.8, 0.05, 0.05), "red"),
+        ((0.4, 0.25, 0.1), "brown"),
+        ((0.1, 0.5, 0.1), "green"),
+        ((0.1, 0.2, 0.7), "blue"),
+        ((0.95, 0.85, 0.2), "yellow"),
+    ],
+)
+def test_palette(rgb, name):
+    assert captions.colour_shares(np.tile(rgb, (10, 1))) == {name: 1.0}
+
+
+def test_colour_shares_are_measured_and_a_near_tie_has_no_main_colour():
+    rgb = np.array([[0.8, 0, 0]] * 70 + [[0, 0, 0.7]] * 28 + [[1, 1, 1]] * 2, dtype=float)
+    assert captions.colour_shares(rgb) == {"red": 0.7, "blue": 0.28}
+    assert captions.main_colour({"colors": {"red": 0.7, "blue": 0.28}, "head_noun": "box"}) == "red"
+    assert captions.main_colour({"colors": {"red": 0.5, "blue": 0.45}, "head_noun": "box"}) is None
+    assert captions.main_colour({"colors": {"red": 0.7, "blue": 0.28}, "head_noun": "woman"}) is None
+
+
+def test_mirror_symmetry_of_known_shapes():
+    facts = captions.measure(box(1, 2, 3), (1, 2, 3))
+    assert facts["mirror_left_right"] is True and facts["mirror_front_back"] is True
+    bent = np.concatenate([box(4, 1, 1)[::2], box(1, 1, 3)[::2] + np.array([0.9, 0, 0.9, 0, 0, 0])])  # an L from above
+    facts = captions.measure(bent, (1, 1, 1))
+    assert facts["mirror_left_right"] is False and facts["mirror_front_back"] is False
+
+
+def test_catalogue_scale_needs_the_same_proportions():
+    assert captions.measure(box(1, 2, 3), (20, 40, 60))["catalogue_scale"]
+    assert not captions.measure(box(1, 2, 3), (20, 40, 80))["catalogue_scale"]
+
+
+def answers(item):
+    found = captions.questions(item, np.random.default_rng(0))
+    return {fact: answer for questions in found.values() for fact, _, answer in questions}
+
+
+def test_answers_about_a_tall_box():
+    said = answers(record(box(2, 5, 1), size=(40, 100, 20)))
+    assert said["taller_than_wide"].startswith("Yes, ") and said["wider_than_deep"].startswith("Yes, ")
+    assert said["longest_side"] == "The height." and said["shortest_side"] == "The depth."
+    assert said["main_color"] == "Red." and said["mirror_left_right"].startswith("Yes, ")
+    (metric,) = [said[fact] for fact in said if "_from_" in fact]
+    assert metric in {"About 40 cm.", "About 100 cm.", "About 20 cm."}
+
+
+def test_nothing_is_asked_within_ten_percent_of_a_tie():
+    said = answers(record(box(1.05, 1, 1)))
+    assert not said.keys() & {"taller_than_wide", "wider_than_deep", "longest_side", "shortest_side"}
+    said = answers(record(box(3, 1, 2.9)))
+    assert "longest_side" not in said and said["shortest_side"] == "The height."
+    assert said["taller_than_wide"].startswith("No, ")
+
+
+def test_metric_answers_state_their_scale():
+    wrong_scale = answers(record(box(2, 5, 1), size=(40, 100, 60)))
+    assert not [fact for fact in wrong_scale if "_from_" in fact]
+    for entry in captions.conversations(record(box(2, 5, 1), size=(40, 100, 20))):
+        for human, gpt in zip(entry["conversations"][::2], entry["conversations"][1::2], strict=True):
+            assert (" cm" in gpt["value"]) == (" cm " in human["value"])
+
+
+def test_conversations_follow_the_schema_and_repeat_exactly():
+    item = record(box(2, 5, 1), name="Office chair", size=(40, 100, 20))
+    entries = captions.conversations(item)
+    assert entries == captions.conversations(json.loads(json.dumps(item)))
+    kinds = defaultdict(list)
+    for entry in entries:
+        kinds[entry["conversation_type"]].append(entry["conversations"])
+        turns = entry["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert turns[0]["value"].startswith("<point>\n")
+        assert sum(turn["value"].count("<point>") for turn in turns) == 1
+    assert {k: len(v) for k, v in kinds.items()} == {
+        "simple_description": 2,
+        "detailed_description": 1,
+        "single_round": 5,
+        "multi_round": 1,
+    }
+    named = {"from": "gpt", "value": "This is an office chair."}
+    assert kinds["simple_description"][0] == [{"from": "human", "value": "<point>\nWhat is this?"}, named]
+    assert len(kinds["multi_round"][0]) >= 4
+    assert "mostly red" in kinds["detailed_description"][0][1]["value"]
+
+
+def test_a_persons_colour_is_not_spoken_of():
+    text = json.dumps(captions.conversations(record(box(1, 4, 1), name="Sitting female")))
+    assert "a sitting woman" in text and "red" not in text and "color" not in text
+
+
+# ------------------------------------------------------------------------------------------------- families and splits
+
+
+def test_core_names_join_a_series():
+    core = families.core_name
+    assert core("double wall socket") == core("wall socket") == "socket"
+    assert core("chair with a cushion") == "chair" and core("small round table") == "table"
+    assert core("office chair") != core("chair")
+
+
+def test_near_duplicates_join_families():
+    keys = {"a": "x-chair", "b": "y-chair", "c": "z-chair", "d": "z-chair"}
+    joined = families.group(keys, [("b", "c")])
+    assert joined == {"a": "x-chair", "b": "y-chair", "c": "y-chair", "d": "y-chair"}
+
+
+def test_near_pairs_are_two_samples_of_one_shape_with_one_name():
+    clouds = {
+        "a": box(1, 2, 3)[:, :3],
+        "b": box(1, 2, 3, seed=1)[:, :3],
+        "c": box(1, 2, 2.6)[:, :3],
+        "d": box(1, 2, 3, seed=2)[:, :3],
+    }
+    heads = {"a": "box", "b": "box", "c": "box", "d": "chest"}
+    assert families.near_pairs(clouds, heads) == [("a", "b")]
+
+
+def test_same_mesh_in_the_same_colours_is_a_duplicate(tmp_path):
+    items = [
+        {"id": "a", "name": "Chair"},
+        {"id": "b", "name": "Stool"},
+        {"id": "c", "name": "Chair", "kd": "0 1 0"},
+        {"id": "d", "name": "Chair", "size": (61.0, 90.0, 30.0)},
+    ]
+    digests = [
+        families.mesh_digest(e) for e in furniture.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", items))
+    ]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
+def test_committed_split_keeps_families_together_and_its_shares():
+    splits = furniture.read_splits()
+    where = defaultdict(set)
+    for value in splits.values():
+        where[value["family"]].add(value["split"])
+    assert all(len(found) == 1 for found in where.values())
+    assert len(splits) > 800
+    for split, share in zip(furniture.SPLITS, families.SHARES, strict=True):
+        objects = sum(value["split"] == split for value in splits.values()) / len(splits)
+        assert objects == pytest.approx(share, abs=families.TOLERANCE)
+    salt = families.balanced_salt({i: value["family"] for i, value in splits.items()})
+    assert all(families.split_of(v["family"], salt) == v["split"] for v in splits.values())
+    sockets = {v["family"] for i, v in splits.items() if i.startswith("scopia") and "-plug-" in i}
+    assert len(sockets) == 1
+
+
+def test_every_object_is_attributed():
+    text = (furniture.SPLIT_FILE.parent / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert {row[0] for row in rows} == set(furniture.read_splits())
+    assert all(len(row) == 4 and row[2] and row[3] in furniture.LICENSES.values() for row in rows)
+    assert "SmolLM2-135M-Instruct" in text and "all-MiniLM-L6-v2" in text
+
+
+# -------------------------------------------------------------------------------------------------- committed and built
+
+
+def check_geometry(entry, points):
+    """Answers about the box agree with the cloud itself."""
+    width, height, depth = np.ptp(points[:, :3].astype(float), axis=0)
+    said = entry["conversations"][1]["value"]
+    if entry["fact"] == "taller_than_wide":
+        assert said.startswith("Yes, " if height > width else "No, ")
+    elif entry["fact"] == "wider_than_deep":
+        assert said.startswith("Yes, " if width > depth else "No, ")
+    elif entry["fact"] in ("longest_side", "shortest_side"):
+        pick = max if entry["fact"] == "longest_side" else min
+        assert said == f"The {pick([(width, 'width'), (height, 'height'), (depth, 'depth')])[1]}."
+    else:
+        return 0
+    return 1
+
+
+def test_sample_clouds_and_their_annotations():
+    entries = json.loads((CLOUDS / "annotations.json").read_text(encoding="utf-8"))
+    assert {entry["object_id"] for entry in entries} == families.SAMPLES
+    clouds = {i: np.load(CLOUDS / f"{i}_8192.npy", allow_pickle=False) for i in families.SAMPLES}
+    for points in clouds.values():
+        assert points.shape == (2048, 6) and points.dtype == np.float16
+        assert points[:, 3:].min() >= 0 and points[:, 3:].max() <= 1
+        assert np.linalg.norm(points[:, :3].astype(float), axis=1).max() <= 1.001
+    assert sum(check_geometry(e, clouds[e["object_id"]]) for e in entries if "fact" in e) >= 8
+
+
+def test_built_objects_match_the_committed_split(monkeypatch):
+    def absent(source, folder):
+        pytest.skip("the embedded objects are not built here: run `python -m pointalign.assets`")
+
+    monkeypatch.setattr(assets, "_obtain", absent)
+    folder = assets.furniture()
+    records = {r["object_id"]: r for r in json.loads((folder / "objects.json").read_text(encoding="utf-8"))}
+    splits = furniture.read_splits()
+    assert {i: {"family": r["family"], "split": r["split"]} for i, r in records.items()} == splits
+    checked = 0
+    for split in furniture.SPLITS:
+        entries = json.loads((folder / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
+        assert {e["object_id"] for e in entries} == {i for i, v in splits.items() if v["split"] == split}
+        for entry in entries:
+            text = " ".join(turn["value"] for turn in entry["conversations"])
+            if entry["conversation_type"] == "simple_description":
+                assert records[entry["object_id"]]["name"].lower() in text.lower()
+            if split == "test" and "fact" in entry:
+                points = np.load(io.BytesIO((folder / "clouds" / f"{entry['object_id']}_8192.npy").read_bytes()))
+                checked += check_geometry(entry, points)
+    assert checked > 50
