@@ -296,8 +296,15 @@ def test_committed_split_keeps_families_together_and_its_shares():
     for split, share in zip(furniture.SPLITS, families.SHARES, strict=True):
         objects = sum(value["split"] == split for value in splits.values()) / len(splits)
         assert objects == pytest.approx(share, abs=families.TOLERANCE)
-    salt = families.balanced_salt({i: value["family"] for i, value in splits.items()})
+    rows = (furniture.SPLIT_FILE.parent / "ATTRIBUTION.md").read_text(encoding="utf-8").splitlines()
+    titles = dict(row.strip("| ").split(" | ")[:2] for row in rows if row.startswith("| "))
+    heads = {i: captions.read_name(titles[i], i).head for i in splits}
+    salt = families.balanced_salt({i: value["family"] for i, value in splits.items()}, heads)
     assert all(families.split_of(v["family"], salt) == v["split"] for v in splits.values())
+    seen = {heads[i] for i, v in splits.items() if v["split"] == "train"}
+    for split in ("validation", "test"):
+        held_out = [heads[i] in seen for i, v in splits.items() if v["split"] == split]
+        assert sum(held_out) >= families.SEEN * len(held_out)
     sockets = {v["family"] for i, v in splits.items() if i.startswith("scopia") and "-plug-" in i}
     assert len(sockets) == 1
 

@@ -53,6 +53,7 @@ SAMPLES = {
     )
 }
 TOLERANCE = 0.015  # of the shares, in objects and in families
+SEEN = 0.65  # least part of the validation and test objects whose head noun occurs in training
 NEAR = 1.5  # chamfer distance below which two clouds count as one design, in units of their own sampling error
 MODIFIERS = set(PALETTE) | set(
     "small large little big high low upper lower corner round rounded square rectangular oval double triple quadruple "
@@ -122,14 +123,26 @@ def split_of(family: str, salt: int) -> str:
     return SPLITS[int(np.searchsorted(np.cumsum(SHARES[:-1]), fraction, side="right"))]
 
 
-def balanced_salt(families: dict[str, str]) -> int:
-    """The first salt under which objects and families are shared out as SHARES asks; families differ much in size."""
+def balanced_salt(families: dict[str, str], heads: dict[str, str]) -> int:
+    """The first salt that shares out objects and families as SHARES asks, with SEEN of each held-out part nameable.
+
+    Families differ much in size, so that a split by hash alone can end up far from its shares. Only counts are looked
+    at here. Raises ValueError if no salt serves.
+    """
     for salt in range(10_000):
-        for members in (list(families.values()), sorted(set(families.values()))):
-            counts = Counter(split_of(family, salt) for family in members)
-            if any(abs(counts[s] / len(members) - share) > TOLERANCE for s, share in zip(SPLITS, SHARES, strict=True)):
-                break
-        else:
+        split = {object_id: split_of(family, salt) for object_id, family in families.items()}
+        counts, of_families = (
+            Counter(split.values()),
+            Counter(dict(zip(families.values(), split.values(), strict=True)).values()),
+        )
+        even = all(
+            abs(count[part] / count.total() - share) <= TOLERANCE
+            for part, share in zip(SPLITS, SHARES, strict=True)
+            for count in (counts, of_families)
+        )
+        seen = {heads[object_id] for object_id in families if split[object_id] == "train"}
+        nameable = Counter(split[object_id] for object_id in families if heads[object_id] in seen)
+        if even and all(nameable[part] >= SEEN * counts[part] for part in SPLITS):
             return salt
     raise ValueError("no salt shares the families out evenly: the largest family is too large")
 
@@ -197,7 +210,7 @@ def main() -> None:
     heads = {entry.object_id: read_name(entry.title, entry.object_id).head for entry in entries}
     pairs = near_pairs({object_id: inspected[object_id][1] for object_id in kept}, heads)
     families = group({e.object_id: family_key(e) for e in entries if e.object_id in kept}, pairs)
-    salt = balanced_salt(families)
+    salt = balanced_salt(families, heads)
     splits = {i: {"family": family, "split": split_of(family, salt)} for i, family in sorted(families.items())}
     rows = [f" {json.dumps(object_id)}: {json.dumps(value)}" for object_id, value in splits.items()]
     SPLIT_FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
