@@ -119,9 +119,11 @@ class PointAlignTrainer(Trainer):
         self.point_learning_rate = point_learning_rate
         self.stop = StopOnInterrupt()
         self.add_callback(self.stop)
+        self.add_callback(TellEpoch(self.train_dataset))
         self._parts = {"ntp_loss": 0.0, "alignment_loss": 0.0}
         self._tokens = 0
-        self._steps_at_log, self._time_at_log = 0, time.perf_counter()
+        self._steps_at_log: int | None = None
+        self._time_at_log = time.perf_counter()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.point_learning_rate is None or self.optimizer is not None:
@@ -144,6 +146,8 @@ class PointAlignTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._steps_at_log is None:
+            self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
         if batches:
             rows = torch.stack([batch["point_mask"].sum() for batch in batches]).sum().to(device)
             if self.args.world_size > 1:
@@ -168,7 +172,7 @@ class PointAlignTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        steps = self.state.global_step - self._steps_at_log
+        steps = self.state.global_step - (self._steps_at_log or 0)
         if "loss" in logs and steps > 0:
             elapsed = time.perf_counter() - self._time_at_log
             for name, value in self._parts.items():
@@ -276,6 +280,17 @@ class StopOnInterrupt(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
+
+
+class TellEpoch(TrainerCallback):
+    """Tells the data set which epoch it is in; after a resume the data loader alone would not."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int(state.epoch or 0))
 
 
 def peak_memory_bytes() -> int:
