@@ -16,7 +16,6 @@ from pointalign import checkpointing
 from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
 
-
 # What a point branch learns before the projectors: these parameters may have a learning rate of their own.
 POINT_PARTS = tuple(f"model.model.{part}" for part in ("point_encoder", "point_mlp", "qformer", "query_tokens"))
 
@@ -59,9 +58,7 @@ class AlignedModel(nn.Module):
         assert features.encoder is not None, "encoder targets need the clouds themselves, not cached Q-Former features"
         return pool_tokens(features.encoder.detach(), self.config.num_query_tokens).flatten(0, 1)
 
-    def forward(
-        self, point_mask: Tensor, num_point_rows: Tensor | None = None, **inputs: Any
-    ) -> dict[str, Tensor]:
+    def forward(self, point_mask: Tensor, num_point_rows: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
         """Losses of one batch.
 
         Args:
@@ -73,7 +70,7 @@ class AlignedModel(nn.Module):
         Returns:
             `loss`, and detached `ntp_loss` and `alignment_loss`, each this batch's share of the global mean.
         """
-        # Mixed precision follows the language model: fp32 adapters and point branch compute in bf16 beside bf16 weights.
+        # Mixed precision follows the language model: beside bf16 weights, fp32 ones compute in bf16.
         dtype = self.model.model.language_model.dtype
         with torch.autocast(point_mask.device.type, dtype, enabled=dtype == torch.bfloat16):
             return self._losses(point_mask, num_point_rows, inputs | {"use_cache": False})
@@ -187,7 +184,7 @@ class PointAlignTrainer(Trainer):
             self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
         super().log(logs, start_time)
 
-    # -- checkpoints: complete or absent, safetensors and JSON -----------------------------------------------------------
+    # -- checkpoints: complete or absent, safetensors and JSON ---------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         run = Path(self.args.output_dir)
@@ -202,7 +199,9 @@ class PointAlignTrainer(Trainer):
                 (unfinished / name).rename(run / name)
         except OSError as error:
             complete = ", ".join(str(one) for one in checkpoints(run)) or "none"
-            raise OSError(f"checkpoint {name} could not be written: {error}; complete checkpoints: {complete}") from error
+            raise OSError(
+                f"checkpoint {name} could not be written: {error}; complete checkpoints: {complete}"
+            ) from error
         finally:
             self._unfinished = None
             if self.args.should_save:
