@@ -1,0 +1,520 @@
+"""Triton kernels of the alignment loss and their launches: eight for a whole forward and backward.
+
+    F1, F2  z = x W^T + b, a = silu(z)                 `linear_kernel`, activation in the epilogue
+    F3      y = a W^T in K-slices                      `linear_kernel`, fp32 partial sums (split-K)
+    L       y summed + b; cos, d(1 - cos)/dy per row   `cosine_kernel`
+    S       1 - mean cos                               `mean_kernel`, fixed order, no atomics
+    B3..B1  dx = dz W * silu'(z), dW = dz^T x, db      `backward_kernel`, one launch per linear
+
+L runs before the upstream gradient is known, so it writes the gradient of a single row's `1 - cos`; B3 multiplies its
+fp32 accumulators by upstream / M, read on the device. Running dgrad and wgrad of one linear in the same launch lets
+the many short wgrad tiles fill the multiprocessors that the few long dgrad tiles leave idle.
+
+Shape legend: L tapped layers, M rows of point tokens, C hidden size, H projector width, D target width; G projectors
+(L when stacked, 1 when shared) with R rows each (G * R = L * M); a linear maps K inputs to N outputs.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pointalign_kernels.reference import EPSILON
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Tile(NamedTuple):
+    """Output rows and columns of one program, depth of one step, warps and pipeline stages."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Largest first; the first tile that fills the card is taken. These are predictions (from shared memory, registers and
+# the number of programs) until a benchmark on the card says otherwise; POINTALIGN_AUTOTUNE=1 times all of them instead.
+TILES = {
+    80: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4)),
+    86: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
+    89: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
+    90: (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5), Tile(64, 32, 128, 4, 4)),
+    100: (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5), Tile(64, 32, 128, 4, 4)),
+    120: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
+}
+FLOAT32_TILES = (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2))  # fp32 without tf32 runs on the ordinary cores
+INTERPRETER_TILES = (Tile(128, 256, 256, 4, 1),)  # few, large steps: each one is a numpy call
+MAX_PARTS = 4  # K-slices of the last linear
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _product(
+    a_ptr, a_row, a_depth, b_ptr, b_depth, b_col, rows, cols, num_rows, num_cols, first, last,
+    DEPTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """fp32 tile `[rows, cols]` of a @ b over the depth range [first, last); EVEN: the range is a multiple of DEPTH."""
+    depth = first + tl.arange(0, DEPTH)
+    a_ptrs = a_ptr + rows[:, None] * a_row + depth[None, :] * a_depth
+    b_ptrs = b_ptr + depth[:, None] * b_depth + cols[None, :] * b_col
+    row_mask = rows[:, None] < num_rows
+    col_mask = cols[None, :] < num_cols
+    total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    for start in range(first, last, DEPTH):
+        if EVEN:
+            a = tl.load(a_ptrs, mask=row_mask, other=0.0)
+            b = tl.load(b_ptrs, mask=col_mask, other=0.0)
+        else:
+            left = last - start
+            a = tl.load(a_ptrs, mask=row_mask & (tl.arange(0, DEPTH)[None, :] < left), other=0.0)
+            b = tl.load(b_ptrs, mask=col_mask & (tl.arange(0, DEPTH)[:, None] < left), other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        a_ptrs += DEPTH * a_depth
+        b_ptrs += DEPTH * b_depth
+    return total
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,  # [G, R, K]
+    w_ptr,  # [G, N, K]
+    b_ptr,  # [G, N]
+    z_ptr,  # [G, R, N], or fp32 partial sums [parts, G, R, N] where SILU is off
+    a_ptr,  # [G, R, N]
+    R, N, K, part_size,
+    SILU: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
+    row_tiles = tl.cdiv(R, ROWS)
+    # Neighbouring programs share a weight tile, the larger operand, so it comes from device memory once.
+    rows = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) // row_tiles * COLS + tl.arange(0, COLS)
+    first = part * part_size
+    z = _product(
+        x_ptr + group * R * K, K, 1, w_ptr + group * N * K, 1, K,
+        rows, cols, R, N, first, tl.minimum(first + part_size, K), DEPTH, EVEN, PRECISION,
+    )  # fmt: skip
+    mask = (rows[:, None] < R) & (cols[None, :] < N)
+    place = rows[:, None] * N + cols[None, :]
+    if SILU:
+        z += tl.load(b_ptr + group * N + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        tl.store(z_ptr + group * R * N + place, z.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(a_ptr + group * R * N + place, (z * tl.sigmoid(z)).to(a_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(z_ptr + (part * tl.num_programs(1) + group) * R * N + place, z, mask=mask)
+
+
+@triton.jit
+def cosine_kernel(
+    y_ptr,  # [PARTS, rows, D] partial sums
+    b_ptr,  # [G, D]
+    t_ptr,  # [M, D]
+    cos_ptr,  # [rows] fp32
+    dy_ptr,  # [rows, D] gradient of each row's own 1 - cos
+    M, R, D, EPS: tl.constexpr,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < D
+    y = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        y += tl.load(y_ptr + (part * tl.num_programs(0) + row) * D + cols, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        y += tl.load(b_ptr + row // R * D + cols, mask=mask, other=0.0).to(tl.float32)
+    t = tl.load(t_ptr + row % M * D + cols, mask=mask, other=0.0).to(tl.float32)
+    y_norm = tl.sqrt(tl.sum(y * y, 0))
+    y_bound = tl.maximum(y_norm, EPS)
+    t_unit = t / tl.maximum(tl.sqrt(tl.sum(t * t, 0)), EPS)
+    cos = tl.sum(y / y_bound * t_unit, 0)
+    tl.store(cos_ptr + row, cos)
+    # Below the clamp the norm is still differentiated, as aten does; of a zero row it has no direction.
+    along = tl.where(y_norm > 0, y / tl.where(y_norm > 0, y_norm, 1.0), 0.0)
+    dy = (cos * along - t_unit) / y_bound
+    if LIMIT > 0:  # a row of (nearly) zero length would overflow fp16 to infinity
+        dy = tl.where(dy > LIMIT, LIMIT, tl.where(dy < -LIMIT, -LIMIT, dy))
+    tl.store(dy_ptr + row * D + cols, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def mean_kernel(cos_ptr, loss_ptr, M, BLOCK: tl.constexpr):
+    layer = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, M, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        total += tl.load(cos_ptr + layer * M + rows, mask=rows < M, other=0.0)
+    tl.store(loss_ptr + layer, 1 - tl.sum(total, 0) / M)
+
+
+@triton.jit
+def _input_gradient(
+    tile, dz_ptr, w_ptr, z_ptr, dx_ptr, scale, R, N, K, DSILU: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(R, ROWS)
+    rows = tile % row_tiles * ROWS + tl.arange(0, ROWS)
+    cols = tile // row_tiles * COLS + tl.arange(0, COLS)
+    dx = _product(dz_ptr, N, 1, w_ptr, K, 1, rows, cols, R, K, 0, N, DEPTH, EVEN, PRECISION)
+    mask = (rows[:, None] < R) & (cols[None, :] < K)
+    place = rows[:, None] * K + cols[None, :]
+    if DSILU:
+        z = tl.load(z_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(z)
+        dx *= gate * (1 + z * (1 - gate))
+    tl.store(dx_ptr + place, (dx * scale).to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_gradient(
+    tile, dz_ptr, x_ptr, dw_ptr, scale, R, N, K, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    col_tiles = tl.cdiv(K, COLS)
+    rows = tile // col_tiles * ROWS + tl.arange(0, ROWS)
+    cols = tile % col_tiles * COLS + tl.arange(0, COLS)
+    dw = _product(dz_ptr, 1, N, x_ptr, K, 1, rows, cols, N, K, 0, R, DEPTH, EVEN, PRECISION)
+    mask = (rows[:, None] < N) & (cols[None, :] < K)
+    tl.store(dw_ptr + rows[:, None] * K + cols[None, :], (dw * scale).to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bias_gradient(tile, dz_ptr, db_ptr, scale, R, N, COLS: tl.constexpr, DEPTH: tl.constexpr):
+    cols = tile * COLS + tl.arange(0, COLS)
+    total = tl.zeros((DEPTH, COLS), tl.float32)
+    for start in range(0, R, DEPTH):
+        rows = start + tl.arange(0, DEPTH)
+        mask = (rows[:, None] < R) & (cols[None, :] < N)
+        total += tl.load(dz_ptr + rows[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(db_ptr + cols, (tl.sum(total, 0) * scale).to(db_ptr.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
+def backward_kernel(
+    dz_ptr,  # [G, R, N]
+    w_ptr,  # [G, N, K]
+    x_ptr,  # [G, R, K] input of this linear
+    z_ptr,  # [G, R, K] what SiLU turned into x, where DSILU
+    upstream_ptr,  # [G] fp32 gradient of each loss, where SCALE
+    dx_ptr,  # [G, R, K]
+    dw_ptr,  # [G, N, K]
+    db_ptr,  # [G, N]
+    R, N, K, dx_tiles, dw_tiles,
+    DSILU: tl.constexpr, SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_R: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Programs in this order: tiles of dx (the longest first), tiles of dW, column blocks of db."""
+    tile = tl.program_id(0)
+    group = tl.program_id(1).to(tl.int64)
+    dz_ptr += group * R * N
+    scale = 1.0
+    if SCALE:
+        scale = tl.load(upstream_ptr + group) / R
+    if tile < dx_tiles:
+        _input_gradient(
+            tile, dz_ptr, w_ptr + group * N * K, z_ptr + group * R * K, dx_ptr + group * R * K, scale, R, N, K,
+            DSILU, EVEN_N, PRECISION, ROWS, COLS, DEPTH,
+        )  # fmt: skip
+    elif tile < dx_tiles + dw_tiles:
+        _weight_gradient(
+            tile - dx_tiles, dz_ptr, x_ptr + group * R * K, dw_ptr + group * N * K, scale, R, N, K,
+            EVEN_R, PRECISION, ROWS, COLS, DEPTH,
+        )  # fmt: skip
+    else:
+        _bias_gradient(tile - dx_tiles - dw_tiles, dz_ptr, db_ptr + group * N, scale, R, N, COLS, DEPTH)
+
+
+# ---------------------------------------------------------------- launches
+
+
+def _tiles(device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:
+    if INTERPRETED:
+        return INTERPRETER_TILES
+    if dtype == torch.float32:
+        return FLOAT32_TILES
+    major, minor = torch.cuda.get_device_capability(device)
+    return TILES[max(capability for capability in TILES if capability <= 10 * major + minor)]
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_tuned: dict[tuple, Tile] = {}
+
+
+def _choose(key: tuple, device: torch.device, dtype: torch.dtype, programs: Callable, launch: Callable) -> Tile:
+    """The largest tile whose `programs(tile)` fill the card; under POINTALIGN_AUTOTUNE=1 the fastest `launch(tile)`."""
+    tiles = _tiles(device, dtype)
+    if os.environ.get("POINTALIGN_AUTOTUNE") == "1" and not INTERPRETED:
+        key = (*key, dtype, device)
+        if key not in _tuned:
+            _tuned[key] = min(tiles, key=lambda tile: triton.testing.do_bench(lambda: launch(tile), return_mode="median"))
+        return _tuned[key]
+    return next((tile for tile in tiles if programs(tile) >= _multiprocessors(device)), tiles[-1])
+
+
+def _precision(dtype: torch.dtype) -> str:
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return {"ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: Tensor | None) -> Tensor:
+    """`z = x W^T + b` and `a = silu(z)` into the given tensors; without a bias, fp32 partial sums of z are returned."""
+    groups, rows, inputs = x.shape
+    outputs = weight.shape[1]
+    multiprocessors = _multiprocessors(x.device)
+
+    def programs(tile: Tile) -> int:
+        return triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.cols) * groups
+
+    def launch(tile: Tile) -> Tensor:
+        parts, steps = 1, triton.cdiv(inputs, tile.depth)
+        if bias is None:
+            parts = min(MAX_PARTS, steps, max(1, multiprocessors // programs(tile)))
+        part_size = triton.cdiv(steps, parts) * tile.depth
+        out = x.new_empty((parts, groups, rows, outputs), dtype=torch.float32) if z is None else z
+        grid = (programs(tile) // groups, groups, parts)
+        linear_kernel[grid](
+            x, weight, bias, out, a, rows, outputs, inputs, part_size,
+            SILU=bias is not None, EVEN=inputs % tile.depth == 0, PRECISION=_precision(x.dtype), **_options(tile),
+        )  # fmt: skip
+        return out
+
+    key = ("linear", groups, rows, outputs, inputs, bias is None)
+    return launch(_choose(key, x.device, x.dtype, programs, launch))
+
+
+def _cosine(partial: Tensor, bias: Tensor | None, target: Tensor, rows_per_group: int, dy: Tensor) -> Tensor:
+    """Per-row gradients of `1 - cos` into `dy` `[L * M, D]`; returns the `[L]` losses."""
+    rows, width = dy.shape
+    num_rows = target.shape[0]
+    cosine = torch.empty(rows, device=dy.device, dtype=torch.float32)
+    loss = torch.empty(rows // num_rows, device=dy.device, dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    cosine_kernel[(rows,)](
+        partial, bias, target, cosine, dy, num_rows, rows_per_group, width, EPS=EPSILON,
+        PARTS=partial.numel() // dy.numel(), BIAS=bias is not None,
+        LIMIT=torch.finfo(dy.dtype).max if dy.dtype == torch.float16 else 0.0,
+        BLOCK=block, num_warps=min(16, max(1, block // 256)),
+    )  # fmt: skip
+    mean_kernel[(loss.numel(),)](cosine, loss, num_rows, BLOCK=1024, num_warps=4)
+    return loss
+
+
+def _backward(
+    dz: Tensor, weight: Tensor, x: Tensor, z: Tensor | None, upstream: Tensor | None,
+    dx: Tensor | None, dw: Tensor | None, db: Tensor | None,
+) -> None:  # fmt: skip
+    """Gradients of one linear into those of `dx`, `dw`, `db` that are wanted."""
+    groups, rows, outputs = dz.shape
+    inputs = x.shape[2]
+
+    def counts(tile: Tile) -> tuple[int, int, int]:
+        cols = triton.cdiv(inputs, tile.cols)
+        return (
+            triton.cdiv(rows, tile.rows) * cols if dx is not None else 0,
+            triton.cdiv(outputs, tile.rows) * cols if dw is not None else 0,
+            triton.cdiv(outputs, tile.cols) if db is not None else 0,
+        )
+
+    def launch(tile: Tile) -> None:
+        dx_tiles, dw_tiles, db_tiles = counts(tile)
+        backward_kernel[(dx_tiles + dw_tiles + db_tiles, groups)](
+            dz, weight, x, *(dz if tensor is None else tensor for tensor in (z, upstream, dx, dw, db)),
+            rows, outputs, inputs, dx_tiles, dw_tiles,
+            DSILU=z is not None, SCALE=upstream is not None, EVEN_N=outputs % tile.depth == 0,
+            EVEN_R=rows % tile.depth == 0, PRECISION=_precision(dz.dtype), **_options(tile),
+        )  # fmt: skip
+
+    def programs(tile: Tile) -> int:
+        # A dgrad tile is several times as long as a wgrad tile: it alone must spread over half of the card.
+        dx_tiles, dw_tiles, _ = counts(tile)
+        return groups * (2 * dx_tiles if dx_tiles else dw_tiles)
+
+    key = ("backward", groups, rows, outputs, inputs, dx is None, dw is None)
+    launch(_choose(key, dz.device, dz.dtype, programs, launch))
+
+
+# ---------------------------------------------------------------- operators
+
+
+def _cast(weights: Sequence[Tensor], dtype: torch.dtype, flat: Tensor) -> list[Tensor]:
+    """The weights in the compute dtype: views of `flat`, filled by one launch, or the weights themselves."""
+    if not flat.numel():
+        return list(weights)
+    copies = _split(flat, weights)
+    torch._foreach_copy_(copies, list(weights))
+    return copies
+
+
+def _split(flat: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    pieces = flat.split([weight.numel() for weight in weights])
+    return [piece.view(weight.shape) for piece, weight in zip(pieces, weights, strict=True)]
+
+
+def _outputs(hidden: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Uninitialised outputs of `alignment_forward` other than the loss."""
+    layers, rows, _ = hidden.shape
+    width, features = weights[0].shape[1], weights[2].shape[1]
+    return (
+        hidden.new_empty((layers * rows, features), dtype=dtype),
+        hidden.new_empty((2, layers, rows, width), dtype=dtype),
+        hidden.new_empty((2, layers, rows, width), dtype=dtype),
+        hidden.new_empty(hidden.shape if hidden.dtype != dtype else (0,), dtype=dtype),
+        hidden.new_empty(sum(w.numel() for w in weights) if weights[0].dtype != dtype else 0, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("pointalign::alignment_forward", mutates_args=())
+def alignment_forward(
+    hidden: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses `[L]` and what the backward needs; contiguous inputs.
+
+    Args:
+        hidden: `[L, M, C]`.
+        target: `[M, D]`.
+        weights: `[G, H, C]`, `[G, H, H]`, `[G, D, H]`.
+        biases: `[G, H]`, `[G, H]`, `[G, D]`.
+        dtype: of the matrix products.
+
+    Returns:
+        loss `[L]` fp32; gradient of each row's `1 - cos` with respect to the projection `[L * M, D]`; pre-activations
+        and activations `[2, L, M, H]`; copies of hidden and of the weights (flat) in `dtype`, empty where not needed.
+    """
+    dy, pre, act, hidden_copy, weight_copy = outputs = _outputs(hidden, weights, dtype)
+    layers, rows, _ = hidden.shape
+    if rows == 0:
+        return hidden.new_zeros(layers, dtype=torch.float32), *outputs
+    if layers * rows * max(*hidden.shape[2:], *weights[1].shape[2:], dy.shape[1]) >= 2**31:
+        raise ValueError(f"{layers} x {rows} rows are too many for 32-bit offsets: pass the layers one by one")
+    groups = weights[0].shape[0]
+    weights = _cast(weights, dtype, weight_copy)
+    if hidden_copy.numel():
+        hidden = hidden_copy.copy_(hidden)
+    x = hidden.view(groups, -1, hidden.shape[2])
+    for z, a, weight, bias in zip(pre, act, weights, biases, strict=False):
+        z, a = z.view(groups, x.shape[1], -1), a.view(groups, x.shape[1], -1)
+        _linear(x, weight, bias, z, a)
+        x = a
+    partial = _linear(x, weights[2], None, None, None)
+    loss = _cosine(partial, biases[2], target, x.shape[1], dy)
+    return loss, *outputs
+
+
+@alignment_forward.register_fake
+def _(hidden, target, weights, biases, dtype):
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), *_outputs(hidden, weights, dtype)
+
+
+@torch.library.custom_op("pointalign::alignment_backward", mutates_args=())
+def alignment_backward(
+    upstream: Tensor, hidden: Tensor, dy: Tensor, pre: Tensor, act: Tensor, weights: Sequence[Tensor],
+    biases: Sequence[Tensor], hidden_copy: Tensor, weight_copy: Tensor, need_hidden: bool, need_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, of the three weights and of the three biases, empty where not needed.
+
+    `upstream` `[L]` is the gradient of the losses; the rest are inputs and outputs of `alignment_forward`.
+    """
+    grads = _gradients(hidden, weights, biases, need_hidden, need_parameters)
+    layers, rows, inputs = hidden.shape
+    if rows == 0:
+        return tuple(grad.zero_() for grad in grads)
+    groups = weights[0].shape[0]
+    dtype = dy.dtype
+    if weight_copy.numel():
+        weights = _split(weight_copy, weights)
+    x = (hidden_copy if hidden_copy.numel() else hidden).view(groups, -1, inputs)
+    shape = (groups, x.shape[1], -1)
+    upstream = upstream.to(torch.float32).contiguous()
+    if groups != layers:  # rows of one shared dW carry different factors, so they cannot wait for the epilogue
+        dy = (dy.view(layers, rows, -1) * (upstream / rows)[:, None, None]).to(dtype)
+        upstream = None
+    dz, below = dy.view(shape), (x, act[0].view(shape), act[1].view(shape))
+    for layer in (2, 1, 0):
+        dw, db = (grads[1 + layer], grads[4 + layer]) if need_parameters else (None, None)
+        z = pre[layer - 1].view(shape) if layer else None
+        dx = torch.empty_like(z) if z is not None else grads[0].view(shape) if need_hidden else None
+        if z is not None or need_hidden or need_parameters:
+            _backward(dz, weights[layer], below[layer], z, upstream if layer == 2 else None, dx, dw, db)
+        dz = dx
+    return grads
+
+
+def _gradients(
+    hidden: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], need_hidden: bool, need_parameters: bool
+) -> tuple[Tensor, ...]:
+    parameters = [torch.empty_like(p) if need_parameters else p.new_empty(0) for p in (*weights, *biases)]
+    return torch.empty_like(hidden) if need_hidden else hidden.new_empty(0), *parameters
+
+
+@alignment_backward.register_fake
+def _(upstream, hidden, dy, pre, act, weights, biases, hidden_copy, weight_copy, need_hidden, need_parameters):
+    return _gradients(hidden, weights, biases, need_hidden, need_parameters)
+
+
+def _alignment_context(ctx, inputs, output) -> None:
+    hidden, _, weights, biases, _ = inputs
+    ctx.save_for_backward(hidden, *weights, *biases, *output[1:])
+
+
+def _alignment_backward(ctx, upstream, *_):
+    hidden, *rest = ctx.saved_tensors
+    weights, biases, (dy, pre, act, hidden_copy, weight_copy) = rest[:3], rest[3:6], rest[6:]
+    need_parameters = any(p.requires_grad for p in (*weights, *biases))
+    need_hidden = ctx.needs_input_grad[0]
+    dh, *grads = alignment_backward(
+        upstream, hidden, dy, pre, act, weights, biases, hidden_copy, weight_copy, need_hidden, need_parameters
+    )
+    wanted = [grad if need_parameters else None for grad in grads]
+    return dh if need_hidden else None, None, wanted[:3], wanted[3:], None
+
+
+alignment_forward.register_autograd(_alignment_backward, setup_context=_alignment_context)
+
+
+@torch.library.custom_op("pointalign::cosine_forward", mutates_args=())
+def cosine_forward(projected: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses `[L]` and per-row gradients `[L * M, D]` (fp32) of contiguous `projected` `[L, M, D]`, `target` `[M, D]`."""
+    layers, rows, width = projected.shape
+    dy = projected.new_empty((layers * rows, width), dtype=torch.float32)
+    if rows == 0:
+        return projected.new_zeros(layers, dtype=torch.float32), dy
+    return _cosine(projected, None, target, rows, dy), dy
+
+
+@cosine_forward.register_fake
+def _(projected, target):
+    layers, rows, width = projected.shape
+    loss = projected.new_empty(layers, dtype=torch.float32)
+    return loss, projected.new_empty((layers * rows, width), dtype=torch.float32)
+
+
+def _cosine_context(ctx, inputs, output) -> None:
+    ctx.dtype, ctx.shape = inputs[0].dtype, inputs[0].shape
+    ctx.save_for_backward(output[1])
+
+
+def _cosine_backward(ctx, upstream, _):
+    (dy,) = ctx.saved_tensors
+    factor = upstream / max(ctx.shape[1], 1)
+    return (dy.view(ctx.shape) * factor[:, None, None]).to(ctx.dtype), None
+
+
+cosine_forward.register_autograd(_cosine_backward, setup_context=_cosine_context)
