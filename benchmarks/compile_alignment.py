@@ -21,7 +21,7 @@ from pointalign_kernels import alignment_triton as kernels
 
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most that one block may have
 DOT = {"PRECISION": "ieee"}
-INTEGERS = ("M", "R", "N", "K", "D", "part_size", "dx_tiles", "dw_tiles")
+INTEGERS = ("num_rows", "M", "R", "N", "K", "D", "part_size", "dx_tiles", "dw_tiles")
 
 
 def cases(capability: int, every_tile: bool) -> list[tuple[str, object, dict, dict]]:
@@ -42,7 +42,7 @@ def cases(capability: int, every_tile: bool) -> list[tuple[str, object, dict, di
                 {"upstream_ptr": "fp32", "dw_ptr": "fp32", "db_ptr": "fp32"},
             ),
         ]
-    options = {"EPS": 1e-8, "PARTS": 2, "BIAS": True, "LIMIT": 0.0, "num_stages": 3}
+    options = {"EPS": 1e-8, "PARTS": 2, "BIAS": True, "LIMIT": 0.0, "ROWS": 1, "num_stages": 3}
     for width in (768, 2560):
         block = triton.next_power_of_2(width)
         constants = {**options, "BLOCK": block, "num_warps": max(1, block // 256)}
@@ -82,7 +82,7 @@ def compile_case(capability: int, kernel, constants: dict, pointers: dict) -> di
         ).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     ptx = compiled.asm["ptx"]
-    tile = [constants[key] for key in ("ROWS", "COLS", "DEPTH") if key in constants]
+    tile = [constants[key] for key in ("ROWS", "COLS", "DEPTH") if "DEPTH" in constants]
     return {
         "capability": capability,
         "tile": tile,

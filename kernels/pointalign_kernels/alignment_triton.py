@@ -46,8 +46,8 @@ TILES = {
     86: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
     89: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
     90: (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5), Tile(64, 32, 128, 4, 4)),
-    100: (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5), Tile(64, 32, 128, 4, 4)),
-    120: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
+    100: (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 8, 4), Tile(64, 32, 128, 4, 4)),
+    120: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
 }
 FLOAT32_TILES = (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2))  # fp32 without tf32 runs on the ordinary cores
 INTERPRETER_TILES = (Tile(128, 256, 256, 4, 1),)  # few, large steps: each one is a numpy call
@@ -122,29 +122,29 @@ def cosine_kernel(
     t_ptr,  # [M, D]
     cos_ptr,  # [rows] fp32
     dy_ptr,  # [rows, D] gradient of each row's own 1 - cos
-    M, R, D, EPS: tl.constexpr,
-    PARTS: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+    num_rows, M, R, D, EPS: tl.constexpr,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < D
-    y = tl.zeros((BLOCK,), tl.float32)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (cols < D)
+    y = tl.zeros((ROWS, BLOCK), tl.float32)
     for part in tl.static_range(PARTS):
-        y += tl.load(y_ptr + (part * tl.num_programs(0) + row) * D + cols, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(y_ptr + (part * num_rows + rows) * D + cols, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
-        y += tl.load(b_ptr + row // R * D + cols, mask=mask, other=0.0).to(tl.float32)
-    t = tl.load(t_ptr + row % M * D + cols, mask=mask, other=0.0).to(tl.float32)
-    y_norm = tl.sqrt(tl.sum(y * y, 0))
+        y += tl.load(b_ptr + rows // R * D + cols, mask=mask, other=0.0).to(tl.float32)
+    t = tl.load(t_ptr + rows % M * D + cols, mask=mask, other=0.0).to(tl.float32)
+    y_norm = tl.sqrt(tl.sum(y * y, 1, keep_dims=True))
     y_bound = tl.maximum(y_norm, EPS)
-    t_unit = t / tl.maximum(tl.sqrt(tl.sum(t * t, 0)), EPS)
-    cos = tl.sum(y / y_bound * t_unit, 0)
-    tl.store(cos_ptr + row, cos)
+    t_unit = t / tl.maximum(tl.sqrt(tl.sum(t * t, 1, keep_dims=True)), EPS)
+    cos = tl.sum(y / y_bound * t_unit, 1, keep_dims=True)
+    tl.store(cos_ptr + rows, cos, mask=rows < num_rows)
     # Below the clamp the norm is still differentiated, as aten does; of a zero row it has no direction.
     along = tl.where(y_norm > 0, y / tl.where(y_norm > 0, y_norm, 1.0), 0.0)
     dy = (cos * along - t_unit) / y_bound
     if LIMIT > 0:  # a row of (nearly) zero length would overflow fp16 to infinity
         dy = tl.where(dy > LIMIT, LIMIT, tl.where(dy < -LIMIT, -LIMIT, dy))
-    tl.store(dy_ptr + row * D + cols, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+    tl.store(dy_ptr + rows * D + cols, dy.to(dy_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -307,11 +307,12 @@ def _cosine(partial: Tensor, bias: Tensor | None, target: Tensor, rows_per_group
     cosine = torch.empty(rows, device=dy.device, dtype=torch.float32)
     loss = torch.empty(rows // num_rows, device=dy.device, dtype=torch.float32)
     block = triton.next_power_of_2(width)
-    cosine_kernel[(rows,)](
-        partial, bias, target, cosine, dy, num_rows, rows_per_group, width, EPS=EPSILON,
+    rows_per_program = 64 if INTERPRETED else 1
+    cosine_kernel[(triton.cdiv(rows, rows_per_program),)](
+        partial, bias, target, cosine, dy, rows, num_rows, rows_per_group, width, EPS=EPSILON,
         PARTS=partial.numel() // dy.numel(), BIAS=bias is not None,
         LIMIT=torch.finfo(dy.dtype).max if dy.dtype == torch.float16 else 0.0,
-        BLOCK=block, num_warps=min(16, max(1, block // 256)),
+        ROWS=rows_per_program, BLOCK=block, num_warps=min(16, max(1, block // 256)),
     )  # fmt: skip
     mean_kernel[(loss.numel(),)](cosine, loss, num_rows, BLOCK=1024, num_warps=4)
     return loss
