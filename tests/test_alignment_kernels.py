@@ -78,7 +78,9 @@ def vary(**factors) -> list[tuple[int, ...]]:
         return list(itertools.product((1, 33, 127, 512, 1000), HIDDEN, WIDTHS, FEATURES))
     places = {"rows": 0, "inputs": 1, "width": 2, "features": 3}
     return [
-        SMALL[: places[name]] + (size,) + SMALL[places[name] + 1 :] for name, sizes in factors.items() for size in sizes
+        tuple(size if place == places[name] else small for place, small in enumerate(SMALL))
+        for name, sizes in factors.items()
+        for size in sizes
     ]
 
 
@@ -154,12 +156,11 @@ def test_a_bad_row_stays_in_its_layer():
 
 
 def test_strided_inputs():
-    rows, inputs, width, features = SMALL
     tensors = problem()
     expected = evaluate(tensors, "triton")
     tensors[0] = tensors[0].T.contiguous().T
     tensors[1] = torch.stack([tensors[1], tensors[1]], dim=-1)[..., 0]
-    tensors[2] = tensors[2].repeat(1, 2)[:, :inputs]
+    tensors[2] = tensors[2].repeat(1, 2)[:, : SMALL[1]]
     assert not any(tensor.is_contiguous() for tensor in tensors[:3])
     for ours, theirs in zip(evaluate(tensors, "triton"), expected, strict=True):
         assert torch.equal(ours, theirs)

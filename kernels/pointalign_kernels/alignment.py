@@ -4,9 +4,10 @@ Shape legend: L tapped layers, M rows of point tokens, C hidden size, H projecto
 
 `reference` is plain PyTorch (`pointalign_kernels.reference`), `triton` the fused kernels, `auto` the fused kernels
 where they can run and the reference elsewhere. With TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly, in fp32
-and fp16 (Triton's interpreter multiplies bf16 wrongly). Nothing here synchronises with the host, so a step of fixed shapes can be
-captured: `torch.cuda.make_graphed_callables(functools.partial(alignment_loss, impl="triton"), ...)` replays forward and
-backward as two launches.
+and fp16 (Triton's interpreter multiplies bf16 wrongly).
+
+Nothing here synchronises with the host, so where M is fixed `torch.cuda.make_graphed_callables(projector, (hidden,
+target))` turns forward and backward of a module that calls `alignment_loss` into two launches.
 """
 
 import importlib.util

@@ -260,7 +260,9 @@ def _choose(key: tuple, device: torch.device, dtype: torch.dtype, programs: Call
     if os.environ.get("POINTALIGN_AUTOTUNE") == "1" and not INTERPRETED:
         key = (*key, dtype, device)
         if key not in _tuned:
-            _tuned[key] = min(tiles, key=lambda tile: triton.testing.do_bench(lambda: launch(tile), return_mode="median"))
+            _tuned[key] = min(
+                tiles, key=lambda tile: triton.testing.do_bench(lambda: launch(tile), return_mode="median")
+            )
         return _tuned[key]
     return next((tile for tile in tiles if programs(tile) >= _multiprocessors(device)), tiles[-1])
 
@@ -271,7 +273,13 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _options(tile: Tile) -> dict[str, int]:
-    return {"ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "num_warps": tile.warps, "num_stages": tile.stages}
+    return {
+        "ROWS": tile.rows,
+        "COLS": tile.cols,
+        "DEPTH": tile.depth,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: Tensor | None) -> Tensor:
@@ -492,7 +500,7 @@ alignment_forward.register_autograd(_alignment_backward, setup_context=_alignmen
 
 @torch.library.custom_op("pointalign::cosine_forward", mutates_args=())
 def cosine_forward(projected: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses `[L]` and per-row gradients `[L * M, D]` (fp32) of contiguous `projected` `[L, M, D]`, `target` `[M, D]`."""
+    """Losses `[L]` and fp32 per-row gradients `[L * M, D]` of contiguous `projected` `[L, M, D]`, `target` `[M, D]`."""
     layers, rows, width = projected.shape
     dy = projected.new_empty((layers * rows, width), dtype=torch.float32)
     if rows == 0:
