@@ -130,7 +130,7 @@ def record(request: pytest.FixtureRequest, device: torch.device, ceilings: dict)
     def write(name: str, row: dict) -> None:
         rows = _results.setdefault(name, [])
         rows.append(row)
-        folder = request.config.getoption("--results")
+        folder = Path(str(request.config.getoption("--results")))
         folder.mkdir(parents=True, exist_ok=True)
         slug = "cpu" if device.type == "cpu" else re.sub(r"\W+", "_", device_name(device).lower())
         path = folder / f"{name}_{slug}.json"

@@ -3,12 +3,14 @@
 The interpreter multiplies bf16 wrongly, so bf16 and the full grid of sizes run on a GPU only.
 """
 
+import importlib
 import itertools
 import os
 
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import pointalign_kernels
@@ -27,6 +29,7 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a GPU these run through test_alignment_interpreted.py", allow_module_level=True)
 kernels = pytest.importorskip("pointalign_kernels.alignment_triton", reason="the fused kernels need triton")
+ops = importlib.import_module("pointalign_kernels.alignment_ops")
 
 
 def problem(sizes=SMALL, dtype=torch.float32, layers=None, shared=False, seed=0) -> list[torch.Tensor]:
@@ -287,13 +290,13 @@ def test_opcheck(layers, shared):
     for dtype in (torch.float32, torch.float16):
         leaves = [[tensor.detach().requires_grad_() for tensor in group] for group in (weights, biases)]
         inputs = (lead.detach().requires_grad_(), target, *leaves, dtype)
-        torch.library.opcheck(kernels.alignment_forward, inputs, rtol=1e-3, atol=1e-4)
+        torch.library.opcheck(ops.alignment_forward, inputs, rtol=1e-3, atol=1e-4)
     with torch.no_grad():
-        loss, *saved = kernels.alignment_forward(lead, target, weights, biases, torch.float32)
+        loss, *saved = ops.alignment_forward(lead, target, weights, biases, torch.float32)
         dy, pre, act, *copies = saved
         inputs = (torch.ones_like(loss), lead, dy, pre, act, weights, biases, *copies, True, True)
-        torch.library.opcheck(kernels.alignment_backward, inputs)
-    torch.library.opcheck(kernels.cosine_forward, (torch.randn_like(lead).requires_grad_(), torch.randn_like(lead[0])))
+        torch.library.opcheck(ops.alignment_backward, inputs)
+    torch.library.opcheck(ops.cosine_forward, (torch.randn_like(lead).requires_grad_(), torch.randn_like(lead[0])))
 
 
 @pytest.mark.parametrize("autocast", (False, True))
@@ -326,6 +329,23 @@ def test_activation_checkpointing():
     (expected,) = torch.autograd.grad(step(hidden), hidden)
     (gradient,) = torch.autograd.grad(checkpoint(step, hidden, use_reentrant=False), hidden)
     assert torch.equal(gradient, expected)
+
+
+def test_the_backward_runs_one_operator():
+    """Nothing around it: no zeros for outputs without gradients, no casts, no rescaling."""
+    tensors = [tensor.detach().requires_grad_(place != 1) for place, tensor in enumerate(problem())]
+    loss = pointalign_kernels.alignment_loss(tensors[0], tensors[1], tensors[2:5], tensors[5:], impl="triton")
+    called = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        torch.autograd.grad(loss, [tensors[0], *tensors[2:]])
+    free = ("aten.ones_like", "aten.detach", "aten.view", "aten.squeeze", "aten.unsqueeze")
+    assert [name for name in called if not name.startswith(free)] == ["pointalign.alignment_backward.default"]
 
 
 class Projector(torch.nn.Module):

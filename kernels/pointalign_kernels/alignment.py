@@ -71,11 +71,11 @@ def cosine_alignment(projected: Tensor, target: Tensor, impl: str = "auto") -> T
     _check_target(projected, projected.shape[-1], target)
     if not _fused(impl, projected.device.type):
         return reference.cosine_alignment(projected, target)
-    from pointalign_kernels import alignment_triton
+    from pointalign_kernels import alignment_ops
 
     layers = projected if projected.dim() == 3 else projected[None]
-    loss, _ = alignment_triton.cosine_forward(layers.contiguous(), target.detach().contiguous())
-    return loss if projected.dim() == 3 else loss[0]
+    loss, _ = alignment_ops.cosine_forward(layers.contiguous(), target.detach().contiguous())
+    return loss if projected.dim() == 3 else loss.squeeze(0)
 
 
 def alignment_loss(
@@ -95,17 +95,17 @@ def alignment_loss(
         return reference.alignment_loss(hidden, target, weights, biases)
     dtype = _compute_dtype(hidden)
     _check_projector(hidden, weights, biases)
-    from pointalign_kernels import alignment_triton
+    from pointalign_kernels import alignment_ops
 
     layers = hidden if hidden.dim() == 3 else hidden[None]
-    loss = alignment_triton.alignment_forward(
+    loss = alignment_ops.alignment_forward(
         layers.contiguous(),
         target.detach().contiguous(),
         [(weight if weight.dim() == 3 else weight[None]).contiguous() for weight in weights],
         [(bias if bias.dim() == 2 else bias[None]).contiguous() for bias in biases],
         dtype,
     )[0]
-    return loss if hidden.dim() == 3 else loss[0]
+    return loss if hidden.dim() == 3 else loss.squeeze(0)
 
 
 def _check_projector(hidden: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:

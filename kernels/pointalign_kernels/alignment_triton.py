@@ -14,8 +14,11 @@ Shape legend: L tapped layers, M rows of point tokens, C hidden size, H projecto
 (L when stacked, 1 when shared) with R rows each (G * R = L * M); a linear maps K inputs to N outputs.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# (Triton types a launch as a plain call of the kernel)
+
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -254,6 +257,10 @@ def _multiprocessors(device: torch.device) -> int:
 _tuned: dict[tuple, Tile] = {}
 
 
+def _ceil(size: int, block: int) -> int:
+    return -(-size // block)
+
+
 def _choose(key: tuple, device: torch.device, dtype: torch.dtype, programs: Callable, launch: Callable) -> Tile:
     """The largest tile whose `programs(tile)` fill the card; under POINTALIGN_AUTOTUNE=1 the fastest `launch(tile)`."""
     tiles = _tiles(device, dtype)
@@ -282,20 +289,20 @@ def _options(tile: Tile) -> dict[str, int]:
     }
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: Tensor | None) -> Tensor:
     """`z = x W^T + b` and `a = silu(z)` into the given tensors; without a bias, fp32 partial sums of z are returned."""
     groups, rows, inputs = x.shape
     outputs = weight.shape[1]
     multiprocessors = _multiprocessors(x.device)
 
     def programs(tile: Tile) -> int:
-        return triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.cols) * groups
+        return _ceil(rows, tile.rows) * _ceil(outputs, tile.cols) * groups
 
     def launch(tile: Tile) -> Tensor:
-        parts, steps = 1, triton.cdiv(inputs, tile.depth)
+        parts, steps = 1, _ceil(inputs, tile.depth)
         if bias is None:
             parts = min(MAX_PARTS, steps, max(1, multiprocessors // programs(tile)))
-        part_size = triton.cdiv(steps, parts) * tile.depth
+        part_size = _ceil(steps, parts) * tile.depth
         out = x.new_empty((parts, groups, rows, outputs), dtype=torch.float32) if z is None else z
         grid = (programs(tile) // groups, groups, parts)
         linear_kernel[grid](
@@ -308,25 +315,25 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a:
     return launch(_choose(key, x.device, x.dtype, programs, launch))
 
 
-def _cosine(partial: Tensor, bias: Tensor | None, target: Tensor, rows_per_group: int, dy: Tensor) -> Tensor:
+def cosine(partial: Tensor, bias: Tensor | None, target: Tensor, rows_per_group: int, dy: Tensor) -> Tensor:
     """Per-row gradients of `1 - cos` into `dy` `[L * M, D]`; returns the `[L]` losses."""
     rows, width = dy.shape
     num_rows = target.shape[0]
-    cosine = torch.empty(rows, device=dy.device, dtype=torch.float32)
+    per_row = torch.empty(rows, device=dy.device, dtype=torch.float32)
     loss = torch.empty(rows // num_rows, device=dy.device, dtype=torch.float32)
     block = triton.next_power_of_2(width)
     rows_per_program = 64 if INTERPRETED else 1
-    cosine_kernel[(triton.cdiv(rows, rows_per_program),)](
-        partial, bias, target, cosine, dy, rows, num_rows, rows_per_group, width, EPS=EPSILON,
+    cosine_kernel[(_ceil(rows, rows_per_program),)](
+        partial, bias, target, per_row, dy, rows, num_rows, rows_per_group, width, EPS=EPSILON,
         PARTS=partial.numel() // dy.numel(), BIAS=bias is not None,
         LIMIT=torch.finfo(dy.dtype).max if dy.dtype == torch.float16 else 0.0,
         ROWS=rows_per_program, BLOCK=block, num_warps=min(16, max(1, block // 256)),
     )  # fmt: skip
-    mean_kernel[(loss.numel(),)](cosine, loss, num_rows, BLOCK=1024, num_warps=4)
+    mean_kernel[(loss.numel(),)](per_row, loss, num_rows, BLOCK=1024, num_warps=4)
     return loss
 
 
-def _backward(
+def backward(
     dz: Tensor, weight: Tensor, x: Tensor, z: Tensor | None, upstream: Tensor | None,
     dx: Tensor | None, dw: Tensor | None, db: Tensor | None,
 ) -> None:  # fmt: skip
@@ -335,11 +342,11 @@ def _backward(
     inputs = x.shape[2]
 
     def counts(tile: Tile) -> tuple[int, int, int]:
-        cols = triton.cdiv(inputs, tile.cols)
+        cols = _ceil(inputs, tile.cols)
         return (
-            triton.cdiv(rows, tile.rows) * cols if dx is not None else 0,
-            triton.cdiv(outputs, tile.rows) * cols if dw is not None else 0,
-            triton.cdiv(outputs, tile.cols) if db is not None else 0,
+            _ceil(rows, tile.rows) * cols if dx is not None else 0,
+            _ceil(outputs, tile.rows) * cols if dw is not None else 0,
+            _ceil(outputs, tile.cols) if db is not None else 0,
         )
 
     def launch(tile: Tile) -> None:
@@ -358,172 +365,3 @@ def _backward(
 
     key = ("backward", groups, rows, outputs, inputs, dx is None, dw is None)
     launch(_choose(key, dz.device, dz.dtype, programs, launch))
-
-
-# ---------------------------------------------------------------- operators
-
-
-def _cast(weights: Sequence[Tensor], dtype: torch.dtype, flat: Tensor) -> list[Tensor]:
-    """The weights in the compute dtype: views of `flat`, filled by one launch, or the weights themselves."""
-    if not flat.numel():
-        return list(weights)
-    copies = _split(flat, weights)
-    torch._foreach_copy_(copies, list(weights))
-    return copies
-
-
-def _split(flat: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    pieces = flat.split([weight.numel() for weight in weights])
-    return [piece.view(weight.shape) for piece, weight in zip(pieces, weights, strict=True)]
-
-
-def _outputs(hidden: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Uninitialised outputs of `alignment_forward` other than the loss."""
-    layers, rows, _ = hidden.shape
-    width, features = weights[0].shape[1], weights[2].shape[1]
-    return (
-        hidden.new_empty((layers * rows, features), dtype=dtype),
-        hidden.new_empty((2, layers, rows, width), dtype=dtype),
-        hidden.new_empty((2, layers, rows, width), dtype=dtype),
-        hidden.new_empty(hidden.shape if hidden.dtype != dtype else (0,), dtype=dtype),
-        hidden.new_empty(sum(w.numel() for w in weights) if weights[0].dtype != dtype else 0, dtype=dtype),
-    )
-
-
-@torch.library.custom_op("pointalign::alignment_forward", mutates_args=())
-def alignment_forward(
-    hidden: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses `[L]` and what the backward needs; contiguous inputs.
-
-    Args:
-        hidden: `[L, M, C]`.
-        target: `[M, D]`.
-        weights: `[G, H, C]`, `[G, H, H]`, `[G, D, H]`.
-        biases: `[G, H]`, `[G, H]`, `[G, D]`.
-        dtype: of the matrix products.
-
-    Returns:
-        loss `[L]` fp32; gradient of each row's `1 - cos` with respect to the projection `[L * M, D]`; pre-activations
-        and activations `[2, L, M, H]`; copies of hidden and of the weights (flat) in `dtype`, empty where not needed.
-    """
-    dy, pre, act, hidden_copy, weight_copy = outputs = _outputs(hidden, weights, dtype)
-    layers, rows, _ = hidden.shape
-    if rows == 0:
-        return hidden.new_zeros(layers, dtype=torch.float32), *outputs
-    if layers * rows * max(*hidden.shape[2:], *weights[1].shape[2:], dy.shape[1]) >= 2**31:
-        raise ValueError(f"{layers} x {rows} rows are too many for 32-bit offsets: pass the layers one by one")
-    groups = weights[0].shape[0]
-    weights = _cast(weights, dtype, weight_copy)
-    if hidden_copy.numel():
-        hidden = hidden_copy.copy_(hidden)
-    x = hidden.view(groups, -1, hidden.shape[2])
-    for z, a, weight, bias in zip(pre, act, weights, biases, strict=False):
-        z, a = z.view(groups, x.shape[1], -1), a.view(groups, x.shape[1], -1)
-        _linear(x, weight, bias, z, a)
-        x = a
-    partial = _linear(x, weights[2], None, None, None)
-    loss = _cosine(partial, biases[2], target, x.shape[1], dy)
-    return loss, *outputs
-
-
-@alignment_forward.register_fake
-def _(hidden, target, weights, biases, dtype):
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), *_outputs(hidden, weights, dtype)
-
-
-@torch.library.custom_op("pointalign::alignment_backward", mutates_args=())
-def alignment_backward(
-    upstream: Tensor, hidden: Tensor, dy: Tensor, pre: Tensor, act: Tensor, weights: Sequence[Tensor],
-    biases: Sequence[Tensor], hidden_copy: Tensor, weight_copy: Tensor, need_hidden: bool, need_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, of the three weights and of the three biases, empty where not needed.
-
-    `upstream` `[L]` is the gradient of the losses; the rest are inputs and outputs of `alignment_forward`.
-    """
-    grads = _gradients(hidden, weights, biases, need_hidden, need_parameters)
-    layers, rows, inputs = hidden.shape
-    if rows == 0:
-        return tuple(grad.zero_() for grad in grads)
-    groups = weights[0].shape[0]
-    dtype = dy.dtype
-    if weight_copy.numel():
-        weights = _split(weight_copy, weights)
-    x = (hidden_copy if hidden_copy.numel() else hidden).view(groups, -1, inputs)
-    shape = (groups, x.shape[1], -1)
-    upstream = upstream.to(torch.float32).contiguous()
-    if groups != layers:  # rows of one shared dW carry different factors, so they cannot wait for the epilogue
-        dy = (dy.view(layers, rows, -1) * (upstream / rows)[:, None, None]).to(dtype)
-        upstream = None
-    dz, below = dy.view(shape), (x, act[0].view(shape), act[1].view(shape))
-    for layer in (2, 1, 0):
-        dw, db = (grads[1 + layer], grads[4 + layer]) if need_parameters else (None, None)
-        z = pre[layer - 1].view(shape) if layer else None
-        dx = torch.empty_like(z) if z is not None else grads[0].view(shape) if need_hidden else None
-        if z is not None or need_hidden or need_parameters:
-            _backward(dz, weights[layer], below[layer], z, upstream if layer == 2 else None, dx, dw, db)
-        dz = dx
-    return grads
-
-
-def _gradients(
-    hidden: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], need_hidden: bool, need_parameters: bool
-) -> tuple[Tensor, ...]:
-    parameters = [torch.empty_like(p) if need_parameters else p.new_empty(0) for p in (*weights, *biases)]
-    return torch.empty_like(hidden) if need_hidden else hidden.new_empty(0), *parameters
-
-
-@alignment_backward.register_fake
-def _(upstream, hidden, dy, pre, act, weights, biases, hidden_copy, weight_copy, need_hidden, need_parameters):
-    return _gradients(hidden, weights, biases, need_hidden, need_parameters)
-
-
-def _alignment_context(ctx, inputs, output) -> None:
-    hidden, _, weights, biases, _ = inputs
-    ctx.save_for_backward(hidden, *weights, *biases, *output[1:])
-
-
-def _alignment_backward(ctx, upstream, *_):
-    hidden, *rest = ctx.saved_tensors
-    weights, biases, (dy, pre, act, hidden_copy, weight_copy) = rest[:3], rest[3:6], rest[6:]
-    need_parameters = any(p.requires_grad for p in (*weights, *biases))
-    need_hidden = ctx.needs_input_grad[0]
-    dh, *grads = alignment_backward(
-        upstream, hidden, dy, pre, act, weights, biases, hidden_copy, weight_copy, need_hidden, need_parameters
-    )
-    wanted = [grad if need_parameters else None for grad in grads]
-    return dh if need_hidden else None, None, wanted[:3], wanted[3:], None
-
-
-alignment_forward.register_autograd(_alignment_backward, setup_context=_alignment_context)
-
-
-@torch.library.custom_op("pointalign::cosine_forward", mutates_args=())
-def cosine_forward(projected: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses `[L]` and fp32 per-row gradients `[L * M, D]` of contiguous `projected` `[L, M, D]`, `target` `[M, D]`."""
-    layers, rows, width = projected.shape
-    dy = projected.new_empty((layers * rows, width), dtype=torch.float32)
-    if rows == 0:
-        return projected.new_zeros(layers, dtype=torch.float32), dy
-    return _cosine(projected, None, target, rows, dy), dy
-
-
-@cosine_forward.register_fake
-def _(projected, target):
-    layers, rows, width = projected.shape
-    loss = projected.new_empty(layers, dtype=torch.float32)
-    return loss, projected.new_empty((layers * rows, width), dtype=torch.float32)
-
-
-def _cosine_context(ctx, inputs, output) -> None:
-    ctx.dtype, ctx.shape = inputs[0].dtype, inputs[0].shape
-    ctx.save_for_backward(output[1])
-
-
-def _cosine_backward(ctx, upstream, _):
-    (dy,) = ctx.saved_tensors
-    factor = upstream / max(ctx.shape[1], 1)
-    return (dy.view(ctx.shape) * factor[:, None, None]).to(ctx.dtype), None
-
-
-cosine_forward.register_autograd(_cosine_backward, setup_context=_cosine_context)
