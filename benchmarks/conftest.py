@@ -81,7 +81,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
     def best(work: Callable[[], object]) -> float:
         times = []
-        for _ in range(10):
+        for _ in range(20):
             synchronize(device)
             start = time.perf_counter()
             work()
@@ -103,7 +103,7 @@ def timed(benchmark, device: torch.device) -> Callable[[Callable[[int], object]]
     """
 
     def measure(step: Callable[[int], object]) -> dict[str, float] | None:
-        repeats, rounds = (20, 30) if device.type == "cuda" else (1, 9)
+        repeats, rounds = (20, 30) if device.type == "cuda" else (1, 15)
 
         def call() -> None:
             for index in range(repeats):
