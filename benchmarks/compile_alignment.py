@@ -10,10 +10,11 @@ import json
 import re
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
+import torch
 import triton
+from provenance import provenance
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -70,9 +71,7 @@ def compile_case(capability: int, kernel, constants: dict, pointers: dict) -> di
         if name not in ("dx_tiles", "dw_tiles"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    started = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    seconds = time.perf_counter() - started
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -94,7 +93,6 @@ def compile_case(capability: int, kernel, constants: dict, pointers: dict) -> di
         "shared_limit_kib": SHARED_MEMORY_KIB[capability],
         "matrix_instruction": next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), None),
         "asynchronous_copy": "cp.async" in ptx,
-        "seconds": round(seconds, 2),
     }
 
 
@@ -108,7 +106,8 @@ def main() -> None:
         for capability in kernels.TILES
         for name, kernel, constants, pointers in cases(capability, options.tiles == "all")
     ]
-    text = json.dumps({"triton": triton.__version__, "tiles": options.tiles, "rows": rows}, indent=1) + "\n"
+    content = {"provenance": provenance(torch.device("cpu")), "tiles": options.tiles, "rows": rows}
+    text = json.dumps(content, indent=1) + "\n"
     if options.output:
         options.output.write_text(text)
     else:

@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: the device and its ceilings, provenance, timing, results as JSON.
+"""Shared by all benchmarks: the device and its ceilings, timing, results as JSON.
 
     pytest benchmarks/ --benchmark-only        time everything that can run here, write benchmarks/results/*.json
     pytest benchmarks/ --benchmark-disable     run everything once, write nothing
@@ -6,21 +6,15 @@
 A run replaces the result files of the benchmarks that it ran.
 """
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
+from provenance import ROOT, device_name, provenance
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,40 +24,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # no git, no driver: the field says null
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = re.search(r"Model name:\s*(.+)", _output("lscpu") or "")
-    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def provenance(device: torch.device) -> dict:
-    """What a reader needs to repeat a measurement. POINTALIGN_COMMIT names the commit where git is absent."""
-    versions = {}
-    for package in ("torch", "triton", "numpy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return {
-        "device": device_name(device),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        **versions,
-        "python": platform.python_version(),
-        "commit": _output("git", "rev-parse", "--short=12", "HEAD") or os.environ.get("POINTALIGN_COMMIT"),
-        "uncommitted_changes": bool(changed),
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def synchronize(device: torch.device) -> None:
@@ -120,11 +80,18 @@ def timed(benchmark, device: torch.device) -> Callable[[Callable[[int], object]]
     return measure
 
 
+@pytest.fixture(scope="session")
+def origin(device: torch.device) -> dict:
+    return provenance(device)
+
+
 _results: dict[str, list[dict]] = {}
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest, device: torch.device, ceilings: dict) -> Callable[[str, dict], None]:
+def record(
+    request: pytest.FixtureRequest, device: torch.device, ceilings: dict, origin: dict
+) -> Callable[[str, dict], None]:
     """`record(name, row)` adds a row to `<results>/<name>_<device>.json`, written at once and renamed into place."""
 
     def write(name: str, row: dict) -> None:
@@ -134,7 +101,7 @@ def record(request: pytest.FixtureRequest, device: torch.device, ceilings: dict)
         folder.mkdir(parents=True, exist_ok=True)
         slug = "cpu" if device.type == "cpu" else re.sub(r"\W+", "_", device_name(device).lower())
         path = folder / f"{name}_{slug}.json"
-        content = {"benchmark": name, "provenance": provenance(device), "ceilings": ceilings, "rows": rows}
+        content = {"benchmark": name, "provenance": origin, "ceilings": ceilings, "rows": rows}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         temporary.replace(path)

@@ -20,7 +20,6 @@ from pointalign_kernels import alignment_loss, fused_available
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = (128, 256, 512, 1024) if DEVICE == "cuda" else (128, 512)
 HIDDEN = (2048, 2560)
-WIDTHS = {2048: 1408, 2560: 1664}  # (hidden + 768) // 2
 FEATURES = 768
 PRECISIONS = ("autocast", "bf16")
 IMPLEMENTATIONS = ("reference", "compile")
@@ -36,9 +35,12 @@ class Case(NamedTuple):
     precision: str
 
     @property
+    def width(self) -> int:
+        return (self.hidden + FEATURES) // 2
+
+    @property
     def parameters(self) -> int:
-        width = WIDTHS[self.hidden]
-        return width * self.hidden + width * width + FEATURES * width
+        return self.width * (self.hidden + self.width + FEATURES)
 
     def floor(self, ceilings: dict[str, float]) -> float:
         """Seconds of forward and backward: six FLOPs per row and weight, or leaves read and gradients written once."""
@@ -49,7 +51,7 @@ class Case(NamedTuple):
     def leaves(self, seed: int) -> list[Tensor]:
         """hidden, target, three weights, three biases."""
         generator = torch.Generator(DEVICE).manual_seed(seed)
-        width = WIDTHS[self.hidden]
+        width = self.width
         dtype = torch.float32 if self.precision == "autocast" else torch.bfloat16
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
