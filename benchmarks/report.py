@@ -48,7 +48,7 @@ def stamp(provenance: dict) -> str:
 def _measured(result: dict) -> str:
     """One device: forward + backward (forward alone) of every implementation, and the share of the floor."""
     rows = result["rows"]
-    unit, factor = ("us", 1e6) if result["provenance"]["driver"] else ("ms", 1e3)
+    unit, factor = ("us", 1e6) if result["provenance"]["driver"] else ("CPU ms", 1e3)
     names = [name for name in COLUMNS if any(row["implementation"] == name for row in rows)]
     lines = []
     for key in dict.fromkeys((row["precision"], row["hidden"], row["rows"]) for row in rows):

@@ -2,8 +2,9 @@
 
 Every row starts from the same leaves and ends with the gradients of all of them in the leaves' dtypes, so casts lie
 inside the timed region: "autocast" has fp32 parameters and bf16 hidden states under bf16 autocast, as the trainer has;
-"bf16" has everything in bf16. "explicit" is benchmarks/explicit_alignment.py. Inputs rotate over several sets that
-together exceed the L2 cache.
+"bf16" has everything in bf16. "explicit" is benchmarks/explicit_alignment.py. "-graph" captures the whole pass once per
+set, for torch.compile too: its own reduce-overhead mode would copy weights that are not module parameters. Inputs
+rotate over several sets that together exceed the L2 cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,15 +88,13 @@ def passes(case: Case, implementation: str) -> tuple[list[list[Tensor]], dict[st
 
     if "compile" in implementation:
         torch.compiler.reset()
-        mode = "reduce-overhead" if implementation.endswith("graph") else None
-        loss = torch.compile(loss, fullgraph=True, mode=mode)
+        loss = torch.compile(loss, fullgraph=True)
 
     def both(leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        torch.compiler.cudagraph_mark_step_begin()
         value = loss(leaves)
         return value, *gradients(value, leaves)
 
-    if implementation != "fused-graph":
+    if not implementation.endswith("-graph"):
         return sets, {"forward": lambda i: loss(sets[i % SETS]), "both": lambda i: both(sets[i % SETS])}
     captured = {name: [_capture(work, leaves) for leaves in sets] for name, work in (("forward", loss), ("both", both))}
 
@@ -132,9 +131,11 @@ def relative_errors(outputs: Sequence[Tensor], case: Case, leaves: list[Tensor])
     return [((ours.double() - true).norm() / true.norm()).item() for ours, true in pairs]
 
 
-def assert_correct(case: Case, step: Callable[[int], Any], sets: list[list[Tensor]]) -> float:
+@lru_cache(maxsize=1)
+def assert_correct(case: Case, implementation: str) -> float:
     """The gate: no timing is recorded for what is not as accurate as the reference. Returns the largest error."""
-    outputs = [tensor.detach().clone() for tensor in step(0)]
+    sets, steps = passes(case, implementation)
+    outputs = [tensor.detach().clone() for tensor in steps["both"](0)]
     ours = relative_errors(outputs, case, sets[0])
     value = loss_of(case, "reference", sets[0])
     theirs = relative_errors((value, *gradients(value, sets[0])), case, sets[0])
@@ -165,7 +166,7 @@ def peak_memory(case: Case, step: Callable[[int], Any], leaves: list[Tensor]) ->
 def test_alignment_loss(timed, record, ceilings, rows, hidden, precision, implementation, which):
     case = Case(rows, hidden, precision)
     sets, steps = passes(case, implementation)
-    error = assert_correct(case, steps["both"], sets)
+    error = assert_correct(case, implementation)
     seconds = timed(steps[which])
     memory = None  # graphs keep theirs in pools of their own
     if DEVICE == "cuda" and which == "both" and not implementation.endswith("graph"):

@@ -12,8 +12,8 @@ from torch import Tensor
 from pointalign_kernels import alignment_triton
 
 
-def _cast(weights: Sequence[Tensor], dtype: torch.dtype, flat: Tensor) -> list[Tensor]:
-    """The weights in the compute dtype: views of `flat`, filled by one launch, or the weights themselves."""
+def _cast(weights: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
+    """The weights in the dtype of `flat`: views of `flat`, filled by one launch, or the weights themselves."""
     if not flat.numel():
         return list(weights)
     copies = _split(flat, weights)
@@ -64,17 +64,17 @@ def alignment_forward(
         return hidden.new_zeros(layers, dtype=torch.float32), *outputs
     if layers * rows * max(*hidden.shape[2:], *weights[1].shape[2:], dy.shape[1]) >= 2**31:
         raise ValueError(f"{layers} x {rows} rows are too many for 32-bit offsets: pass the layers one by one")
-    groups = weights[0].shape[0]
-    weights = _cast(weights, dtype, weight_copy)
-    if hidden_copy.numel():
-        hidden = hidden_copy.copy_(hidden)
-    x = hidden.view(groups, -1, hidden.shape[2])
-    for z, a, weight, bias in zip(pre, act, weights, biases, strict=False):
-        z, a = z.view(groups, x.shape[1], -1), a.view(groups, x.shape[1], -1)
-        alignment_triton.linear(x, weight, bias, z, a)
-        x = a
-    partial = alignment_triton.linear(x, weights[2], None, None, None)
-    loss = alignment_triton.cosine(partial, biases[2], target, x.shape[1], dy)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        weights = _cast(weights, weight_copy)
+        if hidden_copy.numel():
+            hidden = hidden_copy.copy_(hidden)
+        x = hidden.view(weights[0].shape[0], -1, hidden.shape[2])
+        shape = (2, *x.shape[:2], -1)
+        (z1, z2), (a1, a2) = pre.view(shape), act.view(shape)
+        alignment_triton.linear(x, weights[0], biases[0], z1, a1)
+        alignment_triton.linear(a1, weights[1], biases[1], z2, a2)
+        partial = alignment_triton.linear(a2, weights[2], None, None, None)
+        loss = alignment_triton.cosine(partial, biases[2], target, x.shape[1], dy)
     return loss, *outputs
 
 
@@ -109,9 +109,11 @@ def alignment_backward(
     (z1, z2), (a1, a2), dy = pre.view(2, *shape), act.view(2, *shape), dy.view(shape)
     dz2, dz1 = torch.empty_like(z2), torch.empty_like(z1)
     dw1, dw2, dw3, db1, db2, db3 = grads[1:] if need_parameters else [None] * 6
-    alignment_triton.backward(dy, weights[2], a2, z2, factor, dz2, dw3, db3)
-    alignment_triton.backward(dz2, weights[1], a1, z1, None, dz1, dw2, db2)
-    alignment_triton.backward(dz1, weights[0], x, None, None, grads[0].view(shape) if need_hidden else None, dw1, db1)
+    with torch.cuda.device_of(hidden):
+        alignment_triton.backward(dy, weights[2], a2, z2, factor, dz2, dw3, db3)
+        alignment_triton.backward(dz2, weights[1], a1, z1, None, dz1, dw2, db2)
+        dh = grads[0].view(shape) if need_hidden else None
+        alignment_triton.backward(dz1, weights[0], x, None, None, dh, dw1, db1)
     return grads
 
 
@@ -157,7 +159,8 @@ def cosine_forward(projected: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     dy = projected.new_empty((layers * rows, width), dtype=torch.float32)
     if rows == 0:
         return projected.new_zeros(layers, dtype=torch.float32), dy
-    return alignment_triton.cosine(projected, None, target, rows, dy), dy
+    with torch.cuda.device_of(projected):
+        return alignment_triton.cosine(projected, None, target, rows, dy), dy
 
 
 @cosine_forward.register_fake

@@ -42,8 +42,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Largest first; the first tile that fills the card is taken. These are predictions (from shared memory, registers and
-# the number of programs) until a benchmark on the card says otherwise; POINTALIGN_AUTOTUNE=1 times all of them instead.
+# Largest first; the first tile whose programs occupy FILL of the card is taken. These are predictions (from shared
+# memory, registers and the number of programs) until a benchmark on the card says otherwise; POINTALIGN_AUTOTUNE=1
+# times all of them instead.
 TILES = {
     80: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4)),
     86: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
@@ -54,6 +55,7 @@ TILES = {
 }
 FLOAT32_TILES = (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2))  # fp32 without tf32 runs on the ordinary cores
 INTERPRETER_TILES = (Tile(128, 256, 256, 4, 1),)  # few, large steps: each one is a numpy call
+FILL = 0.75
 MAX_PARTS = 4  # K-slices of the last linear
 
 
@@ -245,8 +247,13 @@ def _tiles(device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:
         return INTERPRETER_TILES
     if dtype == torch.float32:
         return FLOAT32_TILES
+    return TILES[max(capability for capability in TILES if capability <= _capability(device))]
+
+
+@cache
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
-    return TILES[max(capability for capability in TILES if capability <= 10 * major + minor)]
+    return 10 * major + minor
 
 
 @cache
@@ -271,7 +278,7 @@ def _choose(key: tuple, device: torch.device, dtype: torch.dtype, programs: Call
                 tiles, key=lambda tile: triton.testing.do_bench(lambda: launch(tile), return_mode="median")
             )
         return _tuned[key]
-    return next((tile for tile in tiles if programs(tile) >= _multiprocessors(device)), tiles[-1])
+    return next((tile for tile in tiles if programs(tile) >= FILL * _multiprocessors(device)), tiles[-1])
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -290,28 +297,29 @@ def _options(tile: Tile) -> dict[str, int]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: Tensor | None) -> Tensor:
-    """`z = x W^T + b` and `a = silu(z)` into the given tensors; without a bias, fp32 partial sums of z are returned."""
+    """`z = x W^T + b` and `a = silu(z)` into z and a; without them, fp32 slices `[parts, G, R, N]` of `x W^T`."""
     groups, rows, inputs = x.shape
     outputs = weight.shape[1]
-    multiprocessors = _multiprocessors(x.device)
+    sliced = z is None
 
-    def programs(tile: Tile) -> int:
-        return _ceil(rows, tile.rows) * _ceil(outputs, tile.cols) * groups
+    def tiles(tile: Tile) -> int:
+        return _ceil(rows, tile.rows) * _ceil(outputs, tile.cols)
 
     def launch(tile: Tile) -> Tensor:
-        parts, steps = 1, _ceil(inputs, tile.depth)
-        if bias is None:
-            parts = min(MAX_PARTS, steps, max(1, multiprocessors // programs(tile)))
-        part_size = _ceil(steps, parts) * tile.depth
+        steps = _ceil(inputs, tile.depth)
+        room = _multiprocessors(x.device) // (tiles(tile) * groups)
+        parts = max(1, min(MAX_PARTS, steps, room)) if sliced else 1
         out = x.new_empty((parts, groups, rows, outputs), dtype=torch.float32) if z is None else z
-        grid = (programs(tile) // groups, groups, parts)
-        linear_kernel[grid](
-            x, weight, bias, out, a, rows, outputs, inputs, part_size,
-            SILU=bias is not None, EVEN=inputs % tile.depth == 0, PRECISION=_precision(x.dtype), **_options(tile),
+        linear_kernel[(tiles(tile), groups, parts)](
+            x, weight, bias, out, a, rows, outputs, inputs, _ceil(steps, parts) * tile.depth,
+            SILU=not sliced, EVEN=inputs % tile.depth == 0, PRECISION=_precision(x.dtype), **_options(tile),
         )  # fmt: skip
         return out
 
-    key = ("linear", groups, rows, outputs, inputs, bias is None)
+    def programs(tile: Tile) -> int:
+        return tiles(tile) * groups * (MAX_PARTS if sliced else 1)
+
+    key = ("linear", groups, rows, outputs, inputs, sliced)
     return launch(_choose(key, x.device, x.dtype, programs, launch))
 
 
