@@ -88,26 +88,37 @@ def group_points(points: Tensor, centre_index: Tensor, k: int) -> Tensor:
 
 
 def cosine_alignment(projected: Tensor, target: Tensor) -> Tensor:
-    """`1 - mean cos(projected, target)` over rows `[M, D]`, fp32 scalar; 0 for M = 0. No gradient to the target."""
-    if projected.shape[0] == 0:
-        return projected.float().sum()
-    return 1 - functional.cosine_similarity(projected.float(), target.detach().float(), dim=-1, eps=EPSILON).mean()
+    """`1 - mean cos(projected, target)` over the rows of `projected` `[M, D]` or, per layer, `[L, M, D]`.
+
+    Computed in fp32 (fp64 inputs stay fp64), norms clamped at `EPSILON`. No gradient to `target` `[M, D]`.
+
+    Returns:
+        scalar or `[L]`; 0 for M = 0.
+    """
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    if projected.shape[-2] == 0:
+        return projected.to(dtype).sum(dim=(-2, -1))
+    target = target.detach().to(dtype).expand_as(projected)
+    return 1 - functional.cosine_similarity(projected.to(dtype), target, dim=-1, eps=EPSILON).mean(dim=-1)
 
 
 def alignment_loss(hidden: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """The paper's alignment term: a three-layer SiLU projector on hidden states, compared with frozen features.
 
     Args:
-        hidden: `[M, C]` hidden states of the point tokens.
+        hidden: `[M, C]` hidden states of the point tokens, or `[L, M, C]` of L tapped layers.
         target: `[M, D]` features to stay close to; no gradient flows into them.
-        weights: `[H, C]`, `[H, H]`, `[D, H]`.
-        biases: `[H]`, `[H]`, `[D]`.
+        weights: `[H, C]`, `[H, H]`, `[D, H]`; with L layers also `[L, H, C]`..., one projector per layer.
+        biases: `[H]`, `[H]`, `[D]`, or `[L, H]`...
 
     Returns:
-        fp32 scalar `1 - mean cos`.
+        `1 - mean cos`, fp32: a scalar, or `[L]`, one per layer.
     """
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        hidden = functional.linear(hidden, weight, bias)
+        if weight.dim() == 3:
+            hidden = torch.baddbmm(bias[:, None], hidden, weight.mT)
+        else:
+            hidden = functional.linear(hidden, weight, bias)
         if layer < len(weights) - 1:
             hidden = functional.silu(hidden)
     return cosine_alignment(hidden, target)
