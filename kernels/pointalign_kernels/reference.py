@@ -21,8 +21,7 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 def require_finite(points: Tensor, lengths: Tensor | None = None, name: str = "points") -> None:
     """Raises ValueError with the place of the first of `points` `[B, N, 3 + F]` whose xyz is NaN or infinite."""
     bad = ~points[..., :3].isfinite().all(dim=-1)
-    if lengths is not None:
-        bad &= torch.arange(points.shape[1], device=points.device) < lengths[:, None]
+    bad &= torch.arange(points.shape[1], device=points.device) < _lengths(points, lengths)[:, None]
     if bad.any():
         cloud, point = bad.nonzero()[0].tolist()
         raise ValueError(f"{name}[{cloud}, {point}]: a coordinate is NaN or infinite; remove such points first")
