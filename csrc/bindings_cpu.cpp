@@ -73,9 +73,9 @@ void for_each_neighbourhood(const std::vector<Cloud>& clouds, int64_t queries, i
   for (const Cloud& cloud : clouds) groups = std::max(groups, cloud.groups);
   constexpr int64_t kGrain = 64;  // queries: about 0.1 ms
   torch::stable::parallel_for(0, static_cast<int64_t>(clouds.size()) * queries, kGrain, [&](int64_t begin, int64_t end) {
-    const Scratch candidates(groups * 256 * sizeof(uint64_t)), keys(k * sizeof(uint64_t));
+    const Scratch scratch(knn_scratch_bytes(groups, k)), keys(k * sizeof(uint64_t));
     for (int64_t i = begin; i < end; ++i) {
-      ops.knn(clouds[i / queries], query(i / queries, i % queries), k, candidates.as<uint64_t>(), keys.as<uint64_t>());
+      ops.knn(clouds[i / queries], query(i / queries, i % queries), k, scratch.as<void>(), keys.as<uint64_t>());
       visit(i / queries, i % queries, keys.as<uint64_t>());
     }
   });
@@ -155,9 +155,9 @@ Tensor group_points_cpu(const Tensor& points_, const Tensor& centre_index_, int6
   if (dtype == ScalarType::Float)
     write_groups<float>(clouds, points, centre_data, centres, k, out, [](float value) { return value; });
   else if (dtype == ScalarType::Half)
-    write_groups<uint16_t>(clouds, points, centre_data, centres, k, out, to_half);
+    write_groups<uint16_t>(clouds, points, centre_data, centres, k, out, [](float value) { return to_half(value); });
   else
-    write_groups<uint16_t>(clouds, points, centre_data, centres, k, out, to_bfloat16);
+    write_groups<uint16_t>(clouds, points, centre_data, centres, k, out, [](float value) { return to_bfloat16(value); });
   return groups;
 }
 

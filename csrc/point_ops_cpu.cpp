@@ -27,33 +27,39 @@ struct Bump {  // hands out aligned arrays; with a null base it only counts
   }
 };
 
-struct Unsorted {
-  uint64_t* order;  // [count] (Morton code, row)
-  uint64_t* swap;   // [count]
-  float* xyz[3];    // [groups * 256] in file order
-};
-
-size_t carve(Cloud& cloud, Unsorted& unsorted, char* base) {
+// Memory of one cloud and of its construction; both forget what they held before.
+size_t carve(Cloud& cloud, char* base) {
   Bump bump{base};
   const int64_t points = cloud.groups * 256, tops = (cloud.groups + 15) / 16 * 16;
   for (auto& axis : cloud.xyz) axis = bump.take<float>(points);
   cloud.index = bump.take<int32_t>(points);
   for (auto& bound : cloud.leaf_bounds) bound = bump.take<float>(cloud.groups * 16);
   for (auto& bound : cloud.group_bounds) bound = bump.take<float>(tops);
-  unsorted.order = bump.take<uint64_t>(points);
-  unsorted.swap = bump.take<uint64_t>(points);
-  for (auto& axis : unsorted.xyz) axis = bump.take<float>(points);
   return bump.used;
 }
 
-Unsorted allocate(Cloud& cloud, int64_t count) {
-  Unsorted unsorted;
+struct Unsorted {
+  uint64_t* order;  // [count] (Morton code, row)
+  uint64_t* swap;   // [count]
+  float* xyz[3];    // [groups * 256] in file order
+  Scratch memory;
+  explicit Unsorted(int64_t points) : memory(carve(nullptr, points)) { carve(memory.as<char>(), points); }
+
+ private:
+  size_t carve(char* base, int64_t points) {
+    Bump bump{base};
+    order = bump.take<uint64_t>(points);
+    swap = bump.take<uint64_t>(points);
+    for (auto& axis : xyz) axis = bump.take<float>(points);
+    return bump.used;
+  }
+};
+
+void allocate(Cloud& cloud, int64_t count) {
   cloud.count = count;
   cloud.groups = (count + 255) / 256;
-  const size_t bytes = carve(cloud, unsorted, nullptr);
-  cloud.memory = Scratch(bytes);
-  carve(cloud, unsorted, cloud.memory.as<char>());
-  return unsorted;
+  cloud.memory = Scratch(carve(cloud, nullptr));
+  carve(cloud, cloud.memory.as<char>());
 }
 
 // Two stable passes of 11 bits over 21-bit Morton codes in the upper half of each key.
@@ -75,7 +81,34 @@ void radix_sort(uint64_t* keys, uint64_t* swap, int64_t count) {
   for (int64_t i = 0; i < count; ++i) keys[offsets[1][swap[i] >> 43]++] = swap[i];
 }
 
-void sort_keys(uint64_t* keys, int64_t count, int64_t kept) {
+struct NeighbourScratch {
+  float* smallest;          // [ceil(k / 16) * 16]
+  float* visited_distance;  // [groups * 256]
+  int32_t* leaf;            // [groups * 16]
+  float* distance;          // [groups * 256], of candidates
+  int32_t* index;           // [groups * 256]
+  uint64_t* keys;           // [groups * 256]
+  size_t bytes;
+  NeighbourScratch(void* base, int64_t groups, int64_t k) {
+    Bump bump{static_cast<char*>(base)};
+    smallest = bump.take<float>((k + 15) / 16 * 16);
+    visited_distance = bump.take<float>(groups * 256);
+    leaf = bump.take<int32_t>(groups * 16);
+    distance = bump.take<float>(groups * 256);
+    index = bump.take<int32_t>(groups * 256);
+    keys = bump.take<uint64_t>(groups * 256);
+    bytes = bump.used;
+  }
+};
+
+constexpr int64_t kRankSorted = 256;  // candidates up to which counting ranks is faster than comparing keys
+
+void select_sort(const float* distance, const int32_t* index, int64_t count, int64_t kept, uint64_t* keys) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, distance + i, sizeof(bits));
+    keys[i] = static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(index[i]);
+  }
   if (kept < count) std::nth_element(keys, keys + kept, keys + count);
   std::sort(keys, keys + kept);
 }
@@ -124,6 +157,8 @@ namespace avx512 {
 #undef POINTALIGN_LEVEL
 #endif
 
+size_t knn_scratch_bytes(int64_t groups, int64_t k) { return NeighbourScratch(nullptr, groups, k).bytes; }
+
 const PointOps* const* point_ops_variants() {
   static const PointOps* variants[4] = {};
   static const bool filled = [] {
@@ -147,30 +182,6 @@ const PointOps& point_ops() {
     return *point_ops_variants();
   }();
   return *chosen;
-}
-
-uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (value != value) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-uint16_t to_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint16_t sign = bits >> 16 & 0x8000;
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return sign | 0x7e00;
-  if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to infinity
-  if (bits < 0x38800000) {                       // subnormal halves: the addition aligns and rounds the significand
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, 4);
-    return sign | static_cast<uint16_t>(bits - 0x3f000000);
-  }
-  return sign | static_cast<uint16_t>((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
 }  // namespace pointalign

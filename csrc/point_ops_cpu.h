@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -47,17 +48,40 @@ struct PointOps {
   void (*farthest_point_sample)(const Cloud& cloud, int64_t num_samples, const float* start, int64_t start_index,
                                 int64_t* index);
   // Writes k (squared distance, row) keys of one query, sorted: the bits of the distance above the row number.
-  // `candidates` holds groups * 256 keys of scratch memory.
-  void (*knn)(const Cloud& cloud, const float* query, int64_t k, uint64_t* candidates, uint64_t* keys);
+  // `scratch` holds knn_scratch_bytes.
+  void (*knn)(const Cloud& cloud, const float* query, int64_t k, void* scratch, uint64_t* keys);
 };
+
+size_t knn_scratch_bytes(int64_t groups, int64_t k);
 
 // The variants this machine can run, best first; the list ends with a null pointer.
 const PointOps* const* point_ops_variants();
 // The best variant, or what torch's own variable ATEN_CPU_CAPABILITY (default, avx2, avx512) asks for.
 const PointOps& point_ops();
 
-// Rounds to nearest even.
-uint16_t to_half(float value);
-uint16_t to_bfloat16(float value);
+// Both round to nearest even.
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint16_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to infinity
+  if (bits < 0x38800000) {                       // subnormal halves: the addition aligns and rounds the significand
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof(bits));
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, sizeof(bits));
+    return sign | static_cast<uint16_t>(bits - 0x3f000000);
+  }
+  return sign | static_cast<uint16_t>((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+}
 
 }  // namespace pointalign

@@ -123,7 +123,8 @@ POINTALIGN_INLINE ints morton(const floats cells[3]) {
 }
 
 static int64_t build(Cloud& cloud, const float* rows, int64_t count, int64_t stride) {
-  Unsorted unsorted = allocate(cloud, count);
+  allocate(cloud, count);
+  const Unsorted unsorted(cloud.groups * 256);
   const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
   const int64_t points = cloud.groups * 256;
   for (int64_t i = 0; i < count; ++i)
@@ -259,71 +260,103 @@ static void farthest_point_sample(const Cloud& cloud, int64_t num_samples, const
   for (int64_t step = distinct; step < num_samples; ++step) index[step] = index[step - 1];
 }
 
-// An upper bound for the k-th smallest distance: every lane keeps its ceil(k / 16) smallest over the leaves around the
-// query on the Morton curve.
-POINTALIGN_INLINE float bound(const Cloud& cloud, const floats query[3], int64_t k, floats* smallest) {
-  const int64_t kept = (k + 15) / 16, tops = (cloud.groups + 15) / 16, leaves = (cloud.count + 15) / 16;
-  const float infinity = std::numeric_limits<float>::infinity();
-  if (kept > leaves) return infinity;
-  floats nearest_row = broadcast(infinity);
-  int64_t nearest = 0;  // group, then leaf
-  float nearest_distance = infinity;
+struct Neighbours {  // one query's search, in scratch memory
+  floats query[3];
+  floats* smallest;     // [kept]: the smallest distances of every lane, so kept * 16 >= k values, sorted within a lane
+  int64_t kept;
+  float limit;          // at least k points are this near
+  float* distance;      // [visited * 16]
+  int32_t* leaf;        // [visited]
+  int64_t visited;
+};
+
+POINTALIGN_INLINE void visit_group(const Cloud& cloud, int64_t group, Neighbours& near) {
+  uint32_t open = less_equal(box_distance(cloud.leaf_bounds, group, near.query), broadcast(near.limit));
+  for (; open != 0; open &= open - 1) {
+    const int64_t leaf = group * 16 + __builtin_ctz(open);
+    floats value = squared_distance(cloud, leaf, near.query);
+    store(near.distance + near.visited * 16, value);
+    near.leaf[near.visited++] = static_cast<int32_t>(leaf);
+    for (int64_t i = 0; i < near.kept; ++i) {
+      const floats kept = near.smallest[i];
+      near.smallest[i] = lower(value, kept);
+      value = higher(kept, value);  // NaN padding stays NaN and is never kept
+    }
+  }
+  near.limit = highest(near.smallest[near.kept - 1]);
+}
+
+// Sorts by (distance, index): the place of a candidate is the number of candidates before it, counted for 16 at once.
+POINTALIGN_INLINE void rank_sort(const float* distance, const int32_t* index, int64_t count, uint64_t* keys) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const floats distances = load(distance + i);
+    const ints indices = *reinterpret_cast<const ints*>(index + i);
+    ints rank = {};
+    for (int64_t j = 0; j < count; ++j)
+      POINTALIGN_EACH {
+        const part other = part{} + distance[j];
+        const int_part first = (other == distances.parts[p]) & (int_part{} + index[j] < indices.parts[p]);
+        rank.parts[p] -= (other < distances.parts[p]) | first;
+      }
+    int32_t ranks[16];
+    uint32_t bits[16];
+    std::memcpy(ranks, &rank, 64);
+    std::memcpy(bits, &distances, 64);
+    for (int64_t j = 0; j < (count - i < 16 ? count - i : 16); ++j)
+      keys[ranks[j]] = static_cast<uint64_t>(bits[j]) << 32 | static_cast<uint32_t>(index[i + j]);
+  }
+}
+
+static void knn(const Cloud& cloud, const float* point, int64_t k, void* scratch, uint64_t* sorted) {
+  const int64_t tops = (cloud.groups + 15) / 16, available = k < cloud.count ? k : cloud.count;
+  NeighbourScratch memory(scratch, cloud.groups, k);
+  Neighbours near = {{broadcast(point[0]), broadcast(point[1]), broadcast(point[2])},
+                     reinterpret_cast<floats*>(memory.smallest),
+                     (available + 15) / 16,
+                     std::numeric_limits<float>::infinity(),
+                     memory.visited_distance,
+                     memory.leaf,
+                     0};
+  for (int64_t i = 0; i < near.kept; ++i) near.smallest[i] = broadcast(near.limit);
+
+  // The group around the query first: its bound closes most others.
+  int64_t nearest = 0;
+  float nearest_distance = near.limit;
   for (int64_t top = 0; top < tops; ++top) {
-    const floats distance = box_distance(cloud.group_bounds, top, query);
-    nearest_row = lower(distance, nearest_row);
+    const floats distance = box_distance(cloud.group_bounds, top, near.query);
     const float row_lowest = lowest(distance);
     if (row_lowest < nearest_distance) {
       nearest_distance = row_lowest;
       nearest = top * 16 + __builtin_ctz(equal(distance, broadcast(row_lowest)));
     }
   }
-  const floats distance = box_distance(cloud.leaf_bounds, nearest, query);
-  nearest = nearest * 16 + __builtin_ctz(equal(distance, broadcast(lowest(distance))));
-
-  int64_t width = kept * 4 < 16 ? 16 : kept * 4;
-  if (width > leaves) width = leaves;
-  int64_t first = nearest - width / 2;
-  if (first > leaves - width) first = leaves - width;
-  if (first < 0) first = 0;
-  for (int64_t i = 0; i < kept; ++i) smallest[i] = broadcast(infinity);
-  for (int64_t leaf = first; leaf < first + width; ++leaf) {
-    floats value = squared_distance(cloud, leaf, query);
-    for (int64_t i = 0; i < kept; ++i) {
-      const floats kept_value = smallest[i];
-      smallest[i] = lower(value, kept_value);
-      value = higher(kept_value, value);  // NaN padding stays NaN and is never kept
-    }
-  }
-  return highest(smallest[kept - 1]);
-}
-
-static void knn(const Cloud& cloud, const float* point, int64_t k, uint64_t* candidates, uint64_t* keys) {
-  const floats query[3] = {broadcast(point[0]), broadcast(point[1]), broadcast(point[2])};
-  const int64_t tops = (cloud.groups + 15) / 16, available = k < cloud.count ? k : cloud.count;
-  const floats limit = broadcast(bound(cloud, query, available, reinterpret_cast<floats*>(candidates)));
-  int64_t count = 0;
+  visit_group(cloud, nearest, near);
   for (int64_t top = 0; top < tops; ++top) {
-    uint32_t open = less_equal(box_distance(cloud.group_bounds, top, query), limit);
-    if (cloud.groups - top * 16 < 16) open &= (1u << (cloud.groups - top * 16)) - 1;
-    for (; open != 0; open &= open - 1) {
-      const int64_t group = top * 16 + __builtin_ctz(open);
-      uint32_t leaves = less_equal(box_distance(cloud.leaf_bounds, group, query), limit);
-      for (; leaves != 0; leaves &= leaves - 1) {
-        const int64_t leaf = group * 16 + __builtin_ctz(leaves);
-        const floats distance = squared_distance(cloud, leaf, query);
-        uint32_t bits[16];
-        std::memcpy(bits, &distance, 64);
-        for (uint32_t places = less_equal(distance, limit); places != 0; places &= places - 1) {
-          const int place = __builtin_ctz(places);
-          candidates[count++] =
-              static_cast<uint64_t>(bits[place]) << 32 | static_cast<uint32_t>(cloud.index[leaf * 16 + place]);
-        }
-      }
+    const floats distance = box_distance(cloud.group_bounds, top, near.query);
+    uint32_t real = cloud.groups - top * 16 < 16 ? (1u << (cloud.groups - top * 16)) - 1 : 0xffffu;
+    if (nearest / 16 == top) real &= ~(1u << nearest % 16);
+    uint32_t open = less_equal(distance, broadcast(near.limit)) & real;
+    while (open != 0) {
+      visit_group(cloud, top * 16 + __builtin_ctz(open), near);
+      open &= open - 1;
+      open &= less_equal(distance, broadcast(near.limit));
     }
   }
-  sort_keys(candidates, count, available);
-  std::memcpy(keys, candidates, available * sizeof(uint64_t));
-  for (int64_t i = available; i < k; ++i) keys[i] = keys[available - 1];
+
+  const floats limit = broadcast(near.limit);
+  int64_t count = 0;
+  for (int64_t i = 0; i < near.visited; ++i)
+    for (uint32_t open = less_equal(load(near.distance + i * 16), limit); open != 0; open &= open - 1) {
+      const int place = __builtin_ctz(open);
+      memory.distance[count] = near.distance[i * 16 + place];
+      memory.index[count++] = cloud.index[near.leaf[i] * 16 + place];
+    }
+  if (count <= kRankSorted)
+    rank_sort(memory.distance, memory.index, count, memory.keys);
+  else
+    select_sort(memory.distance, memory.index, count, available, memory.keys);
+  std::memcpy(sorted, memory.keys, available * sizeof(uint64_t));
+  for (int64_t i = available; i < k; ++i) sorted[i] = sorted[available - 1];
 }
 
 static const PointOps ops = {

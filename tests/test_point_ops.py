@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -327,7 +328,7 @@ def test_fullgraph_compile(device):
 def greedy_radius_never_grows(points, index):
     """Each sample is as far from the earlier ones as any point is (whatever the start): greedy validity."""
     nearest = torch.full((len(points),), float("inf"))
-    for previous, newest in zip(index[:-1], index[1:], strict=True):
+    for previous, newest in pairwise(index):
         nearest = torch.minimum(nearest, reference.squared_distance(points, points[previous]))
         if nearest[newest] != nearest.max():
             return False
@@ -378,7 +379,7 @@ def test_cuda_survives_bad_input():
     points[1, ::2, 1] = float("inf")
     index = farthest_point_sample(points, 100, impl="native")
     assert ((index >= 0) & (index < 3000)).all()
-    distance, neighbours = knn(points[:, :50], points, 40, impl="native")
+    _, neighbours = knn(points[:, :50], points, 40, impl="native")
     assert ((neighbours >= 0) & (neighbours < 3000)).all()
     wild = torch.tensor([[-5, 10**12]], device="cuda").expand(3, 2)
     assert group_points(points, wild, 40, impl="native").shape == (3, 2, 40, 3)
