@@ -204,9 +204,7 @@ struct Selection {
     if (buffered < 32) return;
     merge(buffer[lane]);
     buffered -= 32;
-    const uint64_t rest = buffer[32 + lane];
-    __syncwarp();
-    if (lane < buffered) buffer[lane] = rest;
+    if (lane < buffered) buffer[lane] = buffer[32 + lane];
     __syncwarp();
   }
 
@@ -373,7 +371,7 @@ int launch_search(const Points& points, int clouds, int centres, int k, Source s
   if (const auto error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
   const int fitting = (limit - kBufferBytes) / (3 * static_cast<int>(sizeof(float)));
   const int whole = (points.count + 31) / 32 * 32;
-  const int tile_points = whole <= fitting ? whole : 4096;
+  const int tile_points = whole <= fitting ? whole : fitting / 1024 * 1024;
   const int bytes = kBufferBytes + 3 * static_cast<int>(sizeof(float)) * tile_points;
   const int64_t blocks = static_cast<int64_t>(clouds) * ((centres + kWarps * kCentres - 1) / (kWarps * kCentres));
   if (blocks > kLargest) return cudaErrorInvalidConfiguration;
