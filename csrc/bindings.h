@@ -32,7 +32,7 @@ inline Tensor rows_of(const Tensor& points, const char* name) {
   check(points.scalar_type() == ScalarType::Float, name, ": expected float32");
   check(points.size(1) >= 1, name, ": expected at least one point in every cloud, got N = 0");
   check(points.size(1) <= 0x7fffffff - 4096, name, ": at most 2^31 points in a cloud");
-  return points.stride(2) == 1 && points.stride(1) >= points.size(2) ? points : torch::stable::contiguous(points);
+  return points.stride(2) == 1 ? points : torch::stable::contiguous(points);
 }
 
 inline std::optional<Tensor> lengths_of(const std::optional<Tensor>& lengths, const Tensor& points) {
@@ -41,6 +41,22 @@ inline std::optional<Tensor> lengths_of(const std::optional<Tensor>& lengths, co
         "lengths: expected int64 [B] with B = ", points.size(0));
   check(lengths->device() == points.device(), "lengths: expected the device of the points");
   return torch::stable::contiguous(*lengths);
+}
+
+inline Tensor queries_of(const Tensor& query, const Tensor& points) {
+  check(query.dim() == 3 && query.size(2) >= 3 && query.scalar_type() == ScalarType::Float,
+        "query: expected float32 [B, Q, 3]");
+  check(query.size(0) == points.size(0), "query: expected a batch of ", points.size(0), ", got ", query.size(0));
+  check(query.device() == points.device(), "query: expected the device of the points");
+  return query.stride(2) == 1 ? query : torch::stable::contiguous(query);
+}
+
+inline Tensor centres_of(const Tensor& centre_index, const Tensor& points) {
+  check(centre_index.dim() == 2 && centre_index.size(0) == points.size(0) &&
+            centre_index.scalar_type() == ScalarType::Long,
+        "centre_index: expected int64 [B, G] with B = ", points.size(0));
+  check(centre_index.device() == points.device(), "centre_index: expected the device of the points");
+  return torch::stable::contiguous(centre_index);
 }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {

@@ -83,9 +83,8 @@ void for_each_neighbourhood(const std::vector<Cloud>& clouds, int64_t queries, i
 
 std::tuple<Tensor, Tensor> knn_cpu(const Tensor& query_, const Tensor& points_, int64_t k,
                                    const std::optional<Tensor>& lengths_) {
-  const Tensor points = rows_of(points_, "points"), query = rows_of(query_, "query");
+  const Tensor points = rows_of(points_, "points"), query = queries_of(query_, points);
   check_neighbours(k);
-  check(query.size(0) == points.size(0), "query: expected a batch of ", points.size(0), ", got ", query.size(0));
   const auto lengths_held = lengths_of(lengths_, points);
   const int64_t batch = points.size(0), queries = query.size(1);
   const auto* query_data = static_cast<const float*>(query.data_ptr());
@@ -133,13 +132,9 @@ void write_groups(const std::vector<Cloud>& clouds, const Tensor& points, const 
 
 Tensor group_points_cpu(const Tensor& points_, const Tensor& centre_index_, int64_t k,
                         const std::optional<Tensor>& lengths_, ScalarType dtype) {
-  const Tensor points = rows_of(points_, "points");
+  const Tensor points = rows_of(points_, "points"), centre_index = centres_of(centre_index_, points);
   check_neighbours(k);
   check_output(dtype);
-  check(centre_index_.dim() == 2 && centre_index_.size(0) == points.size(0) &&
-            centre_index_.scalar_type() == ScalarType::Long,
-        "centre_index: expected int64 [B, G] with B = ", points.size(0));
-  const Tensor centre_index = torch::stable::contiguous(centre_index_);
   const auto lengths_held = lengths_of(lengths_, points);
   const int64_t* lengths = valid_lengths(lengths_held, points);
   const int64_t batch = points.size(0), centres = centre_index.size(1);
