@@ -6,6 +6,7 @@ Writes results/<section>_table.md and plots, and replaces what stands in README.
 `<!-- <section>:begin -->` and `<!-- <section>:end -->`, where it has them.
 """
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -18,7 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 COLUMNS = {
     "reference": "eager",
     "compile": "torch.compile",
@@ -145,7 +147,59 @@ def alignment() -> str:
     return "\n".join([*parts, _cards(results), _resources()])
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"alignment": alignment}
+def _percent(estimate: dict) -> str:
+    return f"{100 * estimate['mean']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+
+
+def demo() -> str:
+    """Held-out accuracy of a demo run, the paired tests and the sample answers."""
+    content = json.loads((RESULTS / "demo.json").read_text())
+    run = content["run"]
+    counts = next(iter(content["accuracy"].values()))
+    seen, total = counts["noun in training"]["count"], counts["all"]["count"]
+    rows = [[name, _percent(one["noun in training"]), _percent(one["all"])] for name, one in content["accuracy"].items()]
+    header = ["head-noun accuracy, %", f"noun occurs in training (n={seen})", f"all {content['split']} objects (n={total})"]
+    tests = [
+        f"- {name}: {100 * one['mean']:+.1f} points [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}], p = {one['p']:.4f}"
+        for name, one in content["tests"].items()
+    ]
+    note = f"{run['device']}, torch {run['versions']['torch']}, commit {run['commit']}; 95 % intervals clustered by family."
+    answers = (RESULTS / "demo_answers.md").read_text()
+    return "\n".join([note, "", table(header, rows), "", *tests, "", "Ten answers, objects drawn at random:", "", answers])
+
+
+def alignment_check() -> str:
+    """Cosine of projected hidden states and targets, with LoRA training and frozen."""
+    content = json.loads((RESULTS / "alignment_check.json").read_text())
+    columns = list(content["results"]["before training"])
+    rows = [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in content["results"].items()]
+    note = f"{content['objects']} {content['split']} objects, {content['steps']} steps, commit {content['run']['commit']}."
+    return f"{note}\n\n{table(['cosine to targets', *columns], rows)}\n"
+
+
+def point_ops() -> str:
+    """The table that test_point_ops.py wrote."""
+    return (RESULTS / "point_ops_cpu_table.md").read_text()
+
+
+def files() -> str:
+    """One line per source file: the first sentence of its docstring."""
+    rows = []
+    for pattern in ("pointalign/**/*.py", "kernels/**/*.py", "benchmarks/*.py"):
+        for path in sorted(ROOT.glob(pattern)):
+            docstring = ast.get_docstring(ast.parse(path.read_text()))
+            if docstring:
+                rows.append([f"`{path.relative_to(ROOT)}`", docstring.split("\n\n")[0].replace("\n", " ")])
+    return table(["file", "what it is"], rows).replace("---:", "---")
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "alignment": alignment,
+    "alignment_check": alignment_check,
+    "demo": demo,
+    "files": files,
+    "point_ops": point_ops,
+}
 
 
 def main() -> None:
