@@ -157,15 +157,23 @@ def demo() -> str:
     run = content["run"]
     counts = next(iter(content["accuracy"].values()))
     seen, total = counts["noun in training"]["count"], counts["all"]["count"]
-    rows = [[name, _percent(one["noun in training"]), _percent(one["all"])] for name, one in content["accuracy"].items()]
-    header = ["head-noun accuracy, %", f"noun occurs in training (n={seen})", f"all {content['split']} objects (n={total})"]
+    rows = [
+        [name, _percent(one["noun in training"]), _percent(one["all"])] for name, one in content["accuracy"].items()
+    ]
+    header = [
+        "head-noun accuracy, %",
+        f"noun occurs in training (n={seen})",
+        f"all {content['split']} objects (n={total})",
+    ]
     tests = [
         f"- {name}: {100 * one['mean']:+.1f} points [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}], p = {one['p']:.4f}"
         for name, one in content["tests"].items()
     ]
     note = f"{run['device']}, torch {run['versions']['torch']}, commit {run['commit']}; 95 % intervals clustered by family."
     answers = (RESULTS / "demo_answers.md").read_text()
-    return "\n".join([note, "", table(header, rows), "", *tests, "", "Ten answers, objects drawn at random:", "", answers])
+    return "\n".join(
+        [note, "", table(header, rows), "", *tests, "", "Ten answers, objects drawn at random:", "", answers]
+    )
 
 
 def alignment_check() -> str:
@@ -173,7 +181,9 @@ def alignment_check() -> str:
     content = json.loads((RESULTS / "alignment_check.json").read_text())
     columns = list(content["results"]["before training"])
     rows = [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in content["results"].items()]
-    note = f"{content['objects']} {content['split']} objects, {content['steps']} steps, commit {content['run']['commit']}."
+    note = (
+        f"{content['objects']} {content['split']} objects, {content['steps']} steps, commit {content['run']['commit']}."
+    )
     return f"{note}\n\n{table(['cosine to targets', *columns], rows)}\n"
 
 

@@ -1,6 +1,7 @@
 """`python -m pointalign.chat FILE [FILE ...]`: talk about one or several clouds in the terminal."""
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advertises another package
     try:
         return chat(options)
     except (ValueError, OSError) as error:
