@@ -147,8 +147,9 @@ def alignment() -> str:
     return "\n".join([*parts, _cards(results), _resources()])
 
 
-def _percent(estimate: dict) -> str:
-    return f"{100 * estimate['mean']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+def _percent(estimate: dict, sign: str = "") -> str:
+    mean, low, high = (f"{100 * estimate[key]:{sign}.1f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def demo() -> str:
@@ -165,11 +166,9 @@ def demo() -> str:
         f"noun occurs in training (n={seen})",
         f"all {content['split']} objects (n={total})",
     ]
-    tests = [
-        f"- {name}: {100 * one['mean']:+.1f} points [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}], p = {one['p']:.4f}"
-        for name, one in content["tests"].items()
-    ]
-    note = f"{run['device']}, torch {run['versions']['torch']}, commit {run['commit']}; 95 % intervals clustered by family."
+    tests = [f"- {name}: {_percent(one, '+')} points, p = {one['p']:.4f}" for name, one in content["tests"].items()]
+    under = f"{run['device']}, torch {run['versions']['torch']}, commit {run['commit']}"
+    note = f"{under}; 95 % intervals clustered by family."
     answers = (RESULTS / "demo_answers.md").read_text()
     return "\n".join(
         [note, "", table(header, rows), "", *tests, "", "Ten answers, objects drawn at random:", "", answers]

@@ -23,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was complete is in {options.training.output_dir}", file=sys.stderr)
+        return 130
 
 
 def keep_freed_memory() -> None:
