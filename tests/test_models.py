@@ -64,7 +64,7 @@ def test_the_papers_preset_has_the_papers_sizes():
         model = PointAlignForConditionalGeneration(PointAlignConfig.from_preset("minigpt3d-phi2", phi2)).model
     assert count(model.point_encoder) == 21_859_200
     assert count(model.point_mlp) == 1_378_432
-    assert count(model.qformer) + model.query_tokens.numel() == 105_137_664
+    assert count(model.qformer) == 105_137_664 and model.query_tokens.shape == (1, 32, 768)
     assert count(model.modality_projector) == 13_638_144
     assert count(model.language_model) == 2_779_683_840
 
@@ -198,9 +198,10 @@ def test_a_language_model_that_rescales_its_logits_keeps_its_own_loss(processor,
     config.text_config = text_config
     model = without_dropout(lively(PointAlignForConditionalGeneration(config).eval()))
     batch = labelled(processor, [user("What?", clouds[0]), assistant("A bench.")])
-    expected = model(**batch).loss
     model.train()
-    model.model.point_encoder.eval()
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    assert logits.abs().max() <= 2
+    expected = nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:])
     torch.testing.assert_close(model(**batch).loss, expected)
 
 
@@ -321,8 +322,8 @@ def test_saved_and_loaded_it_generates_the_same(architecture, dtype, processor, 
     saved, restored = model.state_dict(), loaded.state_dict()
     assert saved.keys() == restored.keys()
     for name, tensor in saved.items():
-        assert restored[name].dtype == tensor.dtype, name
-        assert torch.equal(restored[name], tensor), name
+        assert restored[name].dtype == tensor.dtype or not tensor.is_floating_point(), name
+        assert torch.equal(restored[name].to(tensor.dtype), tensor), name
     assert loaded.model.point_encoder.dtype == torch.float32
     conversations = [[user("What is this?", clouds[0], clouds[1])], [user("Hm?", clouds[2])]]
     ours, theirs = prompts(processor, *conversations), prompts(again, *conversations)

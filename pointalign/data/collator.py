@@ -40,10 +40,10 @@ class ConversationCollator:
             )
         )
 
-    @staticmethod
-    def _augmented(message: dict, rng: np.random.Generator, pose_free: bool) -> dict:
+    def _augmented(self, message: dict, rng: np.random.Generator, pose_free: bool) -> dict:
+        fewest = self.processor.feature_extractor.min_points
         content = [
-            item | {"point": augment(item["point"], rng, pose_free)} if item["type"] == "point" else item
+            item | {"point": augment(item["point"], rng, pose_free, fewest)} if item["type"] == "point" else item
             for item in message["content"]
         ]
         return message | {"content": content}
