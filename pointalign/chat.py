@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def chat(options: argparse.Namespace) -> int:
-    from pointalign.data.point_cloud import load_point_cloud
+    from pointalign.data.point_cloud import PointCloudError, load_point_cloud
 
     clouds = [load_point_cloud(path, up_axis=options.up_axis) for path in options.files]
     import torch
@@ -42,6 +42,10 @@ def chat(options: argparse.Namespace) -> int:
 
     model, processor = load_for_inference(options.model)
     for path, cloud in zip(options.files, clouds, strict=True):
+        try:
+            processor.feature_extractor.prepare(cloud)
+        except PointCloudError as error:
+            raise PointCloudError(f"{path}: {error}") from error
         print(f"{Path(path).name}: {len(cloud)} points")
     messages: list[dict] = []
     opening: list[dict] = [{"type": "point", "point": cloud} for cloud in clouds]
