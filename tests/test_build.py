@@ -17,6 +17,10 @@ ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
+def find_nvcc():
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
     """The unpacked source distribution: what pip would build from."""
@@ -106,3 +110,34 @@ def test_wrong_requests_fail_with_the_reason(sdist):
         result = run_setup(sdist, "cuda", "--name", check=False)
         assert result.returncode != 0
         assert "is built without CUDA" in result.stderr
+
+
+@needs_compiler
+@pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
+def test_the_cuda_build_registers_its_kernels(sdist, tmp_path):
+    """Without a CUDA torch: setup.py believes in one, and a stub stands for the only symbol of libtorch_cuda."""
+    stub = tmp_path / "libtorch_cuda.so"
+    source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { *stream = nullptr; return 0; }'
+    subprocess.run(["g++", "-shared", "-fPIC", "-xc++", "-", "-o", str(stub)], input=source, text=True, check=True)
+    program = (
+        "import sys, runpy, torch; torch.version.cuda = '13.0';"
+        f"sys.argv = ['setup.py', 'build_ext', '--build-temp', {str(tmp_path / 'temp')!r},"
+        f" '--build-lib', {str(tmp_path)!r}]; runpy.run_path('setup.py')"
+    )
+    environment = os.environ | {
+        "POINTALIGN_BUILD": "cuda",
+        "TORCH_CUDA_ARCH_LIST": "9.0",
+        "LIBRARY_PATH": str(tmp_path),
+        "LD_LIBRARY_PATH": str(tmp_path),
+    }
+    run = {"env": environment, "capture_output": True, "text": True}
+    result = subprocess.run([sys.executable, "-c", program], cwd=sdist, **run)
+    assert result.returncode == 0, result.stderr[-3000:]
+    program = (
+        f"import torch; torch.ops.load_library({str(tmp_path / 'pointalign_kernels/_native.abi3.so')!r});"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key;"
+        "print([has('pointalign_kernels::' + name, key) for key in ('CPU', 'CUDA')"
+        " for name in ('farthest_point_sample', 'knn', 'group_points')])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, **run)
+    assert result.stdout == "[True, True, True, True, True, True]\n", result.stderr
