@@ -198,7 +198,7 @@ def warm_up(model: Any, processor: Any, options: "Options") -> None:
             "training.contrastive_steps needs the names of the embedded objects: leave data.annotations out"
         )
     objects = load_objects(assets.furniture(), "train")
-    named = contrastive.NamedClouds(objects.clouds, [record["name"] for record in objects.records])
+    named = contrastive.NamedClouds(objects.clouds, objects.nouns)
     contrastive.warm_up(
         model,
         processor,
