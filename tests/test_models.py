@@ -144,6 +144,19 @@ def test_the_language_model_keeps_its_weights_and_phi_its_bias(processor, clouds
     torch.testing.assert_close(model(input_ids=ids).logits, plain + 1)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_language_model_that_was_loaded_before_stays_causal(architecture, attention, tmp_path):
+    lively(AutoModelForCausalLM.from_config(tiny_text_config(architecture))).save_pretrained(tmp_path)
+    language_model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention).eval()
+    ids, changed = torch.tensor([[65, 66, 67, 68]]), torch.tensor([[65, 66, 67, 99]])
+    alone = language_model(input_ids=ids).logits
+    model = PointAlignForConditionalGeneration.from_language_model(language_model, "mini").eval()
+    assert language_model.config._attn_implementation == attention
+    assert torch.equal(model(input_ids=ids).logits, alone)
+    assert torch.equal(model(input_ids=changed).logits[:, :3], alone[:, :3]), "a word sees the words after it"
+
+
 # -- the loss from supervised rows -------------------------------------------------------------------------------------
 
 
