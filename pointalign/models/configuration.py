@@ -71,8 +71,8 @@ class PointAlignConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         attention = self.text_config._attn_implementation
         super().__post_init__(**kwargs)
-        # The base class hands its own choice, at first None, to all parts. A language model that was built before shares
-        # this configuration, and without an attention implementation it would lose its causal mask.
+        # The base class hands its own choice, at first None, to all parts. A language model built before shares this
+        # configuration, and without an attention implementation it would lose its causal mask.
         if "attn_implementation" not in kwargs:
             self.text_config._attn_implementation = attention
 
