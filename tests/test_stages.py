@@ -96,9 +96,10 @@ def test_a_stage_hands_on_everything_but_the_language_model(folder, tmp_path, cl
         for name, one in loaded.state_dict().items():
             expected = model.state_dict()[name]
             assert torch.equal(one, expected.to(torch.bfloat16).to(one.dtype) if name in state else expected), name
-    torch.testing.assert_close(
-        logits(loaded.eval(), processor, clouds), logits(model, processor, clouds), atol=0.5, rtol=0.1
-    )
+    with torch.no_grad():
+        for one in checkpointing.stage_state(model).values():
+            one.copy_(one.to(torch.bfloat16))
+    assert torch.equal(logits(loaded.eval(), processor, clouds), logits(model, processor, clouds))
 
 
 def test_another_language_model_is_refused(folder, tmp_path, tokenizer):

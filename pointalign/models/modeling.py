@@ -5,7 +5,7 @@ Q query tokens per cloud, H width of the language model.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,13 @@ class PointAlignPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ("past_key_values",)
     # Sampling and neighbours are exact in fp32 only, and the alignment target should not move with the LLM's dtype.
-    _keep_in_fp32_modules_strict = {"point_encoder", "point_mlp", "query_tokens", "qformer", "modality_projector"}
+    _keep_in_fp32_modules_strict: ClassVar = {
+        "point_encoder",
+        "point_mlp",
+        "query_tokens",
+        "qformer",
+        "modality_projector",
+    }
 
     @property
     def dtype(self) -> torch.dtype:
