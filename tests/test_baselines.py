@@ -15,8 +15,8 @@ def test_majority():
 def test_nearest_by_chamfer_equals_brute_force(clouds):
     rng = np.random.default_rng(0)
     references = [cloud[rng.permutation(len(cloud))[:1500]] for cloud in clouds]
-    references += [normalise(rng.random((1200, 6)) * rng.random(6)) for _ in range(30)]  # more than one chunk
-    queries = [cloud[rng.permutation(len(cloud))[:1500]] for cloud in clouds[:4]]
+    references += [normalise(rng.random((1200, 6)) * rng.random(6)) for _ in range(26)]  # more than one chunk
+    queries = [cloud[rng.permutation(len(cloud))[:1500]] for cloud in clouds[:2]]
 
     def points(cloud):
         return normalise(subsample(cloud, 1024))[:, :3].astype(np.float64)
@@ -27,7 +27,7 @@ def test_nearest_by_chamfer_equals_brute_force(clouds):
             gaps = cdist(points(query), points(reference))
             distances[i, j] = gaps.min(axis=0).mean() + gaps.min(axis=1).mean()
     nearest = nearest_by_chamfer(queries, references)
-    assert nearest.tolist() == distances.argmin(axis=1).tolist() == [0, 1, 2, 3]
+    assert nearest.tolist() == distances.argmin(axis=1).tolist() == [0, 1]
     moved = [np.hstack([3 * one[:, :3] + 7, one[:, 3:]]) for one in references[4:]]
     assert nearest_by_chamfer(queries, moved).tolist() == distances[:, 4:].argmin(axis=1).tolist()
 

@@ -93,7 +93,7 @@ def test_a_missing_or_truncated_file_is_named(tmp_path):
         checkpointing.load_state(network(), path, set())
     save_file(network().state_dict(), path)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="state.safetensors is not a complete safetensors file"):
+    with pytest.raises(ValueError, match=r"state.safetensors is not a complete safetensors file"):
         checkpointing.load_state(network(), path, set(network().state_dict()))
 
 
@@ -131,7 +131,13 @@ def test_an_optimizer_goes_on_where_it_stopped(kind, tmp_path):
 
 def test_random_numbers_go_on_where_they_stopped(tmp_path):
     def draw():
-        return random.random(), random.gauss(0, 1), np.random.rand(3).tolist(), np.random.randn(), torch.rand(3).tolist()
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(3).tolist(),
+            np.random.randn(),
+            torch.rand(3).tolist(),
+        )
 
     keep = random.getstate(), np.random.get_state(), torch.get_rng_state()
     draw()

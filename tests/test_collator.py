@@ -68,4 +68,6 @@ def test_small_clouds_survive_augmentation(samples, processor):
 
 def test_a_sample_that_does_not_fit_is_an_error(samples, processor):
     with pytest.raises(ValueError, match="would cut through a point cloud"):
+        ConversationCollator(processor, max_length=11)(samples)
+    with pytest.raises(ValueError, match="leaves no answer"):
         ConversationCollator(processor, max_length=26)(samples)

@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_named(arguments, named, capsys):
         ("alignment:\n  wieght: 1\n", "wieght"),
         ("optimiser: adam\n", "optimiser"),
         ("alignment:\n  weight: heavy\n", "weight"),
-        ("alignment: [1\n", "mine.yaml"),
+        ("alignment: [1\n", "line 1, column 12"),
     ],
 )
 def test_a_malformed_recipe_is_named(text, named, tmp_path, capsys):

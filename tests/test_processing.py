@@ -77,7 +77,7 @@ def test_text_with_markers(processor, clouds):
 
 
 def test_unknown_content_is_named(processor):
-    with pytest.raises(ValueError, match="type 'image'.*'text' and 'point'"):
+    with pytest.raises(ValueError, match=r"type 'image'.*'text' and 'point'"):
         tensors(processor, [{"role": "user", "content": [{"type": "image", "url": "x"}]}])
 
 

@@ -69,7 +69,12 @@ class PointAlignConfig(PreTrainedConfig):
             self.qformer_config = Blip2QFormerConfig(**self.qformer_config)
         self.qformer_config = self.qformer_config or Blip2QFormerConfig()
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        attention = self.text_config._attn_implementation
         super().__post_init__(**kwargs)
+        # The base class hands its own choice, at first None, to all parts. A language model built before shares this
+        # configuration, and without an attention implementation it would lose its causal mask.
+        if "attn_implementation" not in kwargs:
+            self.text_config._attn_implementation = attention
 
     @classmethod
     def from_preset(cls, preset: str, text_config: PreTrainedConfig, **overrides: Any) -> "PointAlignConfig":

@@ -6,7 +6,7 @@ Q query tokens per cloud, H width of the language model.
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,13 @@ class PointAlignPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ("past_key_values",)
     # Sampling and neighbours are exact in fp32 only, and the alignment target should not move with the LLM's dtype.
-    _keep_in_fp32_modules_strict = {"point_encoder", "point_mlp", "query_tokens", "qformer", "modality_projector"}
+    _keep_in_fp32_modules_strict: ClassVar = {
+        "point_encoder",
+        "point_mlp",
+        "query_tokens",
+        "qformer",
+        "modality_projector",
+    }
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,7 +206,7 @@ class PointAlignModel(PointAlignPreTrainedModel):
         query_features: Tensor | None = None,
         **kwargs: Any,
     ):
-        """Hidden states of the language model, without its head. Arguments as in `PointAlignForConditionalGeneration`."""
+        """Hidden states of the language model, without its head; arguments of `PointAlignForConditionalGeneration`."""
         if inputs_embeds is None:
             assert input_ids is not None, "either `input_ids` or `inputs_embeds` is needed"
             inputs_embeds, _ = self.embed(input_ids, point_values, point_lengths, point_mask, query_features)

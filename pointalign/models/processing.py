@@ -38,7 +38,9 @@ class PointAlignFeatureExtractor(FeatureExtractionMixin):
 
     model_input_names = ("point_values", "point_lengths")
 
-    def __init__(self, num_points: int = 8192, min_points: int = 32, up_axis: str = "y", num_channels: int = 6, **kwargs):
+    def __init__(
+        self, num_points: int = 8192, min_points: int = 32, up_axis: str = "y", num_channels: int = 6, **kwargs
+    ):
         super().__init__(**kwargs)
         self.num_points = num_points
         self.min_points = min_points
@@ -130,7 +132,9 @@ class PointAlignProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         rows = [self._encode([(part, False) for part in _split(one, POINT_MARKER)]) for one in texts]
-        return self._batch(rows, [] if points is None else list(points), padding, truncation, max_length, return_tensors, labels=False)
+        return self._batch(
+            rows, [] if points is None else list(points), padding, truncation, max_length, return_tensors, labels=False
+        )
 
     # -- chat messages -----------------------------------------------------------------------------------------------
 
