@@ -1,12 +1,12 @@
 """`python -m pointalign.evaluate [MODEL] [--task ...]`: held-out questions, metrics with intervals, and a report.
 
-    python -m pointalign.evaluate                                  the shipped model on the embedded test objects
-    python -m pointalign.evaluate MODEL --task captioning --data val_200_GT.json --clouds 8192_npy
-    python -m pointalign.evaluate compare A/evaluation.json B/evaluation.json
-    python -m pointalign.evaluate judge captioning-prompt2.json --judge.base_url http://localhost:8000/v1 --judge.model M
-    python -m pointalign.evaluate probe MODEL                      what the layers still know about the clouds
-    python -m pointalign.evaluate ablation RECIPE --seeds 5        alignment against its controls
-    python -m pointalign.evaluate report FOLDER                    the HTML report again, from the files
+python -m pointalign.evaluate                                  the shipped model on the embedded test objects
+python -m pointalign.evaluate MODEL --task captioning --data val_200_GT.json --clouds 8192_npy
+python -m pointalign.evaluate compare A/evaluation.json B/evaluation.json
+python -m pointalign.evaluate judge captioning-prompt2.json --judge.base_url http://localhost:8000/v1 --judge.model M
+python -m pointalign.evaluate probe MODEL                      what the layers still know about the clouds
+python -m pointalign.evaluate ablation RECIPE --seeds 5        alignment against its controls
+python -m pointalign.evaluate report FOLDER                    the HTML report again, from the files
 """
 
 import os
@@ -23,7 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments and arguments[0] in COMMANDS else "evaluate"
-    run = {"compare": compare, "judge": judge, "probe": probe, "ablation": ablation, "report": report}.get(command, evaluate)
+    run = {"compare": compare, "judge": judge, "probe": probe, "ablation": ablation, "report": report}.get(
+        command, evaluate
+    )
     try:
         run(arguments[1:] if command != "evaluate" else arguments)
     except (ValueError, OSError) as error:
@@ -87,7 +89,9 @@ def judge(arguments: list[str]) -> None:
 
     parser = _parser("judge ANSWERS.json --kind object|class|caption --judge.*")
     parser.add_argument("answers", type=str, help="a file in PointLLM's format, of this program or another")
-    parser.add_argument("--kind", type=str, default="caption", help="object (same object?), class (ModelNet40) or caption")
+    parser.add_argument(
+        "--kind", type=str, default="caption", help="object (same object?), class (ModelNet40) or caption"
+    )
     parser.add_class_arguments(JudgeOptions, "judge")
     built = parser.instantiate(parser.parse_args(arguments))
     print(judge_file(Path(built.answers), built.kind, built.judge))

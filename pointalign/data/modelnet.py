@@ -13,7 +13,13 @@ CLASSES = (
 CLASSES = tuple(name.replace("_", " ") for name in CLASSES)
 _ALLOWED = {
     (module, name)
-    for module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+    for module in (
+        "numpy",
+        "numpy.core.multiarray",
+        "numpy._core.multiarray",
+        "numpy.core.numeric",
+        "numpy._core.numeric",
+    )
     for name in ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")
 } | {("_codecs", "encode")}
 
@@ -35,7 +41,9 @@ def read_modelnet(path: Path) -> tuple[list[np.ndarray], list[int]]:
         try:
             clouds, labels = _ArraysOnly(file).load()
         except (pickle.UnpicklingError, EOFError, ValueError, TypeError) as error:
-            raise ValueError(f"{path}: expected a pickle of (clouds, labels) as PointLLM distributes it: {error}") from error
+            raise ValueError(
+                f"{path}: expected a pickle of (clouds, labels) as PointLLM distributes it: {error}"
+            ) from error
     if len(clouds) != len(labels):
         raise ValueError(f"{path}: {len(clouds)} clouds but {len(labels)} labels")
     indices = [int(np.asarray(label).item()) for label in labels]

@@ -65,7 +65,9 @@ class Journal:
         if complete:
             if (other := json.loads(complete[0])) != json.loads(json.dumps(run)):
                 different = sorted(key for key in run.keys() | other.keys() if run.get(key) != other.get(key))
-                raise ValueError(f"{path} belongs to another run ({', '.join(different)} differ): choose another --output")
+                raise ValueError(
+                    f"{path} belongs to another run ({', '.join(different)} differ): choose another --output"
+                )
             for line in complete[1:]:
                 entry = json.loads(line)
                 self.done[entry["key"]] = entry["value"]
@@ -160,7 +162,10 @@ def with_input(task: Task, kind: str, seed: int = 0) -> Task:
 
 @dataclass
 class Answers:
-    """Per question of a task: the text, and where there is a closed set the log-likelihoods `[N, A]` of its answers."""
+    """Per question of a task: the text, and where there is a closed set the log-likelihoods `[N, A]` of its answers.
+
+    Rows of questions whose label is not in the set are NaN.
+    """
 
     texts: list[str]
     likelihoods: np.ndarray | None
@@ -183,7 +188,7 @@ def answer(
         ids = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in task.candidates.values()]
         tree = AnswerTree(ids)
     texts: list[str] = []
-    likelihoods: list[list[float]] = []
+    likelihoods: list[list[float] | None] = []
     progress = tqdm(list(_batches(task, generation.batch_size)), desc=task.name, unit="batch", leave=False)
     for start, questions in progress:
 
@@ -198,14 +203,20 @@ def answer(
         texts += journal.get(f"{task.name}/{start}", generate)
         if tree is not None:
 
-            def score(questions=questions) -> list[list[float]]:
-                batch = _to(prompt_batch(processor, features, questions), model)
-                return np.concatenate(
-                    [answer_likelihoods(model, part, tree) for part in _rows(batch, model.config.num_query_tokens)]
-                ).tolist()
+            def score(questions=questions) -> list[list[float] | None]:
+                asked = [question for question in questions if question.label in task.candidates]
+                if not asked:
+                    return [None] * len(questions)
+                batch = _to(prompt_batch(processor, features, asked), model)
+                parts = [answer_likelihoods(model, part, tree) for part in _rows(batch, model.config.num_query_tokens)]
+                found = iter(np.concatenate(parts).tolist())
+                return [next(found) if question.label in task.candidates else None for question in questions]
 
             likelihoods += journal.get(f"{task.name}/{start}/likelihoods", score)
-    return Answers(texts, np.array(likelihoods) if tree is not None else None)
+    if tree is None:
+        return Answers(texts, None)
+    unasked = [float("nan")] * len(task.candidates)
+    return Answers(texts, np.array([row or unasked for row in likelihoods]))
 
 
 def _batches(task: Task, size: int) -> Iterator[tuple[int, list[Question]]]:

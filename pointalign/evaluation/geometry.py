@@ -7,7 +7,12 @@ from pointalign.evaluation.tasks import Question
 
 YES_NO = ("yes", "no")
 SIDES = ("height", "width", "depth")
-BUCKETS = {"wider": 0.0, "about equal": 1 / MARGIN, "taller": MARGIN, "twice as tall": 2.0}  # lower ends of height / width
+BUCKETS = {
+    "wider": 0.0,
+    "about equal": 1 / MARGIN,
+    "taller": MARGIN,
+    "twice as tall": 2.0,
+}  # lower ends of height / width
 PAIR_MARGIN = 1.5  # ratio of the two aspects below which no pair is asked about
 
 

@@ -69,7 +69,11 @@ def answer_likelihoods(
     rows, width = input_ids.shape
     lengths = batch["attention_mask"].sum(dim=1)
     prompt, _ = model.model.embed(
-        input_ids, batch.get("point_values"), batch.get("point_lengths"), batch.get("point_mask"), batch.get("query_features")
+        input_ids,
+        batch.get("point_values"),
+        batch.get("point_lengths"),
+        batch.get("point_mask"),
+        batch.get("query_features"),
     )
     tokens = torch.tensor(tree.tokens, device=input_ids.device)
     branches = model.get_input_embeddings()(tokens).expand(rows, -1, -1)

@@ -136,8 +136,14 @@ def _card(row: dict[str, Any], metric: str, cloud: Callable[[str], np.ndarray] |
     right = row["values"].get("head noun", row["values"].get("accuracy"))
     kind = "" if right is None else " class=right" if right else " class=wrong"
     value = row["values"].get(metric)
-    lines = [("asked", row["question"], ""), ("answer", row["answer"] or "(nothing)", kind), ("truth", row["truth"], "")]
+    lines = [
+        ("asked", row["question"], ""),
+        ("answer", row["answer"] or "(nothing)", kind),
+        ("truth", row["truth"], ""),
+    ]
     if value is not None and metric != "accuracy":
         lines.append((metric.split()[-1], f"{value:.2f}", ""))
-    text = "".join(f"<p{style}><span>{html.escape(label)}</span> {html.escape(said)}</p>" for label, said, style in lines)
+    text = "".join(
+        f"<p{style}><span>{html.escape(label)}</span> {html.escape(said)}</p>" for label, said, style in lines
+    )
     return f"<div class=card>{picture}{text}</div>"

@@ -12,7 +12,14 @@ import numpy as np
 from pointalign import assets, checkpointing
 from pointalign.evaluation import metrics, statistics
 from pointalign.evaluation.answering import Features, Generation, Journal, answer, with_input
-from pointalign.evaluation.tasks import ObjectSet, Task, annotated_objects, build_tasks, furniture_objects, modelnet_objects
+from pointalign.evaluation.tasks import (
+    ObjectSet,
+    Task,
+    annotated_objects,
+    build_tasks,
+    furniture_objects,
+    modelnet_objects,
+)
 
 
 @dataclass
@@ -76,7 +83,9 @@ def sentence_models(entries: Sequence[str]) -> dict[str, Path]:
     pairs = [entry.partition("=") for entry in entries]
     for name, _, folder in pairs:
         if not folder or not (Path(folder) / "config.json").exists():
-            raise ValueError(f"--sentence_models {name}: expected NAME=FOLDER with a sentence encoder (config.json) in it")
+            raise ValueError(
+                f"--sentence_models {name}: expected NAME=FOLDER with a sentence encoder (config.json) in it"
+            )
     return {name: Path(folder) for name, _, folder in pairs}
 
 
@@ -101,8 +110,9 @@ def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> d
     encoders = sentence_models(options.sentence_models)
     results: dict[str, Any] = {}
     for kind in options.task:
-        for whole in build_tasks(kind, objects, options.prompts):
-            kinds = options.inputs if kind in ("classification", "modelnet40") else ["true"]
+        for number, whole in enumerate(build_tasks(kind, objects, options.prompts)):
+            named = kind in ("classification", "modelnet40")
+            kinds = options.inputs if named and number == 0 else ["true"]  # controls under the first prompt suffice
             for task in [with_input(whole, one) for one in kinds]:
                 answers = answer(model, processor, task, objects, features, generation, journal)
                 scores = metrics.score(task, answers, encoders)
@@ -219,7 +229,10 @@ def compare(ours: Path, theirs: Path) -> list[dict[str, Any]]:
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| task | metric | difference | 95 % interval | n | p | p (Holm) | detectable |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task | metric | difference | 95 % interval | n | p | p (Holm) | detectable |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         mean, interval, count = shown(row["metric"], row)
         scale = 1 if row["metric"] in metrics.UNBOUNDED else 100

@@ -153,6 +153,8 @@ def build_tasks(kind: str, objects: ObjectSet, prompts: Sequence[int] = (0, 1)) 
 
 def _ask_all(objects: ObjectSet, prompt: str) -> list[Question]:
     return [
-        Question(name, (name,), prompt, objects.truths[name], objects.labels.get(name, ""), objects.families.get(name, name))
+        Question(
+            name, (name,), prompt, objects.truths[name], objects.labels.get(name, ""), objects.families.get(name, name)
+        )
         for name in objects.ids
     ]
