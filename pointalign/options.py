@@ -75,7 +75,9 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if (self.annotations is None) != (self.clouds is None):
-            raise ValueError("data.annotations and data.clouds belong together: give both, or neither for the embedded set")
+            raise ValueError(
+                "data.annotations and data.clouds belong together: both, or neither for the embedded set"
+            )
         if self.evaluate not in ("none", "validation", "test"):
             raise ValueError(f"data.evaluate={self.evaluate!r}: expected none, validation or test")
 
@@ -126,32 +128,35 @@ class Options:
 def parse(arguments: list[str]) -> Options:
     """Options from `[RECIPE] [--section.name value ...] [--fused]`.
 
-    RECIPE is a YAML file or the name of a shipped recipe, `demo` by default. An unknown option or a recipe that does not
-    fit ends the program with a message that names the key.
+    RECIPE is a YAML file or the name of a shipped recipe, `demo` by default. An unknown option or a recipe that does
+    not fit ends the program with a message that names the key.
     """
     from jsonargparse import ArgumentParser
 
     recipe = "demo"
+    shipped = ", ".join(sorted(one.stem for one in RECIPES.glob("*.yaml")))
     if arguments and not arguments[0].startswith("-"):
         recipe, arguments = arguments[0], arguments[1:]
     parser = ArgumentParser(
         prog="python -m pointalign.train",
         usage="python -m pointalign.train [RECIPE.yaml] [--model.* --data.* --alignment.* --training.*] [--fused]",
-        description="Train with the alignment loss. RECIPE is a YAML file or one of: "
-        + ", ".join(sorted(one.stem for one in RECIPES.glob("*.yaml")))
-        + " (default: demo).",
+        description=f"Train with the alignment loss. RECIPE is a YAML file or one of: {shipped} (default: demo).",
     )
     parser.add_argument("--config", action="config", help="the recipe, if not given first")
     parser.add_class_arguments(ModelOptions, "model")
     parser.add_class_arguments(DataOptions, "data")
     parser.add_class_arguments(AlignmentConfig, "alignment")
     parser.add_class_arguments(TrainingOptions, "training")
-    parser.add_argument("--fused", action="store_true", help="fused kernels where the device has them; nothing else changes")
+    parser.add_argument(
+        "--fused", action="store_true", help="fused kernels where they run; nothing else changes"
+    )
     path = Path(recipe)
     if not path.suffix:
         path = RECIPES / f"{recipe}.yaml"
     if not path.exists():
-        parser.error(f"no recipe {recipe!r}: expected a YAML file or one of {', '.join(p.stem for p in RECIPES.glob('*.yaml'))}")
+        parser.error(
+            f"no recipe {recipe!r}: expected a YAML file or one of {', '.join(p.stem for p in RECIPES.glob('*.yaml'))}"
+        )
     parsed = parser.parse_args(["--config", str(path), *arguments])
     try:
         built = parser.instantiate(parsed)
