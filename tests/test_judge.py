@@ -6,6 +6,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
 from pointalign.evaluation.judge import Case, JudgeFailure, JudgeOptions, judge_cases, judge_file, summary, verdict
 
 openai = pytest.importorskip("openai", reason="the endpoint judge needs the openai package (extra: eval)")
@@ -113,7 +114,9 @@ def test_a_misbehaving_server_is_asked_again_until_it_answers(serve, tmp_path):
         9: (503, b"", {}),
     }
     server = serve(lambda number, prompt: trouble.get(number, (200, "T#the same", {})))
-    judged = judge_cases(build(options(server, concurrency=1, attempts=12)), "object", CASES[:1], tmp_path / "kept.jsonl")
+    judged = judge_cases(
+        build(options(server, concurrency=1, attempts=12)), "object", CASES[:1], tmp_path / "kept.jsonl"
+    )
     assert judged.values == [1.0]
     assert judged.usage.retries == len(trouble) and judged.usage.requests == 1
     request = server.requests[-1]
@@ -191,7 +194,9 @@ def test_a_file_of_answers_is_judged_and_written(serve, tmp_path):
     written = json.loads((tmp_path / "answers.judged.json").read_text())
     assert "40.0 [40.0, 40.0] over 3 answers" in said
     assert len(server.requests) == 1  # equal questions are asked once
-    assert [row["verdict"] for row in written["results"]] == [0.4] * 3 and written["score"]["mean"] == pytest.approx(0.4)
+    assert [row["verdict"] for row in written["results"]] == [0.4] * 3 and written["score"]["mean"] == pytest.approx(
+        0.4
+    )
 
 
 def test_options_name_what_is_missing(tmp_path):
@@ -203,6 +208,7 @@ def test_options_name_what_is_missing(tmp_path):
 
 def test_rules_judge_without_a_model(tmp_path, monkeypatch):
     import torch
+
     from pointalign.evaluation import sentences
     from pointalign.evaluation.judges import StringJudge
 

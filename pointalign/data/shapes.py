@@ -98,7 +98,9 @@ def sample(shape: Shape, rng: np.random.Generator, points: int = 2048) -> np.nda
     distance[0] += 0.14 * shape.lopsided
     leg_area = np.pi * radius * (1 + shape.taper) * length
     top_area = 2 * np.pi * 0.25 + np.pi * thickness
-    counts = rng.multinomial(points, np.array([top_area, *[leg_area] * shape.legs]) / (top_area + shape.legs * leg_area))
+    counts = rng.multinomial(
+        points, np.array([top_area, *[leg_area] * shape.legs]) / (top_area + shape.legs * leg_area)
+    )
     parts = [_top(shape, counts[0], thickness, rng) + [0, length, 0]]
     for angle, away, count in zip(angles, distance, counts[1:], strict=True):
         height = rng.random(count)
@@ -132,13 +134,18 @@ def _top(shape: Shape, count: int, thickness: float, rng: np.random.Generator) -
     side = rng.random(count) < thickness / (thickness + 0.5)  # side over faces, by area
     place = rng.random(int(side.sum())) * corners
     first, share = place.astype(int), place % 1
-    ends = [0.5 * np.stack([np.cos(2 * np.pi * n / corners), np.sin(2 * np.pi * n / corners)], 1) for n in (first, first + 1)]
+    ends = [
+        0.5 * np.stack([np.cos(2 * np.pi * n / corners), np.sin(2 * np.pi * n / corners)], 1)
+        for n in (first, first + 1)
+    ]
     border = ends[0] * (1 - share[:, None]) + ends[1] * share[:, None]
     kept[side] = np.stack([border[:, 0], rng.random(len(border)) * thickness, border[:, 1]], axis=1)
     return kept
 
 
-def generate(count: int, seed: int = 0, held_out: bool = False, points: int = 2048) -> Iterator[tuple[str, Shape, np.ndarray]]:
+def generate(
+    count: int, seed: int = 0, held_out: bool = False, points: int = 2048
+) -> Iterator[tuple[str, Shape, np.ndarray]]:
     """`count` triples (id, factors, cloud); object n depends on the seed and n alone."""
     split = "test" if held_out else "train"
     for number in range(count):

@@ -93,13 +93,17 @@ def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
     recipe = read_recipe(name)
     recipe.seeds = seeds or recipe.seeds
     folder = Path(output or recipe.output)
-    definition = json.loads(json.dumps({key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")}))
+    definition = json.loads(
+        json.dumps({key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")})
+    )
     check_definition(folder, definition)
     todo = [(arm, seed) for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
     if todo:
         model, processor = stages.build(recipe.model, DataOptions())
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        train, held_out = material.load(recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out)
+        train, held_out = material.load(
+            recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out
+        )
         start = {key: value.clone() for key, value in model.state_dict().items() if key in _trainable(model)}
         for number, (arm, seed) in enumerate(todo):
             began = time.monotonic()
@@ -110,7 +114,10 @@ def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
             result = run_arm(model, processor, recipe, arm, seed, train, held_out)
             checkpointing.write_json(run_file(folder, arm, seed), result)
             spent = time.monotonic() - began
-            print(f"{number + 1}/{len(todo)} {arm}, seed {seed}: {PRIMARY} {result['mean'][PRIMARY]:+.3f}, {spent:.0f} s", flush=True)
+            print(
+                f"{number + 1}/{len(todo)} {arm}, seed {seed}: {PRIMARY} {result['mean'][PRIMARY]:+.3f}, {spent:.0f} s",
+                flush=True,
+            )
     return summarise(folder, recipe)
 
 
@@ -128,10 +135,14 @@ def check_definition(folder: Path, definition: dict[str, Any]) -> None:
     if path.exists():
         known = json.loads(path.read_text())
         arms = known["arms"] | definition["arms"]
-        changed = [name for name, arm in known["arms"].items() if _same_run(definition["arms"].get(name, arm), arm) is False]
+        changed = [
+            name for name, arm in known["arms"].items() if _same_run(definition["arms"].get(name, arm), arm) is False
+        ]
         changed += [key for key in definition if key != "arms" and definition[key] != known.get(key)]
         if changed:
-            raise ValueError(f"{folder} holds runs of another recipe ({', '.join(changed)} changed): choose another --output")
+            raise ValueError(
+                f"{folder} holds runs of another recipe ({', '.join(changed)} changed): choose another --output"
+            )
         definition = definition | {"arms": arms}
     checkpointing.write_json(path, definition)
 
@@ -156,7 +167,9 @@ def run_arm(
     scores = measure(model, processor, held_out, arm.blind)
     depth = model.config.text_config.num_hidden_layers
     layers = sorted({*spaced(recipe.layers, depth), *tapped(arm, depth), *tapped(Arm(), depth)})
-    probes = probe_layers(model, processor, train, held_out, layers, sorted({*tapped(arm, depth), *tapped(Arm(), depth)}))
+    probes = probe_layers(
+        model, processor, train, held_out, layers, sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
+    )
     return {
         "arm": name,
         "seed": seed,
@@ -242,14 +255,20 @@ def summarise(folder: Path, recipe: Recipe) -> str:
     return text + (f"\n\n{missing} runs of the plan are missing" if missing else "")
 
 
-def _row(name: str, results: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
+def _row(
+    name: str, results: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], recipe: Recipe
+) -> dict[str, Any]:
     everything = list(results.values())
     families = everything[0]["families"]
     row: dict[str, Any] = {"arm": name, "seeds": sorted(results), "metrics": {}}
     for metric in everything[0]["scores"]:
         values = np.array([one["scores"][metric] for one in everything])
         row["metrics"][metric] = statistics.cluster_mean(values.mean(axis=0), families).as_dict()
-    layer = str(tapped(recipe.arms[name], 10**9)[0]) if recipe.arms[name].layer else sorted(everything[0]["similarity"], key=int)[0]
+    layer = (
+        str(tapped(recipe.arms[name], 10**9)[0])
+        if recipe.arms[name].layer
+        else sorted(everything[0]["similarity"], key=int)[0]
+    )
     row["layer"] = int(layer)
     for measure in everything[0]["similarity"][layer]:
         row[measure] = float(np.mean([one["similarity"][layer][measure] for one in everything]))
@@ -296,7 +315,11 @@ def table(rows: list[dict[str, Any]], recipe: Recipe) -> str:
         cells = [row["arm"], str(len(row["seeds"])), f"{primary['mean']:+.3f}"]
         if "differences" in row:
             one = row["differences"][PRIMARY]
-            cells += [f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]", f"{one['p_holm']:.3f}", f"{one['detectable']:.3f}"]
+            cells += [
+                f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]",
+                f"{one['p_holm']:.3f}",
+                f"{one['detectable']:.3f}",
+            ]
         else:
             cells += ["", "", ""]
         cells.append(f"{100 * second['mean']:.1f} % [{100 * second['low']:.1f}, {100 * second['high']:.1f}]")

@@ -180,7 +180,12 @@ def train_arm(
 
 
 def training_batch(
-    processor: PointAlignProcessor, train: Material, rows: np.ndarray, rng: np.random.Generator, max_length: int, blind: bool
+    processor: PointAlignProcessor,
+    train: Material,
+    rows: np.ndarray,
+    rng: np.random.Generator,
+    max_length: int,
+    blind: bool,
 ) -> dict[str, Tensor]:
     """One conversation, drawn at random, of each object in `rows`, with labels on the answer."""
     conversations = []

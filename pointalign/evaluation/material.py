@@ -94,7 +94,11 @@ def point_branch_hash(model: PointAlignForConditionalGeneration) -> str:
 
 
 def furniture(
-    model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, split: str, cache: Path, limit: int | None
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    split: str,
+    cache: Path,
+    limit: int | None,
 ) -> Material:
     """The embedded objects of a split; the closed set is the nouns of the test split that occur in training."""
     folder = assets.furniture()
@@ -129,7 +133,11 @@ def furniture(
 
 
 def stools(
-    model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, split: str, cache: Path, limit: int | None
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    split: str,
+    cache: Path,
+    limit: int | None,
 ) -> Material:
     """Procedural shapes: training combinations of set A, or those held out; captions name A alone."""
     made = list(shapes.generate(limit or 2000, held_out=split != "train"))
@@ -141,7 +149,8 @@ def stools(
     drawn = [shape for _, shape, _ in made]
     names = [*shapes.FACTORS_A, *shapes.FACTORS_B]
     properties = {
-        f"{'A' if name in shapes.FACTORS_A else 'B'}: {name}": [getattr(shape, name) for shape in drawn] for name in names
+        f"{'A' if name in shapes.FACTORS_A else 'B'}: {name}": [getattr(shape, name) for shape in drawn]
+        for name in names
     }
     for name in ("A: legs", "B: holes"):
         properties[name] = [str(value) for value in properties[name]]

@@ -41,6 +41,7 @@ def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Sco
     if answers.likelihoods is not None:
         scores |= closed_set_scores(answers.likelihoods, [q.label for q in task.questions], list(task.candidates))
     if task.kind == "captioning":
+        scores.pop("exact", None)  # a caption says more than the name
         scores |= caption_scores(answers.texts, truths)
     # a name is short: its sentence embedding is compared with the name where there is one, with the caption where not
     references = truths if task.kind == "captioning" else [q.label or q.truth for q in task.questions]
@@ -108,7 +109,7 @@ def bleu(answer: str, truth: str, order: int) -> float:
 
 
 def corpus_bleu(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """sacreBLEU's corpus BLEU in 0..100, with its own tokenisation: comparable across papers, unlike the means above."""
+    """sacreBLEU's corpus BLEU in 0..100, with its own tokenisation: comparable across papers, unlike means of sentences."""
     import sacrebleu
 
     return float(sacrebleu.corpus_bleu(list(answers), [list(truths)]).score)
@@ -151,7 +152,7 @@ def sentence_cosine(answers: Sequence[str], truths: Sequence[str], folder: Path)
 
 
 def summarise(task: Task, scores: Scores) -> dict[str, dict[str, float]]:
-    """Mean and 95 % interval of every metric, clustered by family; for geometry also per kind, beside the majority's."""
+    """Mean and 95 % interval of every metric, clustered by family; for geometry also per kind, beside the majority."""
     families = [question.family for question in task.questions]
     applied = {name: values for name, values in scores.items() if any(value is not None for value in values)}
     summary = {name: _estimate(values, families) for name, values in applied.items()}

@@ -48,7 +48,11 @@ def layer_curves(results: dict[str, dict], path: Path) -> None:
                 curve = {int(place): value for place, value in result["probes"][title].items() if place.isdigit()}
                 if number == 0:
                     axis.axhline(
-                        result["probes"][title]["Q-Former"], color="black", linewidth=0.9, linestyle=":", label="Q-Former"
+                        result["probes"][title]["Q-Former"],
+                        color="black",
+                        linewidth=0.9,
+                        linestyle=":",
+                        label="Q-Former",
                     )
             else:
                 curve = {int(place): values[title] for place, values in result["similarity"].items()}

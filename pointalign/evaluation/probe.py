@@ -64,7 +64,11 @@ def probe_layers(
         kinds[name] = "accuracy" if categorical else "R2"
         probes[name] = {
             place: ridge_probe(
-                fitted[known].numpy(), [truth[i] for i in known], scored[asked].numpy(), [wanted[i] for i in asked], categorical
+                fitted[known].numpy(),
+                [truth[i] for i in known],
+                scored[asked].numpy(),
+                [wanted[i] for i in asked],
+                categorical,
             )
             for place, (fitted, scored) in rows.items()
         }
@@ -96,7 +100,9 @@ def probe_model(name: str | None, options: ProbeOptions) -> str:
     torch.manual_seed(0)
     model, processor, weights = load(name or shipped())
     folder = Path(options.output)
-    train, held_out = material.load(options.data, model, processor, folder / "features", options.train, options.held_out)
+    train, held_out = material.load(
+        options.data, model, processor, folder / "features", options.train, options.held_out
+    )
     layers = spaced(options.layers, model.config.text_config.num_hidden_layers)
     result = {"model": Path(name or shipped()).name, "weights": weights, "data": options.data}
     result |= probe_layers(model, processor, train, held_out, layers, layers)

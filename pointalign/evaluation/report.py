@@ -114,7 +114,7 @@ def _figure(path: Path) -> str:
 
 
 def _gallery(name: str, task: dict[str, Any], cloud: Callable[[str], np.ndarray] | None) -> str:
-    questions = [row for row in task["questions"] if row["values"]]
+    questions = task["questions"]
     metric = WORST.get(task["kind"]) or next((m for m in task["metrics"] if m.endswith("cosine")), "BLEU-1")
     ordered = sorted(questions, key=lambda row: row["values"].get(metric, float("inf")))
     cards = [_card(row, metric, cloud) for row in ordered[:SHOWN]]

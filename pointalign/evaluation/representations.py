@@ -62,9 +62,7 @@ def point_states(
     return {k: torch.cat(v) for k, v in means.items()}, {k: torch.cat(v) for k, v in tokens.items()}
 
 
-def ridge_probe(
-    train: np.ndarray, truth: Sequence, test: np.ndarray, wanted: Sequence, categorical: bool
-) -> float:
+def ridge_probe(train: np.ndarray, truth: Sequence, test: np.ndarray, wanted: Sequence, categorical: bool) -> float:
     """How well a linear map reads a property: accuracy on `test` for categories, else R^2.
 
     Ridge regression (on one-hot targets for categories) of standardised features; its strength is chosen by
@@ -93,7 +91,9 @@ def ridge_probe(
     strength = RIDGE[int(np.argmin(errors))]
     predicted = z @ (vt.T @ ((s / (s**2 + strength))[:, None] * uy)) + mean
     if categorical:
-        return float(np.mean([classes[best] == one for best, one in zip(predicted.argmax(axis=1), wanted, strict=True)]))
+        return float(
+            np.mean([classes[best] == one for best, one in zip(predicted.argmax(axis=1), wanted, strict=True)])
+        )
     target = np.asarray(wanted, dtype=float)
     return float(1 - ((target - predicted[:, 0]) ** 2).sum() / ((target - target.mean()) ** 2).sum())
 
@@ -118,7 +118,7 @@ def fit_projector(hidden: Tensor, target: Tensor, steps: int = 200, seed: int = 
         optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
         for _ in range(steps):
-            rows = torch.randint(len(hidden), (1024,))
+            rows = torch.randint(len(hidden), (min(1024, len(hidden)),))
             loss = 1 - functional.cosine_similarity(projector(hidden[rows]), target[rows], dim=-1).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -127,9 +127,7 @@ def fit_projector(hidden: Tensor, target: Tensor, steps: int = 200, seed: int = 
     return projector.requires_grad_(False)
 
 
-def similarity(
-    train_hidden: Tensor, train_target: Tensor, hidden: Tensor, target: Tensor
-) -> dict[str, float]:
+def similarity(train_hidden: Tensor, train_target: Tensor, hidden: Tensor, target: Tensor) -> dict[str, float]:
     """How much of the Q-Former tokens can be read off a layer, on held-out clouds.
 
     Per-query means of the training clouds are removed first: they are the same for every cloud, and make raw cosines
