@@ -3,7 +3,7 @@
 python -m pointalign.evaluate                                  the shipped model on the embedded test objects
 python -m pointalign.evaluate MODEL --task captioning --data val_200_GT.json --clouds 8192_npy
 python -m pointalign.evaluate compare A/evaluation.json B/evaluation.json
-python -m pointalign.evaluate judge captioning-prompt2.json --judge.base_url http://localhost:8000/v1 --judge.model M
+python -m pointalign.evaluate judge ANSWERS.json --judge.base_url http://localhost:8000/v1 --judge.model M
 python -m pointalign.evaluate probe MODEL                      what the layers still know about the clouds
 python -m pointalign.evaluate ablation RECIPE --seeds 5        alignment against its controls
 python -m pointalign.evaluate report FOLDER                    the HTML report again, from the files

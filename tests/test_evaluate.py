@@ -228,7 +228,7 @@ def test_modelnet_is_read_without_running_it(saved, tmp_path):
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]["modelnet40-prompt0"]
     assert written["metrics"]["closed-set accuracy"]["count"] == 3 and len(CLASSES) == 40
     path.write_bytes(pickle.dumps((clouds, [shutil.rmtree, 1, 2])))
-    with pytest.raises(ValueError, match="lists and arrays only, the file asks for shutil.rmtree"):
+    with pytest.raises(ValueError, match=r"lists and arrays only, the file asks for shutil\.rmtree"):
         read_modelnet(path)
 
 

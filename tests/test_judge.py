@@ -132,6 +132,8 @@ def test_a_wrong_key_ends_the_run_without_retries(serve, tmp_path):
 
 def test_an_interrupted_run_goes_on_and_asks_nothing_twice(serve, tmp_path):
     kept = tmp_path / "kept.jsonl"
+    from pointalign.evaluation.judges import EndpointJudge
+
     down = serve(lambda number, prompt: (500, b"", {}) if number > 3 else (200, "F#other", {}))
     given = options(down, concurrency=1, attempts=2)
     with pytest.raises(JudgeFailure, match="3 of 6 answers got no reply"):
@@ -141,6 +143,7 @@ def test_an_interrupted_run_goes_on_and_asks_nothing_twice(serve, tmp_path):
     asked = len(down.requests)
     up = serve(lambda number, prompt: (200, "T#same", {}))
     judge = build(given)
+    assert isinstance(judge, EndpointJudge)
     judge.client = judge.client.with_options(base_url=up.url)
     judged = judge_cases(judge, "object", CASES, kept)
     assert judged.values == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]

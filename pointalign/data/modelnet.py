@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 CLASSES = (
-    "airplane bathtub bed bench bookshelf bottle bowl car chair cone cup curtain desk door dresser flower_pot glass_box "
-    "guitar keyboard lamp laptop mantel monitor night_stand person piano plant radio range_hood sink sofa stairs stool "
-    "table tent toilet tv_stand vase wardrobe xbox"
+    "airplane bathtub bed bench bookshelf bottle bowl car chair cone cup curtain desk door dresser flower_pot "
+    "glass_box guitar keyboard lamp laptop mantel monitor night_stand person piano plant radio range_hood sink sofa "
+    "stairs stool table tent toilet tv_stand vase wardrobe xbox"
 ).split()
 CLASSES = tuple(name.replace("_", " ") for name in CLASSES)
 _ALLOWED = {

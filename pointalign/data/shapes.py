@@ -101,7 +101,7 @@ def sample(shape: Shape, rng: np.random.Generator, points: int = 2048) -> np.nda
     counts = rng.multinomial(
         points, np.array([top_area, *[leg_area] * shape.legs]) / (top_area + shape.legs * leg_area)
     )
-    parts = [_top(shape, counts[0], thickness, rng) + [0, length, 0]]
+    parts = [_top(shape, counts[0], thickness, rng) + np.array([0, length, 0])]
     for angle, away, count in zip(angles, distance, counts[1:], strict=True):
         height = rng.random(count)
         around = rng.uniform(0, 2 * np.pi, count)

@@ -1,9 +1,9 @@
 """`evaluate ablation`: does alignment help, and is it the alignment that helps?
 
-Arms start from one checkpoint and see the same data in the same order; seeds are paired. The primary metric is fixed in
-advance: the log-likelihood margin of the true name (or caption) among a closed set, per held-out object. Every comparison
-carries its interval, a p-value corrected over arms, and the minimum effect that it could have detected. Finished runs are
-kept as files and never repeated, so an interrupted ablation goes on with the same command.
+Arms start from one checkpoint and see the same data in the same order; seeds are paired. The primary metric is fixed
+in advance: the log-likelihood margin of the true name (or caption) among a closed set, per held-out object. Every
+comparison carries its interval, a p-value corrected over arms, and the minimum effect that it could have detected.
+Finished runs are kept as files and never repeated, so an interrupted ablation goes on with the same command.
 """
 
 import json
@@ -306,8 +306,8 @@ def average(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]], recipe: Recipe) -> str:
     """The arms as Markdown: means, and differences from the baseline with what could have been detected."""
     lines = [
-        f"| arm | seeds | {PRIMARY} (nats) | against {recipe.baseline} | p (Holm) | detectable | {SECOND} | centred cosine "
-        "| retrieval@1 | CKA | retention |",
+        f"| arm | seeds | {PRIMARY} (nats) | against {recipe.baseline} | p (Holm) | detectable | {SECOND} "
+        "| centred cosine | retrieval@1 | CKA | retention |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -1,4 +1,4 @@
-"""Asking a model many questions: batches in a fixed order, seeded, written down one by one and resumed where they stopped."""
+"""Asking a model many questions: batches in a fixed order, seeded, kept one by one, resumed where they stopped."""
 
 import copy
 import json
@@ -125,7 +125,7 @@ def prompt_batch(
 def encode(
     processor: PointAlignProcessor, messages: list[list[dict]], features: Tensor | None, **options: Any
 ) -> dict[str, Tensor]:
-    """The processor's tensors of conversations whose clouds stand for rows of `features [C, Q, Dq]`, in reading order."""
+    """The processor's tensors of conversations whose clouds are rows of `features [C, Q, Dq]`, in reading order."""
     texts_only = copy.copy(processor)
     texts_only.feature_extractor = lambda clouds, **_: {}
     options.setdefault("add_generation_prompt", True)

@@ -73,7 +73,7 @@ def _yes(condition: bool) -> str:
 
 
 def chosen(answer: str, choices: tuple[str, ...]) -> str | None:
-    """The choice that stands first in an answer, whole words only; of several at one place the longest; None if none."""
+    """The choice that stands first in an answer, whole words only; of several in one place the longest; else None."""
     words = f" {' '.join(''.join(c if c.isalnum() else ' ' for c in answer.lower()).split())} "
     places = [(words.find(f" {choice} "), -len(choice), choice) for choice in choices if f" {choice} " in words]
     return min(places)[2] if places else None

@@ -1,7 +1,7 @@
 """Answers judged: by any OpenAI-compatible endpoint, by a local model, or by rules that need neither.
 
-Three kinds of verdict, as in PointLLM's protocol: do answer and truth name the same `object` (T or F), which `class` of a
-closed list does the answer name (an index), how well does a `caption` say what the truth says (0 to 100). The prompts
+Three kinds of verdict, as in PointLLM's protocol: do answer and truth name the same `object` (T or F), which `class` of
+a closed list does the answer name (an index), how well does a `caption` say what the truth says (0 to 100). The prompts
 are this project's own and pinned: their version is part of the key under which a reply is kept. An unusable reply is
 counted once, as wrong, and reported; it never becomes a random guess.
 """
@@ -25,8 +25,8 @@ KINDS = ("object", "class", "caption")
 PROMPTS = {
     "object": (
         "Two texts each describe one 3D object.\nReference: {truth}\nAnswer: {answer}\n"
-        "Do both name the same kind of object? Ignore colour, material, style and any further detail. A more general or a "
-        "more special name counts if it can mean the same thing.\n"
+        "Do both name the same kind of object? Ignore colour, material, style and any further detail. A more general "
+        "or a more special name counts if it can mean the same thing.\n"
         "Reply in one line: T#short reason, if they do; F#short reason, if not."
     ),
     "class": (
@@ -216,7 +216,8 @@ def summary(judged: Judged, families: Sequence[str], options: JudgeOptions) -> d
 def described(kind: str, judge: Judge, one: dict[str, Any]) -> str:
     score, usage = one["score"], one["usage"]
     return (
-        f"{kind} judged by {judge.name}: {100 * score['mean']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}] "
+        f"{kind} judged by {judge.name}: {100 * score['mean']:.1f} "
+        f"[{100 * score['low']:.1f}, {100 * score['high']:.1f}] "
         f"over {score['count']} answers, {one['invalid']} unusable replies (counted once, as 0); {usage['requests']} "
         f"requests, {usage['retries']} retries, {usage['prompt_tokens']} + {usage['completion_tokens']} tokens, "
         f"cost {usage['cost']:.4f}"

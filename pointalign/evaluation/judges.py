@@ -14,8 +14,9 @@ from pointalign.evaluation.judge import Case, Judge, JudgeFailure, JudgeOptions,
 class EndpointJudge:
     """An OpenAI-compatible endpoint, asked at temperature 0 with a fixed seed.
 
-    Too many requests, server errors, timeouts, broken connections and replies that are not the protocol's JSON are tried
-    again after a growing pause (or as long as `Retry-After` says); anything else, such as a wrong key, ends the run.
+    Too many requests, server errors, timeouts, broken connections and replies that are not the protocol's JSON are
+    tried again after a growing pause (or as long as `Retry-After` says); anything else, such as a wrong key, ends the
+    run.
     """
 
     def __init__(self, options: JudgeOptions):
@@ -116,8 +117,8 @@ class LocalJudge:
 class StringJudge:
     """Rules in place of a model: the label's head noun in the answer, else the nearest in sentence embedding.
 
-    `object`: T if the answer's head noun is the label's, or either text's noun occurs in the other, or the cosine of the
-    two nouns is at least 0.8. `class`: the class whose name occurs in the answer (the longest), else the nearest by
+    `object`: T if the answer's head noun is the label's, or either text's noun occurs in the other, or the cosine of
+    the two nouns is at least 0.8. `class`: the class whose name occurs in the answer (the longest), else the nearest by
     cosine. `caption`: 100 times the cosine of both texts, negative cosines as 0.
     """
 
@@ -171,7 +172,7 @@ def build_judge(options: JudgeOptions) -> Judge:
     folder = Path(str(options.model))
     if not (folder / "config.json").exists():
         raise ValueError(
-            f"--judge.model {options.model}: expected `string`, or a folder with a language model in it; a model's name "
-            f"needs --judge.base_url, the endpoint that serves it"
+            f"--judge.model {options.model}: expected `string`, or a folder with a language model in it; a model's "
+            f"name needs --judge.base_url, the endpoint that serves it"
         )
     return LocalJudge(folder)

@@ -14,8 +14,8 @@ def load(
     """Model in evaluation mode, processor, and a hash of the weights that were read.
 
     Args:
-        name: a folder for `from_pretrained`, a run's folder of `pointalign.train`, a stage file, or the name of a shipped
-            checkpoint.
+        name: a folder for `from_pretrained`, a run's folder of `pointalign.train`, a stage file, or the name of a
+            shipped checkpoint.
         device: by default CUDA where there is one.
 
     Raises:

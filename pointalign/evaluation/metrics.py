@@ -42,6 +42,7 @@ def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Sco
         scores |= closed_set_scores(answers.likelihoods, [q.label for q in task.questions], list(task.candidates))
     if task.kind == "captioning":
         scores.pop("exact", None)  # a caption says more than the name
+        scores.pop("exact", None)  # a caption says more than the name
         scores |= caption_scores(answers.texts, truths)
     # a name is short: its sentence embedding is compared with the name where there is one, with the caption where not
     references = truths if task.kind == "captioning" else [q.label or q.truth for q in task.questions]
@@ -109,7 +110,7 @@ def bleu(answer: str, truth: str, order: int) -> float:
 
 
 def corpus_bleu(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """sacreBLEU's corpus BLEU in 0..100, with its own tokenisation: comparable across papers, unlike means of sentences."""
+    """sacreBLEU's corpus BLEU in 0..100, with its own tokenisation, as other papers report it."""
     import sacrebleu
 
     return float(sacrebleu.corpus_bleu(list(answers), [list(truths)]).score)

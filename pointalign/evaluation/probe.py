@@ -48,8 +48,8 @@ def probe_layers(
     """Probes of every property at every layer, and similarity to the Q-Former tokens at the layers in `similar`.
 
     Returns:
-        `probes`: property -> {"Q-Former" | layer: accuracy or R^2}; `kinds`: property -> which of the two; `similarity`:
-        layer -> measures of `representations.similarity`.
+        `probes`: property -> {"Q-Former" | layer: accuracy or R^2}; `kinds`: property -> which of the two;
+        `similarity`: layer -> measures of `representations.similarity`.
     """
     means, tokens = point_states(model, processor, train.features, layers, similar)
     held_means, held_tokens = point_states(model, processor, held_out.features, layers, similar)

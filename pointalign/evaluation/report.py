@@ -17,7 +17,7 @@ WORST = {"classification": "likelihood margin", "modelnet40": "likelihood margin
 STYLE = """
 :root { --ink: #1c2430; --soft: #5d6876; --line: #d9dee5; --good: #1f7a4d; --bad: #b3372f; --panel: #f6f7f9; }
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; max-width: 1120px; padding: 24px 20px 60px; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; max-width: 1120px; padding: 24px 20px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 36px 0 10px; } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -26,9 +26,12 @@ th { font-weight: 600; background: var(--panel); } td.bar { width: 34%; min-widt
 .track i { position: absolute; top: 5px; height: 4px; background: #8fb3d9; border-radius: 2px; }
 .track b { position: absolute; top: 2px; width: 3px; height: 10px; background: #1f5fa8; border-radius: 1px; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 14px; }
-.card { border: 1px solid var(--line); border-radius: 8px; overflow: hidden; } .card img { width: 100%; display: block; }
-.card p { margin: 0; padding: 2px 12px; } .card p:first-of-type { padding-top: 8px; } .card p:last-of-type { padding-bottom: 10px; }
-.card span { color: var(--soft); display: inline-block; width: 68px; } .right { color: var(--good); } .wrong { color: var(--bad); }
+.card { border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+.card img { width: 100%; display: block; }
+.card p { margin: 0; padding: 2px 12px; } .card p:first-of-type { padding-top: 8px; }
+.card p:last-of-type { padding-bottom: 10px; }
+.card span { color: var(--soft); display: inline-block; width: 68px; }
+.right { color: var(--good); } .wrong { color: var(--bad); }
 details { margin: 14px 0; } summary { cursor: pointer; font-weight: 600; padding: 6px 0; } figure { margin: 16px 0; }
 figure img { max-width: 100%; }
 """
@@ -57,7 +60,8 @@ def write_report(folder: Path) -> Path:
     ]
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>Evaluation of {html.escape(evaluation['model'])}</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
+        f"<title>Evaluation of {html.escape(evaluation['model'])}</title><style>{STYLE}</style>"
+        f"{''.join(parts)}</html>\n"
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -77,7 +81,8 @@ def _facts(evaluation: dict[str, Any]) -> str:
     way = "the release's sampling" if evaluation["generation"]["sample"] else "greedy"
     return html.escape(
         f"{objects}; answers {way}, seed {evaluation['generation']['seed']}; weights {evaluation['weights']}, commit "
-        f"{versions['commit']}, torch {versions['torch']}, {versions['device']}. Intervals: 95 %, bootstrap over families."
+        f"{versions['commit']}, torch {versions['torch']}, {versions['device']}. "
+        "Intervals: 95 %, bootstrap over families."
     )
 
 

@@ -139,7 +139,7 @@ def similarity(train_hidden: Tensor, train_target: Tensor, hidden: Tensor, targe
 
     Returns:
         `centred cosine` after a projector fitted on the training clouds; `retrieval@1`, the share of held-out clouds
-        whose own tokens are the nearest; `CKA` of the states; `raw cosine`, with the means left in (a projector of its own).
+        whose own tokens are the nearest; `CKA` of the states; `raw cosine`, with the means left in.
     """
     centre_h, centre_t = train_hidden.mean(dim=0), train_target.mean(dim=0)
     scale = (train_hidden - centre_h).std() + 1e-6

@@ -28,11 +28,12 @@ class EvaluationOptions:
 
     Attributes:
         task: of classification, captioning, geometry, modelnet40.
-        data: `furniture` (the embedded objects), an annotation file in the PointLLM schema, or ModelNet40's `.dat` file.
+        data: `furniture` (the embedded objects), an annotation file in the PointLLM schema, or ModelNet40's `.dat`.
         clouds: folder of the clouds that an annotation file names.
         split: of the embedded objects: train, validation or test.
         prompts: of classification and modelnet40: 0 "What is this?", 1 "This is an object of ".
-        inputs: what the model sees when it names: `true`, `shuffled` (another object's cloud), `zeroed`, `blind` (none).
+        inputs: what the model sees when it names (controls under the first prompt only): `true`, `shuffled`
+            (another object's cloud), `zeroed`, `blind` (none).
         limit: ask about so many objects only, taken evenly.
         up_axis: vertical axis of the clouds of an annotation file.
         sentence_models: NAME=FOLDER of sentence encoders; by default MiniLM of the assets; `none` leaves them out.

@@ -12,7 +12,7 @@ POOLINGS = ("mean", "cls", "pooler")
 
 
 def pooling_of(folder: Path) -> str:
-    """`mean` or `cls` from sentence-transformers' `1_Pooling/config.json`; without it `mean`, or `pooler` for SimCSE."""
+    """`mean` or `cls` as sentence-transformers' `1_Pooling/config.json` says; else `mean`, or `pooler` for SimCSE."""
     described = folder / "1_Pooling" / "config.json"
     if described.exists():
         return "cls" if json.loads(described.read_text()).get("pooling_mode_cls_token") else "mean"

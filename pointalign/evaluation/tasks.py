@@ -50,7 +50,7 @@ class Task:
     Attributes:
         name: e.g. `classification-prompt0`: also the name of its output file.
         kind: of `TASKS`; says which metrics apply.
-        candidates: label -> the answer whose likelihood is compared, for closed-set accuracy; empty where there is no set.
+        candidates: label -> the answer whose likelihood is compared, in the closed set; empty where there is none.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Task:
 
 @dataclass
 class ObjectSet:
-    """Objects to ask about: `cloud(id)` gives `[N, 6]`; `records` are facts of the embedded objects, if they are those."""
+    """Objects to ask about: `cloud(id)` gives `[N, 6]`; `records` are facts known of embedded objects."""
 
     ids: list[str]
     cloud: Callable[[str], np.ndarray]
