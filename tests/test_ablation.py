@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 
 from pointalign import evaluate, stages
-from pointalign.evaluation import ablation, arms, material
+from pointalign.evaluation import ablation, arms, material, representations, statistics
 from pointalign.evaluation.arms import Arm, ArmLoss, Schedule, train_arm, training_batch
 from pointalign.evaluation.material import Material
 from pointalign.evaluation.representations import linear_cka, point_states, ridge_probe, similarity
@@ -169,6 +169,8 @@ arms:
 
 def test_an_ablation_resumes_and_compares_pairs(processor, tmp_path, monkeypatch, capsys):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
+    monkeypatch.setattr(representations, "FIT_STEPS", 5)
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)
     monkeypatch.setattr(stages, "build", lambda options, data: (adapted(), processor))
     monkeypatch.setattr(material, "load", lambda *given: (made(20), made(9, seed=1)))
     command = ["ablation", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")]
@@ -183,9 +185,8 @@ def test_an_ablation_resumes_and_compares_pairs(processor, tmp_path, monkeypatch
     monkeypatch.setattr(ablation, "run_arm", counted)
     assert evaluate.main(command) == 130
     assert evaluate.main(command) == 0
-    assert runs[:2] == [("no alignment", 0), ("alignment", 0)] and sorted(runs[2:]) == sorted(
-        [("deep target", 0), ("deep target", 0), ("no alignment", 1), ("alignment", 1)]
-    )
+    assert runs == [("no alignment", 0), ("alignment", 0), ("no alignment", 1), ("no alignment", 1),
+                    ("alignment", 1), ("deep target", 0)]  # fmt: skip
     assert evaluate.main(command) == 0 and len(runs) == 6  # nothing is left to do
     result = json.loads((tmp_path / "out" / "ablation.json").read_text())
     rows = {row["arm"]: row for row in result["arms"]}
@@ -203,7 +204,8 @@ def test_an_ablation_resumes_and_compares_pairs(processor, tmp_path, monkeypatch
     assert evaluate.main(command) == 1 and "another recipe (schedule changed)" in capsys.readouterr().err
 
 
-def test_a_rerun_gives_the_same_numbers(processor):
+def test_a_rerun_gives_the_same_numbers(processor, monkeypatch):
+    monkeypatch.setattr(representations, "FIT_STEPS", 20)
     recipe = ablation.Recipe(
         schedule=Schedule(steps=2, batch_size=4), arms={"no alignment": Arm(weight=0.0), "a": Arm()}
     )
@@ -216,7 +218,8 @@ def test_shipped_recipes_are_readable():
         recipe = ablation.read_recipe(name)
         assert recipe.arms["alignment"] == Arm() and recipe.arms["no alignment"].weight == 0
     plan = ablation.read_recipe("objects").plan()
-    assert plan[:2] == [("no alignment", 0), ("alignment", 0)] and plan[-1] == ("alignment", 4)
+    assert plan[:4] == [("no alignment", 0), ("alignment", 0), ("no alignment", 1), ("alignment", 1)]
+    assert plan[-1][1] == 1 and len(plan) == len(set(plan)) == 2 * 5 + 5 * 3 + 3 * 2
     with pytest.raises(FileNotFoundError, match="one of full, objects, shapes"):
         ablation.read_recipe("nothing")
     with pytest.raises(ValueError, match="defined for the qformer target"):

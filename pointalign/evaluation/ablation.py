@@ -21,6 +21,7 @@ from pointalign.evaluation import material, statistics
 from pointalign.evaluation.answering import Features, Generation, prompt_batch
 from pointalign.evaluation.arms import Arm, Schedule, train_arm
 from pointalign.evaluation.likelihood import AnswerTree, answer_likelihoods, margins
+from pointalign.evaluation.loading import file_hash
 from pointalign.evaluation.material import Material
 from pointalign.evaluation.metrics import naming_scores
 from pointalign.evaluation.probe import QFORMER, probe_layers, spaced
@@ -43,6 +44,7 @@ class Recipe:
         seeds: paired seeds of the arms that name none.
         baseline: the arm that all others are compared with.
         train, held_out: the most objects of each part.
+        probed: the most training objects that probes are fitted on.
         layers: layers probed after each run.
         arms: by name.
         output: folder of the results.
@@ -56,6 +58,7 @@ class Recipe:
     baseline: str = "no alignment"
     train: int | None = None
     held_out: int | None = None
+    probed: int | None = None
     layers: int = 7
     arms: dict[str, Arm] = field(default_factory=dict)
     output: str = "runs/ablation"
@@ -65,9 +68,10 @@ class Recipe:
             raise ValueError(f"baseline {self.baseline!r} is none of the arms: {', '.join(self.arms)}")
 
     def plan(self) -> list[tuple[str, int]]:
-        """Runs in the order of their seeds, so that what is finished first is paired."""
+        """Runs in the order in which they are made: arms of many seeds first, seed by seed, so that pairs are whole."""
         counts = {name: arm.seeds or self.seeds for name, arm in self.arms.items()}
-        return [(name, seed) for seed in range(max(counts.values())) for name in self.arms if seed < counts[name]]
+        runs = [(name, seed) for name in self.arms for seed in range(counts[name])]
+        return sorted(runs, key=lambda run: (-counts[run[0]], run[1]))
 
 
 def read_recipe(name: str) -> Recipe:
@@ -93,9 +97,10 @@ def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
     recipe = read_recipe(name)
     recipe.seeds = seeds or recipe.seeds
     folder = Path(output or recipe.output)
-    definition = json.loads(
-        json.dumps({key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")})
-    )
+    described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")}
+    if recipe.model.checkpoint is not None:
+        described["weights"] = file_hash(stages.find_stage(recipe.model.checkpoint))
+    definition = json.loads(json.dumps(described))
     check_definition(folder, definition)
     todo = [(arm, seed) for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
     if todo:
@@ -166,9 +171,11 @@ def run_arm(
     history = train_arm(model, processor, arm, weight, train, recipe.schedule, seed, f"{name}, seed {seed}")
     scores = measure(model, processor, held_out, arm.blind)
     depth = model.config.text_config.num_hidden_layers
-    layers = sorted({*spaced(recipe.layers, depth), *tapped(arm, depth), *tapped(Arm(), depth)})
+    similar = sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
+    layers = sorted({*spaced(recipe.layers, depth), *similar})
+    fitted = train.subset(range(min(recipe.probed or len(train.labels), len(train.labels))))
     probes = probe_layers(
-        model, processor, train, held_out, layers, sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
+        model, processor, fitted, held_out, layers, sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
     )
     return {
         "arm": name,

@@ -14,6 +14,7 @@ from pointalign.alignment import AlignmentProjector, LayerTap
 from pointalign.evaluation.answering import encode
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
+FIT_STEPS = 200  # of a projector fitted after training
 RIDGE = 10.0 ** np.arange(-2, 6)  # strengths tried, for standardised features
 
 
@@ -105,7 +106,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     return float(shared / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
-def fit_projector(hidden: Tensor, target: Tensor, steps: int = 200, seed: int = 0) -> AlignmentProjector:
+def fit_projector(hidden: Tensor, target: Tensor, seed: int = 0) -> AlignmentProjector:
     """An alignment projector fitted after training, on frozen states: the same capacity for every model compared.
 
     Args:
@@ -116,8 +117,8 @@ def fit_projector(hidden: Tensor, target: Tensor, steps: int = 200, seed: int = 
         torch.manual_seed(seed)
         projector = AlignmentProjector(hidden.shape[1], target.shape[1])
         optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-        for _ in range(steps):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=FIT_STEPS)
+        for _ in range(FIT_STEPS):
             rows = torch.randint(len(hidden), (min(1024, len(hidden)),))
             loss = 1 - functional.cosine_similarity(projector(hidden[rows]), target[rows], dim=-1).mean()
             optimizer.zero_grad()
