@@ -24,7 +24,7 @@ from pointalign.evaluation.likelihood import AnswerTree, answer_likelihoods, mar
 from pointalign.evaluation.loading import file_hash
 from pointalign.evaluation.material import Material
 from pointalign.evaluation.metrics import naming_scores
-from pointalign.evaluation.probe import QFORMER, probe_layers, spaced
+from pointalign.evaluation.probe import QFORMER, probe_layers, qformer_probes, spaced
 from pointalign.evaluation.tasks import PROMPTS, Question
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.options import RECIPES, DataOptions, ModelOptions
@@ -109,6 +109,8 @@ def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
         train, held_out = material.load(
             recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out
         )
+        if not (folder / "ceiling.json").exists():
+            checkpointing.write_json(folder / "ceiling.json", qformer_probes(train, held_out))
         start = {key: value.clone() for key, value in model.state_dict().items() if key in _trainable(model)}
         for number, (arm, seed) in enumerate(todo):
             began = time.monotonic()
@@ -244,7 +246,8 @@ def summarise(folder: Path, recipe: Recipe) -> str:
 
     runs = read_runs(folder, recipe)
     base = runs[recipe.baseline]
-    rows = [_row(name, results, base, recipe) for name, results in runs.items()]
+    ceiling = json.loads((folder / "ceiling.json").read_text())
+    rows = [_row(name, results, base, recipe, ceiling) for name, results in runs.items()]
     for metric in (PRIMARY, SECOND):
         compared = [row for row in rows if metric in row.get("differences", {})]
         corrected = statistics.holm([row["differences"][metric]["p"] for row in compared])
@@ -252,7 +255,12 @@ def summarise(folder: Path, recipe: Recipe) -> str:
             row["differences"][metric]["p_holm"] = p
     from pointalign.evaluation.runs import versions
 
-    described = {"recipe": json.loads((folder / "recipe.json").read_text()), "versions": versions(), "arms": rows}
+    described = {
+        "recipe": json.loads((folder / "recipe.json").read_text()),
+        "versions": versions(),
+        "ceiling": ceiling,
+        "arms": rows,
+    }
     checkpointing.write_json(folder / "ablation.json", described)
     text = table(rows, recipe)
     (folder / "ablation.md").write_text(text + "\n")
@@ -263,7 +271,11 @@ def summarise(folder: Path, recipe: Recipe) -> str:
 
 
 def _row(
-    name: str, results: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], recipe: Recipe
+    name: str,
+    results: dict[int, dict[str, Any]],
+    base: dict[int, dict[str, Any]],
+    recipe: Recipe,
+    ceiling: dict[str, float],
 ) -> dict[str, Any]:
     everything = list(results.values())
     families = everything[0]["families"]
@@ -271,17 +283,12 @@ def _row(
     for metric in everything[0]["scores"]:
         values = np.array([one["scores"][metric] for one in everything])
         row["metrics"][metric] = statistics.cluster_mean(values.mean(axis=0), families).as_dict()
-    layer = (
-        str(tapped(recipe.arms[name], 10**9)[0])
-        if recipe.arms[name].layer
-        else sorted(everything[0]["similarity"], key=int)[0]
-    )
+    layer = next(iter(next(iter(base.values()))["similarity"]))  # the default layer, for every arm alike
     row["layer"] = int(layer)
     for measure in everything[0]["similarity"][layer]:
         row[measure] = float(np.mean([one["similarity"][layer][measure] for one in everything]))
     named = "noun" if "noun" in everything[0]["probes"] else "A: colour"
-    probed = float(np.mean([one["probes"][named][QFORMER] for one in everything]))
-    row["retention"] = row["metrics"][SECOND]["mean"] / probed if named == "noun" and probed else None
+    row["retention"] = row["metrics"][SECOND]["mean"] / ceiling["noun"] if ceiling.get("noun") else None
     last = [place for place in everything[0]["probes"][named] if place != QFORMER][-1]
     row["probes at the last layer"] = {
         prop: float(np.mean([one["probes"][prop][last] for one in everything])) for prop in everything[0]["probes"]

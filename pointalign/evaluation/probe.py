@@ -37,6 +37,32 @@ class ProbeOptions:
     against: str | None = None
 
 
+def qformer_probes(train: Material, held_out: Material) -> dict[str, float]:
+    """What a linear probe reads from the mean Q-Former token: the most that the language model is given."""
+    return {
+        name: probe_property(
+            train.features.mean(dim=1), truth, held_out.features.mean(dim=1), held_out.properties[name]
+        )
+        for name, truth in train.properties.items()
+    }
+
+
+def probe_property(train: Tensor, truth: list, held_out: Tensor, wanted: list) -> float:
+    """`ridge_probe` on the rows where the property is known (not None)."""
+    known, asked = ([i for i, one in enumerate(values) if one is not None] for values in (truth, wanted))
+    return ridge_probe(
+        train[known].numpy(),
+        [truth[i] for i in known],
+        held_out[asked].numpy(),
+        [wanted[i] for i in asked],
+        categorical(truth),
+    )
+
+
+def categorical(values: list) -> bool:
+    return not isinstance(next(value for value in values if value is not None), float)
+
+
 def probe_layers(
     model: PointAlignForConditionalGeneration,
     processor: PointAlignProcessor,
@@ -58,18 +84,9 @@ def probe_layers(
     probes: dict[str, dict[str, float]] = {}
     kinds: dict[str, str] = {}
     for name, truth in train.properties.items():
-        wanted = held_out.properties[name]
-        known, asked = ([i for i, one in enumerate(values) if one is not None] for values in (truth, wanted))
-        categorical = not isinstance(next(truth[i] for i in known), float)
-        kinds[name] = "accuracy" if categorical else "R2"
+        kinds[name] = "accuracy" if categorical(truth) else "R2"
         probes[name] = {
-            place: ridge_probe(
-                fitted[known].numpy(),
-                [truth[i] for i in known],
-                scored[asked].numpy(),
-                [wanted[i] for i in asked],
-                categorical,
-            )
+            place: probe_property(fitted, truth, scored, held_out.properties[name])
             for place, (fitted, scored) in rows.items()
         }
     return {
