@@ -6,6 +6,7 @@ comparison carries its interval, a p-value corrected over arms, and the minimum 
 Finished runs are kept as files and never repeated, so an interrupted ablation goes on with the same command.
 """
 
+import copy
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from pointalign.evaluation.metrics import naming_scores
 from pointalign.evaluation.probe import QFORMER, probe_layers, qformer_probes, spaced
 from pointalign.evaluation.tasks import PROMPTS, Question
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+from pointalign.models.processing import PLAIN_CHAT_TEMPLATE
 from pointalign.options import RECIPES, DataOptions, ModelOptions
 
 PRIMARY, SECOND = "likelihood margin", "generated accuracy"
@@ -39,6 +41,8 @@ class Recipe:
     Attributes:
         data: `furniture` or `shapes`.
         model: where every arm starts and what trains.
+        decoder: sizes of a `LlamaConfig`: in place of the language model, a decoder that starts from nothing and trains
+            whole, with a modality projector of its own. For a CPU, and for what language alone makes of the clouds.
         schedule: steps of every arm.
         weight: lambda of the arms that name none.
         seeds: paired seeds of the arms that name none.
@@ -52,6 +56,7 @@ class Recipe:
 
     data: str = "furniture"
     model: ModelOptions = field(default_factory=ModelOptions)
+    decoder: dict[str, int] | None = None
     schedule: Schedule = field(default_factory=Schedule)
     weight: float = 0.1
     seeds: int = 3
@@ -104,7 +109,7 @@ def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
     check_definition(folder, definition)
     todo = [(arm, seed) for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
     if todo:
-        model, processor = stages.build(recipe.model, DataOptions())
+        model, processor = build(recipe)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         train, held_out = material.load(
             recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out
@@ -126,6 +131,36 @@ def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
                 flush=True,
             )
     return summarise(folder, recipe)
+
+
+def build(recipe: Recipe) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
+    """The model that every arm starts from."""
+    model, processor = stages.build(recipe.model, DataOptions())
+    if recipe.decoder is None:
+        return model, processor
+    processor.chat_template = PLAIN_CHAT_TEMPLATE
+    return with_decoder(model, recipe.decoder, recipe.model.seed), processor
+
+
+def with_decoder(
+    model: PointAlignForConditionalGeneration, sizes: dict[str, int], seed: int
+) -> PointAlignForConditionalGeneration:
+    """The model's frozen point branch in front of a new decoder of `sizes` (of `LlamaConfig`), which trains whole."""
+    from transformers import LlamaConfig
+
+    config = copy.deepcopy(model.config)
+    kept = {name: getattr(model.config.text_config, name) for name in ("vocab_size", "pad_token_id", "eos_token_id")}
+    config.text_config = LlamaConfig(**sizes, **kept, bos_token_id=None, tie_word_embeddings=True)
+    torch.manual_seed(seed)
+    fresh = PointAlignForConditionalGeneration(config)
+    new = ("language_model", "modality_projector")
+    known = {name: one for name, one in model.state_dict().items() if not any(f".{part}." in name for part in new)}
+    missing, unexpected = fresh.load_state_dict(known, strict=False)
+    if unexpected or any(not any(f".{part}." in name for part in new) for name in missing):
+        raise ValueError(f"the point branch does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for name, parameter in fresh.named_parameters():
+        parameter.requires_grad_(any(f".{part}." in name for part in new))
+    return fresh.eval()
 
 
 def _trainable(model: nn.Module) -> set[str]:
