@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pointalign import checkpointing
@@ -155,8 +155,11 @@ def find_stage(checkpoint: str) -> Path:
 
 
 def load_stage(model: PointAlignForConditionalGeneration, path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        trained_with = (file.metadata() or {}).get("language_model")
+    try:
+        with safe_open(path, framework="pt") as file:
+            trained_with = (file.metadata() or {}).get("language_model")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     own = fingerprint(model.model.language_model)
     if trained_with != own:
         raise ValueError(

@@ -56,6 +56,11 @@ class PointAlignPreTrainedModel(PreTrainedModel):
     # Sampling and neighbours are exact in fp32 only, and the alignment target should not move with the LLM's dtype.
     _keep_in_fp32_modules_strict = {"point_encoder", "point_mlp", "query_tokens", "qformer", "modality_projector"}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the language model, and so what `save_pretrained` records: the point branch is fp32 beside any."""
+        return self.base_model.language_model.dtype
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PointAlignModel):
@@ -151,6 +156,11 @@ class PointAlignModel(PointAlignPreTrainedModel):
             raise ValueError(
                 f"{num_clouds} clouds need {expected} places in a point_mask of shape {list(input_ids.shape)}, "
                 f"got {int(point_mask.sum())} places in shape {list(point_mask.shape)}"
+            )
+        if bool((point_mask.sum(dim=1) % self.config.num_query_tokens).any()):
+            raise ValueError(
+                f"every row needs a multiple of {self.config.num_query_tokens} places for point tokens, "
+                f"got {point_mask.sum(dim=1).tolist()} in the rows of point_mask"
             )
         return point_mask
 
