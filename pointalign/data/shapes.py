@@ -157,7 +157,9 @@ def generate(
 def main(arguments: list[str] | None = None) -> None:
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(prog="python -m pointalign.data.shapes", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pointalign.data.shapes", description="Procedural stools with known factors"
+    )
     parser.add_argument("--count", type=int, default=50_000, help="training objects; a tenth as many are held out")
     parser.add_argument("--points", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)

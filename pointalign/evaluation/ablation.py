@@ -110,7 +110,7 @@ def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
     todo = [(arm, seed) for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
     if todo:
         model, processor = build(recipe)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         train, held_out = material.load(
             recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out
         )
@@ -207,7 +207,7 @@ def run_arm(
     weight = recipe.weight if arm.weight is None else arm.weight
     history = train_arm(model, processor, arm, weight, train, recipe.schedule, seed, f"{name}, seed {seed}")
     scores = measure(model, processor, held_out, arm.blind)
-    depth = model.config.text_config.num_hidden_layers
+    depth = model.config.get_text_config().num_hidden_layers
     similar = sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
     layers = sorted({*spaced(recipe.layers, depth), *similar})
     fitted = train.subset(range(min(recipe.probed or len(train.labels), len(train.labels))))
@@ -248,7 +248,8 @@ def measure(
     for start in range(0, len(known), 32):
         batch = _on(prompt_batch(processor, features, questions[start : start + 32]), model)
         with torch.inference_mode():
-            generated = model.generate(**batch, **(Generation().arguments("classification") | {"max_new_tokens": 20}))
+            options = Generation(max_new_tokens=20).arguments("classification")
+            generated = model.generate(**batch, **options)  # type: ignore[operator]
         texts += processor.answers(generated, batch["input_ids"].shape[1])
     labels = [held_out.labels[row] for row in known]
     margin = margins(np.concatenate(likelihoods), [candidates.index(label) for label in labels])

@@ -90,7 +90,7 @@ class Features:
     def __init__(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor):
         self.model, self.processor = model, processor
         self.known: dict[str, Tensor] = {}
-        size = model.config.num_query_tokens, model.config.qformer_config.hidden_size
+        size = model.config.num_query_tokens, model.model.query_tokens.shape[-1]
         self.known[_ZERO] = torch.zeros(size)
 
     def compute(self, names: Sequence[str], cloud: Callable[[str], np.ndarray], batch_size: int = 16) -> None:
@@ -196,7 +196,7 @@ def answer(
             batch = _to(prompt_batch(processor, features, questions), model)
             with torch.inference_mode(), torch.random.fork_rng():
                 torch.manual_seed(generation.seed * 1_000_003 + start)
-                generated = model.generate(**batch, **generation.arguments(task.kind))
+                generated = model.generate(**batch, **generation.arguments(task.kind))  # type: ignore[operator]
             found = processor.answers(generated, batch["input_ids"].shape[1])
             return [text.split(END)[0].strip() for text in found]
 

@@ -80,14 +80,15 @@ class ArmLoss:
         self.alignment: Alignment | None = None
         if weight == 0:
             return
-        text = model.config.text_config
+        text = model.config.get_text_config()
         self.config = AlignmentConfig(weight=weight, layer=arm.layer, target=arm.target, seed=seed)
         layers = self.config.layers(text.num_hidden_layers)
         widths = {"qformer": train.features.shape[-1], "encoder": train.encoder.shape[-1]}
         width = widths.get(arm.target, text.hidden_size)
         self.alignment = Alignment(self.config, layers, text.hidden_size, width).to(model.device)
         target_layer = self.config.target_layer()
-        self.tap = LayerTap(model.get_decoder().layers, [*layers, *([target_layer] if target_layer else [])])
+        indices = [*layers, *([target_layer] if target_layer else [])]
+        self.tap = LayerTap(model.get_decoder().layers, indices)  # type: ignore[arg-type]
         self.mean = train.features.mean(dim=0)
         generator = torch.Generator().manual_seed(seed)
         self.random = torch.randn(train.features.shape, generator=generator) if arm.source == "random" else None

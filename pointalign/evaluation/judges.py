@@ -96,7 +96,7 @@ class LocalJudge:
         self.usage = Usage()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)  # type: ignore[arg-type]
 
     def reply(self, kind: str, case: Case) -> str:
         import torch
@@ -106,7 +106,7 @@ class LocalJudge:
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)
         with torch.inference_mode():
-            generated = self.model.generate(**batch, max_new_tokens=48, do_sample=False)
+            generated = self.model.generate(**batch, max_new_tokens=48, do_sample=False)  # type: ignore[operator]
         new = generated[0, batch["input_ids"].shape[1] :]
         self.usage.requests += 1
         self.usage.prompt_tokens += batch["input_ids"].shape[1]

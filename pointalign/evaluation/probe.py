@@ -120,7 +120,7 @@ def probe_model(name: str | None, options: ProbeOptions) -> str:
     train, held_out = material.load(
         options.data, model, processor, folder / "features", options.train, options.held_out
     )
-    layers = spaced(options.layers, model.config.text_config.num_hidden_layers)
+    layers = spaced(options.layers, model.config.get_text_config().num_hidden_layers)
     result = {"model": Path(name or shipped()).name, "weights": weights, "data": options.data}
     result |= probe_layers(model, processor, train, held_out, layers, layers)
     checkpointing.write_json(folder / "probe.json", result)

@@ -44,7 +44,8 @@ def point_states(
     batch = encode(processor, [[{"role": "user", "content": content}]], features[:1])
     end = int(batch["point_mask"][0].nonzero().max()) + 1
     ids, mask = batch["input_ids"][:, :end].to(model.device), batch["point_mask"][:, :end].to(model.device)
-    tap = LayerTap(model.get_decoder().layers, [layer for layer in {*layers, *whole} if layer > 0])
+    indices = [layer for layer in {*layers, *whole} if layer > 0]
+    tap = LayerTap(model.get_decoder().layers, indices)  # type: ignore[arg-type]
     means: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     tokens: dict[int, list[Tensor]] = {layer: [] for layer in whole}
     for start in range(0, len(features), batch_size):

@@ -30,7 +30,7 @@ def _by_cluster(values: np.ndarray, clusters: Sequence[str]) -> tuple[np.ndarray
     return np.bincount(place, weights=values), np.bincount(place)
 
 
-def cluster_mean(values: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Estimate:
+def cluster_mean(values: Sequence[float] | np.ndarray, clusters: Sequence[str], seed: int = 0) -> Estimate:
     """Mean of `values [N]` with a percentile bootstrap interval over `clusters [N]`."""
     data = np.asarray(values, dtype=float)
     if len(data) == 0:
@@ -43,7 +43,7 @@ def cluster_mean(values: Sequence[float], clusters: Sequence[str], seed: int = 0
 
 
 def paired_difference(
-    ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[str], seed: int = 0
+    ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray, clusters: Sequence[str], seed: int = 0
 ) -> tuple[Estimate, float]:
     """Mean of `ours - theirs` with its interval, and the two-sided p-value of a sign-flip test over clusters."""
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
