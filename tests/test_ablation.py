@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 
 from pointalign import evaluate, stages
-from pointalign.evaluation import ablation, arms, material, representations, statistics
+from pointalign.evaluation import ablation, arms, few_shot, material, representations, statistics
 from pointalign.evaluation.arms import Arm, ArmLoss, Schedule, train_arm, training_batch
 from pointalign.evaluation.material import Material
 from pointalign.evaluation.representations import linear_cka, point_states, ridge_probe, similarity
@@ -202,6 +202,33 @@ def test_an_ablation_resumes_and_compares_pairs(processor, tmp_path, monkeypatch
     assert (tmp_path / "out" / "layers.png").stat().st_size > 10_000 and (tmp_path / "out" / "differences.png").exists()
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("steps: 2", "steps: 3"))
     assert evaluate.main(command) == 1 and "another recipe (schedule changed)" in capsys.readouterr().err
+
+
+def test_few_shots_teach_and_leave_no_trace(processor, monkeypatch):
+    train, held = made(40), made(12, seed=1)
+    for part in (train, held):
+        part.properties = {"B: lopsided": [colour == "red" for colour in part.properties["noun"]]}
+    monkeypatch.setattr(few_shot, "STEPS", 80)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = ablation.with_decoder(tiny_model(), sizes | {"num_key_value_heads": 2}, seed=0)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    schedule = Schedule(batch_size=8, learning_rate=1e-2)
+    found = few_shot.few_shot(model, processor, train, held, [36], schedule, 0)
+    assert found.keys() == {"B: lopsided"} and found["B: lopsided"]["36"] > 0.9  # two thirds by always saying no
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def test_a_decoder_from_nothing_keeps_the_point_branch(clouds):
+    model = tiny_model()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    fresh = ablation.with_decoder(model, sizes | {"num_key_value_heads": 2}, seed=0)
+    points = torch.from_numpy(np.stack([cloud[:256] for cloud in clouds[:2]]))
+    assert torch.equal(fresh.get_qformer_features(points), model.get_qformer_features(points))
+    assert len(fresh.get_decoder().layers) == 3 and fresh.config.text_config.vocab_size == 259
+    trained = {name.split(".")[1] for name, one in fresh.named_parameters() if one.requires_grad}
+    assert trained == {"language_model", "modality_projector"}
+    again = ablation.with_decoder(model, sizes | {"num_key_value_heads": 2}, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 def test_a_rerun_gives_the_same_numbers(processor, monkeypatch):

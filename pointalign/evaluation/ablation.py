@@ -21,6 +21,7 @@ from pointalign import checkpointing, stages
 from pointalign.evaluation import material, statistics
 from pointalign.evaluation.answering import Features, Generation, prompt_batch
 from pointalign.evaluation.arms import Arm, Schedule, train_arm
+from pointalign.evaluation.few_shot import few_shot
 from pointalign.evaluation.likelihood import AnswerTree, answer_likelihoods, margins
 from pointalign.evaluation.loading import file_hash
 from pointalign.evaluation.material import Material
@@ -50,6 +51,7 @@ class Recipe:
         train, held_out: the most objects of each part.
         probed: the most training objects that probes are fitted on.
         layers: layers probed after each run.
+        few_shot: numbers of examples about set B of the shapes that a trained arm is fine-tuned on; none by default.
         arms: by name.
         output: folder of the results.
     """
@@ -65,6 +67,7 @@ class Recipe:
     held_out: int | None = None
     probed: int | None = None
     layers: int = 7
+    few_shot: list[int] = field(default_factory=list)
     arms: dict[str, Arm] = field(default_factory=dict)
     output: str = "runs/ablation"
 
@@ -214,8 +217,10 @@ def run_arm(
     probes = probe_layers(
         model, processor, fitted, held_out, layers, sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
     )
+    shots = few_shot(model, processor, train, held_out, recipe.few_shot, recipe.schedule, seed, arm.blind)
     return {
         "arm": name,
+        "few_shot": shots,
         "seed": seed,
         "steps": history,
         "scores": scores,
@@ -229,7 +234,11 @@ def tapped(arm: Arm, depth: int) -> list[int]:
 
 
 def measure(
-    model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, held_out: Material, blind: bool
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    held_out: Material,
+    blind: bool,
+    question: str = PROMPTS[0],
 ) -> dict[str, list[float]]:
     """Margin, closed-set accuracy and generated accuracy for every held-out object that has a true candidate."""
     known = [row for row, label in enumerate(held_out.labels) if label]
@@ -240,7 +249,7 @@ def measure(
     features = Features(model, processor)
     for row in known:
         features.known[str(row)] = torch.zeros_like(held_out.features[row]) if blind else held_out.features[row]
-    questions = [Question(str(row), (str(row),), PROMPTS[0], held_out.labels[row]) for row in known]
+    questions = [Question(str(row), (str(row),), question, held_out.labels[row]) for row in known]
     likelihoods, texts = [], []
     for start in range(0, len(known), 8):
         batch = _on(prompt_batch(processor, features, questions[start : start + 8]), model)
@@ -328,6 +337,10 @@ def _row(
     last = [place for place in everything[0]["probes"][named] if place != QFORMER][-1]
     row["probes at the last layer"] = {
         prop: float(np.mean([one["probes"][prop][last] for one in everything])) for prop in everything[0]["probes"]
+    }
+    row["few_shot"] = {
+        name: {count: float(np.mean([one["few_shot"][name][count] for one in everything])) for count in counts}
+        for name, counts in everything[0]["few_shot"].items()
     }
     shared = sorted(set(results) & set(base))
     if name != recipe.baseline and shared:
