@@ -3,6 +3,7 @@
     home()/llm/smollm2-135m-instruct/   SmolLM2-135M-Instruct in bf16, from the Q4_1 GGUF inside a PyPI wheel
     home()/sentence/all-minilm-l6-v2/   all-MiniLM-L6-v2, from a PyPI wheel
     home()/furniture/                   clouds, annotations and facts, from the Debian package sweethome3d-furniture
+    home()/nltk_data/corpora/wordnet/   WordNet 3.0 as nltk reads it (METEOR), from the Debian package wordnet-base
 
 `home()` is `$POINTALIGN_HOME`, or `~/.cache/pointalign`. A folder is built under a temporary name and renamed when it
 is complete, so what stands there is whole; its `.complete.json` records the format version and the SHA-256 of what it
@@ -30,6 +31,7 @@ from typing import Any
 
 STAMP = ".complete.json"
 LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
+WORDNET_FORMAT = "1"
 FURNITURE_FORMAT = "2"  # raise it when sampling, facts or conversations change; splits and names are hashed
 
 
@@ -61,6 +63,21 @@ SWEETHOME3D = Source(
     "sweethome3d-furniture_1.8-1_all.deb",
     "3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668",
 )
+WORDNET = Source(
+    "wordnet-base",
+    "1:3.0-37",
+    "wordnet-base_1%3a3.0-37_all.deb",
+    "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+)
+# The lexicographer files of WordNet 3.0 in the order of their numbers, which the package does not carry.
+LEXNAMES = (
+    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition "
+    "noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person "
+    "noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape noun.state "
+    "noun.substance noun.time verb.body verb.change verb.cognition verb.communication verb.competition "
+    "verb.consumption verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social "
+    "verb.stative verb.weather adj.ppl"
+).split()
 
 
 class AssetError(RuntimeError):
@@ -87,6 +104,11 @@ def furniture() -> Path:
     data = Path(__file__).parent / "data" / "furniture_data"
     committed = hashlib.sha256((data / "splits.json").read_bytes() + (data / "names.json").read_bytes()).hexdigest()
     return _asset("furniture", SWEETHOME3D, f"{FURNITURE_FORMAT} {committed}", _build_furniture)
+
+
+def wordnet() -> Path:
+    """Folder of WordNet 3.0 for nltk's `WordNetCorpusReader`, built if missing."""
+    return _asset("nltk_data/corpora/wordnet", WORDNET, WORDNET_FORMAT, _extract_wordnet)
 
 
 # ------------------------------------------------------------------------------------------------------------- plumbing
@@ -231,8 +253,8 @@ def _extract_sentence_encoder(wheel: Path, folder: Path) -> None:
                 shutil.copyfileobj(packed, out)
 
 
-def _unpack_catalogues(package: Path, folder: Path) -> None:
-    """Write the `.sh3f` files of a Debian package into `folder`.
+def _unpack(package: Path, folder: Path, wanted: Callable[[str], bool]) -> None:
+    """Write the files of a Debian package that are `wanted` by name into `folder`, without their folders.
 
     The package is an `ar` archive: a magic line, then members with a 60-byte header, one of them `data.tar.*`.
     """
@@ -243,12 +265,20 @@ def _unpack_catalogues(package: Path, folder: Path) -> None:
             if header.startswith(b"data.tar"):
                 with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tar:
                     for member in tar:
-                        if member.name.endswith(".sh3f") and (packed := tar.extractfile(member)):
+                        if wanted(member.name) and (packed := tar.extractfile(member)):
                             with (folder / Path(member.name).name).open("wb") as out:
                                 shutil.copyfileobj(packed, out)
                 return
             file.seek(size + size % 2, os.SEEK_CUR)
     raise AssetError(f"{package}: expected a Debian package with a data.tar member, found none")
+
+
+def _extract_wordnet(package: Path, folder: Path) -> None:
+    _unpack(package, folder, lambda name: "/usr/share/wordnet/" in name)
+    kinds = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
+    lines = [f"{number:02d}\t{name}\t{kinds[name.partition('.')[0]]}\n" for number, name in enumerate(LEXNAMES)]
+    (folder / "lexnames").write_text("".join(lines))
+    (folder / "index.sense").touch()
 
 
 def _build_furniture(package: Path, folder: Path) -> None:
@@ -258,12 +288,12 @@ def _build_furniture(package: Path, folder: Path) -> None:
 
     catalogues = folder.parent / "catalogues"
     catalogues.mkdir()
-    _unpack_catalogues(package, catalogues)
+    _unpack(package, catalogues, lambda name: name.endswith(".sh3f"))
     build_furniture(catalogues, folder, lambda jobs: tqdm(jobs, "Sampling objects", unit="object", disable=None))
 
 
 def main() -> None:
-    for build in (language_model, sentence_encoder, furniture):
+    for build in (language_model, sentence_encoder, furniture, wordnet):
         start = time.monotonic()
         print(f"{build()}  ({time.monotonic() - start:.1f} s)")
 

@@ -27,3 +27,67 @@ def loss_curves(history: list[dict], path: Path, weight: float) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def layer_curves(results: dict[str, dict], path: Path) -> None:
+    """What each layer knows: probes of every property, and similarity to the Q-Former tokens, one line per model.
+
+    Args:
+        results: name of a model or arm -> what `probe.probe_layers` returns.
+    """
+    first = next(iter(results.values()))
+    similar = ("centred cosine", "retrieval@1", "CKA") if first["similarity"] else ()
+    titles = [*first["probes"], *similar]
+    columns = min(4, len(titles))
+    rows = -(-len(titles) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.7 * rows), squeeze=False)
+    flat = list(axes.flat)
+    for axis, title in zip(flat, titles, strict=False):
+        for number, (name, result) in enumerate(results.items()):
+            if title in result["probes"]:
+                curve = {int(place): value for place, value in result["probes"][title].items() if place.isdigit()}
+                if number == 0:
+                    axis.axhline(
+                        result["probes"][title]["Q-Former"],
+                        color="black",
+                        linewidth=0.9,
+                        linestyle=":",
+                        label="Q-Former",
+                    )
+            else:
+                curve = {int(place): values[title] for place, values in result["similarity"].items()}
+            places = sorted(curve)
+            axis.plot(places, [curve[place] for place in places], marker="o", markersize=3, linewidth=1.4, label=name)
+        kind = first["kinds"].get(title)
+        axis.set_title(title + (f" ({kind.replace('R2', 'R²')})" if kind else ""), fontsize=10)
+        axis.set_xlabel("layer", fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in flat[len(titles) :]:
+        axis.set_visible(False)
+    handles, labels = flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.3 / (2.7 * rows), 1, 1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def arm_differences(rows: list[dict], metric: str, baseline: str, path: Path) -> None:
+    """Every arm's paired difference from the baseline with its interval, and each seed's as a dot."""
+    compared = [row for row in rows if metric in row.get("differences", {})]
+    if not compared:
+        return
+    figure, axis = plt.subplots(figsize=(7, 1.3 + 0.42 * len(compared)))
+    for place, row in enumerate(reversed(compared)):
+        one = row["differences"][metric]
+        axis.plot([one["low"], one["high"]], [place, place], color="tab:blue", linewidth=2.2)
+        axis.plot(one["mean"], place, "o", color="tab:blue", markersize=7)
+        axis.plot(one["per_seed"], [place - 0.2] * len(one["per_seed"]), ".", color="gray", markersize=5)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(compared)), [row["arm"] for row in reversed(compared)])
+    axis.set_xlabel(f"{metric}, difference from {baseline} (95 % interval; dots are seeds)", fontsize=9)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,152 @@
+"""`python -m pointalign.evaluate [MODEL] [--task ...]`: held-out questions, metrics with intervals, and a report.
+
+python -m pointalign.evaluate                                  the shipped model on the embedded test objects
+python -m pointalign.evaluate MODEL --task captioning --data val_200_GT.json --clouds 8192_npy
+python -m pointalign.evaluate compare A/evaluation.json B/evaluation.json
+python -m pointalign.evaluate judge ANSWERS.json --judge.base_url http://localhost:8000/v1 --judge.model M
+python -m pointalign.evaluate probe MODEL                      what the layers still know about the clouds
+python -m pointalign.evaluate ablation RECIPE --seeds 5        alignment against its controls
+python -m pointalign.evaluate report FOLDER                    the HTML report again, from the files
+"""
+
+import os
+import sys
+from pathlib import Path
+
+COMMANDS = ("compare", "judge", "probe", "ablation", "report")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from pointalign.train import keep_freed_memory
+
+    keep_freed_memory()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else "evaluate"
+    run = {"compare": compare, "judge": judge, "probe": probe, "ablation": ablation, "report": report}.get(
+        command, evaluate
+    )
+    try:
+        run(arguments[1:] if command != "evaluate" else arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser(usage: str):
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(prog="python -m pointalign.evaluate", usage=f"python -m pointalign.evaluate {usage}")
+
+
+def evaluate(arguments: list[str]) -> None:
+    from pointalign.evaluation import runs
+    from pointalign.evaluation.answering import Generation
+    from pointalign.evaluation.judge import JudgeOptions, judge_tasks
+    from pointalign.evaluation.report import write_report
+
+    parser = _parser("[MODEL] [--task T [T ...]] [--data D] [--generation.*] [--judge.*]")
+    parser.add_argument("model", nargs="?", default=None, help="a model's folder, a run's folder, or a stage file")
+    parser.add_class_arguments(runs.EvaluationOptions)
+    parser.add_class_arguments(Generation, "generation")
+    parser.add_class_arguments(JudgeOptions, "judge")
+    built = parser.instantiate(parser.parse_args(_lists(arguments, ("task", "prompts", "inputs", "sentence_models"))))
+    options = runs.EvaluationOptions(**{name: built[name] for name in runs.EvaluationOptions.__dataclass_fields__})
+    name = built.model
+    if name is None:
+        from pointalign.evaluation.loading import shipped
+
+        name = shipped()
+    result = runs.evaluate(name, options, built.generation)
+    print(runs.table(result))
+    folder = Path(options.output)
+    if built.judge.chosen:
+        print(judge_tasks(folder, result, built.judge))
+    print(f"\nwritten: {folder / 'evaluation.json'}, {write_report(folder)}")
+
+
+def compare(arguments: list[str]) -> None:
+    from pointalign import checkpointing
+    from pointalign.evaluation import runs
+
+    parser = _parser("compare OURS/evaluation.json THEIRS/evaluation.json [--output FILE]")
+    parser.add_argument("ours", type=str)
+    parser.add_argument("theirs", type=str)
+    parser.add_argument("--output", type=str, default=None, help="write the rows as JSON")
+    built = parser.parse_args(arguments)
+    rows = runs.compare(Path(built.ours), Path(built.theirs))
+    print(runs.comparison_table(rows))
+    if built.output:
+        checkpointing.write_json(Path(built.output), rows)
+
+
+def judge(arguments: list[str]) -> None:
+    from pointalign.evaluation.judge import JudgeOptions, judge_file
+
+    parser = _parser("judge ANSWERS.json --kind object|class|caption --judge.*")
+    parser.add_argument("answers", type=str, help="a file in PointLLM's format, of this program or another")
+    parser.add_argument(
+        "--kind", type=str, default="caption", help="object (same object?), class (ModelNet40) or caption"
+    )
+    parser.add_class_arguments(JudgeOptions, "judge")
+    built = parser.instantiate(parser.parse_args(arguments))
+    print(judge_file(Path(built.answers), built.kind, built.judge))
+
+
+def probe(arguments: list[str]) -> None:
+    from pointalign.evaluation.probe import ProbeOptions, probe_model
+
+    parser = _parser("probe [MODEL] [--data furniture|shapes] [--output FOLDER]")
+    parser.add_argument("model", nargs="?", default=None)
+    parser.add_class_arguments(ProbeOptions)
+    built = parser.parse_args(arguments)
+    options = ProbeOptions(**{name: built[name] for name in ProbeOptions.__dataclass_fields__})
+    print(probe_model(built.model, options))
+
+
+def ablation(arguments: list[str]) -> None:
+    from pointalign.evaluation.ablation import run_ablation
+
+    parser = _parser("ablation RECIPE [--seeds N] [--arms NAME ...] [--output FOLDER]")
+    parser.add_argument("recipe", type=str, help="a YAML file or the name of a shipped one")
+    parser.add_argument("--seeds", type=int, default=None, help="paired seeds of the arms that name none")
+    parser.add_argument("--output", type=str, default=None)
+    built = parser.parse_args(arguments)
+    print(run_ablation(built.recipe, built.seeds, built.output))
+
+
+def report(arguments: list[str]) -> None:
+    from pointalign.evaluation.report import write_report
+
+    parser = _parser("report FOLDER")
+    parser.add_argument("folder", type=str)
+    print(write_report(Path(parser.parse_args(arguments).folder)))
+
+
+def _lists(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """`--task a b` as `--task=["a","b"]`: lists of words are given as words."""
+    import json
+
+    kept: list[str] = []
+    values: list[str] | None = None
+    name = ""
+    for argument in [*arguments, "--"]:
+        if values is not None and argument.startswith("--"):
+            parsed = [int(one) if one.isdigit() else one for one in values]
+            kept.append(f"--{name}={json.dumps(parsed)}")
+            values = None
+        if values is not None:
+            values.append(argument)
+        elif argument.removeprefix("--") in names and argument.startswith("--"):
+            name, values = argument.removeprefix("--"), []
+        elif argument != "--":
+            kept.append(argument)
+    return kept
+
+
+if __name__ == "__main__":
+    sys.exit(main())

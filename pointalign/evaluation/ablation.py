@@ -1,0 +1,392 @@
+"""`evaluate ablation`: does alignment help, and is it the alignment that helps?
+
+Arms start from one checkpoint and see the same data in the same order; seeds are paired. The primary metric is fixed
+in advance: the log-likelihood margin of the true name (or caption) among a closed set, per held-out object. Every
+comparison carries its interval, a p-value corrected over arms, and the minimum effect that it could have detected.
+Finished runs are kept as files and never repeated, so an interrupted ablation goes on with the same command.
+"""
+
+import copy
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pointalign import checkpointing, stages
+from pointalign.evaluation import material, statistics
+from pointalign.evaluation.answering import Features, Generation, prompt_batch
+from pointalign.evaluation.arms import Arm, Schedule, train_arm
+from pointalign.evaluation.few_shot import few_shot
+from pointalign.evaluation.likelihood import AnswerTree, answer_likelihoods, margins
+from pointalign.evaluation.loading import file_hash
+from pointalign.evaluation.material import Material
+from pointalign.evaluation.metrics import naming_scores
+from pointalign.evaluation.probe import QFORMER, probe_layers, qformer_probes, spaced
+from pointalign.evaluation.tasks import PROMPTS, Question
+from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+from pointalign.models.processing import PLAIN_CHAT_TEMPLATE
+from pointalign.options import RECIPES, DataOptions, ModelOptions
+
+PRIMARY, SECOND = "likelihood margin", "generated accuracy"
+
+
+@dataclass
+class Recipe:
+    """An ablation, as its YAML file says it.
+
+    Attributes:
+        data: `furniture` or `shapes`.
+        model: where every arm starts and what trains.
+        decoder: sizes of a `LlamaConfig`: in place of the language model, a decoder that starts from nothing and trains
+            whole, with a modality projector of its own. For a CPU, and for what language alone makes of the clouds.
+        schedule: steps of every arm.
+        weight: lambda of the arms that name none.
+        seeds: paired seeds of the arms that name none.
+        baseline: the arm that all others are compared with.
+        train, held_out: the most objects of each part.
+        probed: the most training objects that probes are fitted on.
+        layers: layers probed after each run.
+        few_shot: numbers of examples about set B of the shapes that a trained arm is fine-tuned on; none by default.
+        arms: by name.
+        output: folder of the results.
+    """
+
+    data: str = "furniture"
+    model: ModelOptions = field(default_factory=ModelOptions)
+    decoder: dict[str, int] | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+    weight: float = 0.1
+    seeds: int = 3
+    baseline: str = "no alignment"
+    train: int | None = None
+    held_out: int | None = None
+    probed: int | None = None
+    layers: int = 7
+    few_shot: list[int] = field(default_factory=list)
+    arms: dict[str, Arm] = field(default_factory=dict)
+    output: str = "runs/ablation"
+
+    def __post_init__(self) -> None:
+        if self.baseline not in self.arms:
+            raise ValueError(f"baseline {self.baseline!r} is none of the arms: {', '.join(self.arms)}")
+
+    def plan(self) -> list[tuple[str, int]]:
+        """Runs in the order in which they are made: arms of many seeds first, seed by seed, so that pairs are whole."""
+        counts = {name: arm.seeds or self.seeds for name, arm in self.arms.items()}
+        runs = [(name, seed) for name in self.arms for seed in range(counts[name])]
+        return sorted(runs, key=lambda run: (-counts[run[0]], run[1]))
+
+
+def read_recipe(name: str) -> Recipe:
+    """A recipe from a YAML file, or a shipped one by name (`recipes/ablation_<name>.yaml`)."""
+    from jsonargparse import ArgumentParser
+
+    path = Path(name)
+    if not path.suffix:
+        path = RECIPES / f"ablation_{name}.yaml"
+    if not path.exists():
+        shipped = sorted(one.stem.removeprefix("ablation_") for one in RECIPES.glob("ablation_*.yaml"))
+        raise FileNotFoundError(f"no recipe {name!r}: expected a YAML file or one of {', '.join(shipped)}")
+    parser = ArgumentParser(prog="python -m pointalign.evaluate ablation")
+    parser.add_class_arguments(Recipe, "recipe")
+    import yaml
+
+    values = yaml.safe_load(path.read_text())
+    return parser.instantiate(parser.parse_object({"recipe": values})).recipe
+
+
+def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
+    """Run what is missing of an ablation, then write tables and plots. Returns the table, as Markdown."""
+    recipe = read_recipe(name)
+    recipe.seeds = seeds or recipe.seeds
+    folder = Path(output or recipe.output)
+    described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")}
+    if recipe.model.checkpoint is not None:
+        described["weights"] = file_hash(stages.find_stage(recipe.model.checkpoint))
+    definition = json.loads(json.dumps(described))
+    check_definition(folder, definition)
+    todo = [(arm, seed) for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
+    if todo:
+        model, processor = build(recipe)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        train, held_out = material.load(
+            recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out
+        )
+        if not (folder / "ceiling.json").exists():
+            checkpointing.write_json(folder / "ceiling.json", qformer_probes(train, held_out))
+        start = {key: value.clone() for key, value in model.state_dict().items() if key in _trainable(model)}
+        for number, (arm, seed) in enumerate(todo):
+            began = time.monotonic()
+            with torch.no_grad():
+                for key, value in model.state_dict().items():
+                    if key in start:
+                        value.copy_(start[key])
+            result = run_arm(model, processor, recipe, arm, seed, train, held_out)
+            checkpointing.write_json(run_file(folder, arm, seed), result)
+            spent = time.monotonic() - began
+            print(
+                f"{number + 1}/{len(todo)} {arm}, seed {seed}: {PRIMARY} {result['mean'][PRIMARY]:+.3f}, {spent:.0f} s",
+                flush=True,
+            )
+    return summarise(folder, recipe)
+
+
+def build(recipe: Recipe) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
+    """The model that every arm starts from."""
+    model, processor = stages.build(recipe.model, DataOptions())
+    if recipe.decoder is None:
+        return model, processor
+    processor.chat_template = PLAIN_CHAT_TEMPLATE
+    return with_decoder(model, recipe.decoder, recipe.model.seed), processor
+
+
+def with_decoder(
+    model: PointAlignForConditionalGeneration, sizes: dict[str, int], seed: int
+) -> PointAlignForConditionalGeneration:
+    """The model's frozen point branch in front of a new decoder of `sizes` (of `LlamaConfig`), which trains whole."""
+    from transformers import LlamaConfig
+
+    config = copy.deepcopy(model.config)
+    kept = {name: getattr(model.config.text_config, name) for name in ("vocab_size", "pad_token_id", "eos_token_id")}
+    config.text_config = LlamaConfig(**sizes, **kept, bos_token_id=None, tie_word_embeddings=True)
+    torch.manual_seed(seed)
+    fresh = PointAlignForConditionalGeneration(config)
+    new = ("language_model", "modality_projector")
+    known = {name: one for name, one in model.state_dict().items() if not any(f".{part}." in name for part in new)}
+    missing, unexpected = fresh.load_state_dict(known, strict=False)
+    if unexpected or any(not any(f".{part}." in name for part in new) for name in missing):
+        raise ValueError(f"the point branch does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for name, parameter in fresh.named_parameters():
+        parameter.requires_grad_(any(f".{part}." in name for part in new))
+    return fresh.eval()
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def run_file(folder: Path, arm: str, seed: int) -> Path:
+    return folder / "runs" / f"{arm.replace(' ', '-').replace(':', '')}-{seed}.json"
+
+
+def check_definition(folder: Path, definition: dict[str, Any]) -> None:
+    """Refuse to mix runs of two recipes: arms may be added to a folder, nothing else may change."""
+    path = folder / "recipe.json"
+    if path.exists():
+        known = json.loads(path.read_text())
+        arms = known["arms"] | definition["arms"]
+        changed = [
+            name for name, arm in known["arms"].items() if _same_run(definition["arms"].get(name, arm), arm) is False
+        ]
+        changed += [key for key in definition if key != "arms" and definition[key] != known.get(key)]
+        if changed:
+            raise ValueError(
+                f"{folder} holds runs of another recipe ({', '.join(changed)} changed): choose another --output"
+            )
+        definition = definition | {"arms": arms}
+    checkpointing.write_json(path, definition)
+
+
+def _same_run(a: dict, b: dict) -> bool:
+    return {k: v for k, v in a.items() if k != "seeds"} == {k: v for k, v in b.items() if k != "seeds"}
+
+
+def run_arm(
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    recipe: Recipe,
+    name: str,
+    seed: int,
+    train: Material,
+    held_out: Material,
+) -> dict[str, Any]:
+    """Train one arm and measure it on the held-out objects."""
+    arm = recipe.arms[name]
+    weight = recipe.weight if arm.weight is None else arm.weight
+    history = train_arm(model, processor, arm, weight, train, recipe.schedule, seed, f"{name}, seed {seed}")
+    scores = measure(model, processor, held_out, arm.blind)
+    depth = model.config.get_text_config().num_hidden_layers
+    similar = sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
+    layers = sorted({*spaced(recipe.layers, depth), *similar})
+    fitted = train.subset(range(min(recipe.probed or len(train.labels), len(train.labels))))
+    probes = probe_layers(
+        model, processor, fitted, held_out, layers, sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
+    )
+    shots = few_shot(model, processor, train, held_out, recipe.few_shot, recipe.schedule, seed, arm.blind)
+    return {
+        "arm": name,
+        "few_shot": shots,
+        "seed": seed,
+        "steps": history,
+        "scores": scores,
+        "families": [f for f, label in zip(held_out.families, held_out.labels, strict=True) if label],
+        "mean": {key: float(np.mean(values)) for key, values in scores.items()},
+    } | probes
+
+
+def tapped(arm: Arm, depth: int) -> list[int]:
+    return arm.layer or [max(1, (depth - 1) // 2)]
+
+
+def measure(
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    held_out: Material,
+    blind: bool,
+    question: str = PROMPTS[0],
+) -> dict[str, list[float]]:
+    """Margin, closed-set accuracy and generated accuracy for every held-out object that has a true candidate."""
+    known = [row for row, label in enumerate(held_out.labels) if label]
+    candidates = list(held_out.candidates)
+    tree = AnswerTree(
+        [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in held_out.candidates.values()]
+    )
+    features = Features(model, processor)
+    for row in known:
+        features.known[str(row)] = torch.zeros_like(held_out.features[row]) if blind else held_out.features[row]
+    questions = [Question(str(row), (str(row),), question, held_out.labels[row]) for row in known]
+    likelihoods, texts = [], []
+    for start in range(0, len(known), 8):
+        batch = _on(prompt_batch(processor, features, questions[start : start + 8]), model)
+        likelihoods.append(answer_likelihoods(model, batch, tree))
+    for start in range(0, len(known), 32):
+        batch = _on(prompt_batch(processor, features, questions[start : start + 32]), model)
+        with torch.inference_mode():
+            options = Generation(max_new_tokens=20).arguments("classification")
+            generated = model.generate(**batch, **options)  # type: ignore[operator]
+        texts += processor.answers(generated, batch["input_ids"].shape[1])
+    labels = [held_out.labels[row] for row in known]
+    margin = margins(np.concatenate(likelihoods), [candidates.index(label) for label in labels])
+    if held_out.candidates[labels[0]] == labels[0]:  # whole captions
+        said = [float(text == label) for text, label in zip(texts, labels, strict=True)]
+    else:
+        said = [float(value or 0) for value in naming_scores(texts, labels)["head noun"]]
+    return {PRIMARY: margin.tolist(), "closed-set accuracy": (margin > 0).astype(float).tolist(), SECOND: said}
+
+
+def _on(batch: dict[str, Tensor], model: PointAlignForConditionalGeneration) -> dict[str, Tensor]:
+    return {name: one.to(model.device) for name, one in batch.items()}
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def read_runs(folder: Path, recipe: Recipe) -> dict[str, dict[int, dict[str, Any]]]:
+    """Finished runs: arm -> seed -> result."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for arm, seed in recipe.plan():
+        if (path := run_file(folder, arm, seed)).exists():
+            runs.setdefault(arm, {})[seed] = json.loads(path.read_text())
+    return runs
+
+
+def summarise(folder: Path, recipe: Recipe) -> str:
+    """Compare every arm with the baseline; writes `ablation.json`, `ablation.md` and two plots."""
+    from pointalign.evaluation.plots import arm_differences, layer_curves
+
+    runs = read_runs(folder, recipe)
+    base = runs[recipe.baseline]
+    ceiling = json.loads((folder / "ceiling.json").read_text())
+    rows = [_row(name, results, base, recipe, ceiling) for name, results in runs.items()]
+    for metric in (PRIMARY, SECOND):
+        compared = [row for row in rows if metric in row.get("differences", {})]
+        corrected = statistics.holm([row["differences"][metric]["p"] for row in compared])
+        for row, p in zip(compared, corrected, strict=True):
+            row["differences"][metric]["p_holm"] = p
+    from pointalign.evaluation.runs import versions
+
+    described = {
+        "recipe": json.loads((folder / "recipe.json").read_text()),
+        "versions": versions(),
+        "ceiling": ceiling,
+        "arms": rows,
+    }
+    checkpointing.write_json(folder / "ablation.json", described)
+    text = table(rows, recipe)
+    (folder / "ablation.md").write_text(text + "\n")
+    arm_differences(rows, PRIMARY, recipe.baseline, folder / "differences.png")
+    layer_curves({name: average(results) for name, results in list(runs.items())[:4]}, folder / "layers.png")
+    missing = sum(not run_file(folder, arm, seed).exists() for arm, seed in recipe.plan())
+    return text + (f"\n\n{missing} runs of the plan are missing" if missing else "")
+
+
+def _row(
+    name: str,
+    results: dict[int, dict[str, Any]],
+    base: dict[int, dict[str, Any]],
+    recipe: Recipe,
+    ceiling: dict[str, float],
+) -> dict[str, Any]:
+    everything = list(results.values())
+    families = everything[0]["families"]
+    row: dict[str, Any] = {"arm": name, "seeds": sorted(results), "metrics": {}}
+    for metric in everything[0]["scores"]:
+        values = np.array([one["scores"][metric] for one in everything])
+        row["metrics"][metric] = statistics.cluster_mean(values.mean(axis=0), families).as_dict()
+    layer = next(iter(next(iter(base.values()))["similarity"]))  # the default layer, for every arm alike
+    row["layer"] = int(layer)
+    for measure in everything[0]["similarity"][layer]:
+        row[measure] = float(np.mean([one["similarity"][layer][measure] for one in everything]))
+    named = "noun" if "noun" in everything[0]["probes"] else "A: colour"
+    row["retention"] = row["metrics"][SECOND]["mean"] / ceiling["noun"] if ceiling.get("noun") else None
+    last = [place for place in everything[0]["probes"][named] if place != QFORMER][-1]
+    row["probes at the last layer"] = {
+        prop: float(np.mean([one["probes"][prop][last] for one in everything])) for prop in everything[0]["probes"]
+    }
+    row["few_shot"] = {
+        name: {count: float(np.mean([one["few_shot"][name][count] for one in everything])) for count in counts}
+        for name, counts in everything[0]["few_shot"].items()
+    }
+    shared = sorted(set(results) & set(base))
+    if name != recipe.baseline and shared:
+        row["differences"] = {}
+        for metric in (PRIMARY, SECOND):
+            ours, theirs = (np.array([runs[seed]["scores"][metric] for seed in shared]) for runs in (results, base))
+            estimate, p = statistics.paired_runs(ours - theirs, families)
+            detectable = statistics.minimum_detectable_effect(ours - theirs, families)
+            per_seed = (ours - theirs).mean(axis=1).tolist()
+            row["differences"][metric] = estimate.as_dict() | {"p": p, "detectable": detectable, "per_seed": per_seed}
+    return row
+
+
+def average(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Probes and similarity of an arm, averaged over its seeds."""
+    first, *_ = everything = list(results.values())
+    merged = dict(first)
+    for part in ("probes", "similarity"):
+        merged[part] = {
+            key: {place: float(np.mean([one[part][key][place] for one in everything])) for place in places}
+            for key, places in first[part].items()
+        }
+    return merged
+
+
+def table(rows: list[dict[str, Any]], recipe: Recipe) -> str:
+    """The arms as Markdown: means, and differences from the baseline with what could have been detected."""
+    lines = [
+        f"| arm | seeds | {PRIMARY} (nats) | against {recipe.baseline} | p (Holm) | detectable | {SECOND} "
+        "| centred cosine | retrieval@1 | CKA | retention |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        primary, second = row["metrics"][PRIMARY], row["metrics"][SECOND]
+        cells = [row["arm"], str(len(row["seeds"])), f"{primary['mean']:+.3f}"]
+        if "differences" in row:
+            one = row["differences"][PRIMARY]
+            cells += [
+                f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]",
+                f"{one['p_holm']:.3f}",
+                f"{one['detectable']:.3f}",
+            ]
+        else:
+            cells += ["", "", ""]
+        cells.append(f"{100 * second['mean']:.1f} % [{100 * second['low']:.1f}, {100 * second['high']:.1f}]")
+        cells += [f"{row[key]:.3f}" for key in ("centred cosine", "retrieval@1", "CKA")]
+        cells.append("" if row["retention"] is None else f"{row['retention']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

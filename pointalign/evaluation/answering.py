@@ -1,0 +1,240 @@
+"""Asking a model many questions: batches in a fixed order, seeded, kept one by one, resumed where they stopped."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pointalign.evaluation.likelihood import AnswerTree, answer_likelihoods
+from pointalign.evaluation.tasks import MAX_NEW_TOKENS, ObjectSet, Question, Task
+from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+
+INPUTS = ("true", "shuffled", "zeroed", "blind")
+END = "###"  # closes an answer of the published checkpoints
+_ZERO = "\0zero"
+
+
+@dataclass
+class Generation:
+    """How answers are generated (`--generation.*`).
+
+    Attributes:
+        sample: the published release's way: 2 beams with sampling, top_p 0.7, temperature 0.2, at least 10 new tokens.
+            By default greedy.
+        batch_size: questions answered together. Padding can move the last bits, so it is part of what defines a run.
+        seed: of sampling, the same for a batch whether the run was interrupted or not.
+        max_new_tokens: by default 32 for names, 96 for captions, 16 for geometry.
+    """
+
+    sample: bool = False
+    batch_size: int = 32
+    seed: int = 0
+    max_new_tokens: int | None = None
+
+    def arguments(self, kind: str) -> dict[str, Any]:
+        common = {"max_new_tokens": self.max_new_tokens or MAX_NEW_TOKENS[kind]}
+        if not self.sample:
+            return common | {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        return common | {"do_sample": True, "num_beams": 2, "top_p": 0.7, "temperature": 0.2, "min_new_tokens": 10}
+
+
+class Journal:
+    """What a run has computed so far: one JSON line per batch, so that an interrupted run goes on behind the last.
+
+    Args:
+        path: the file; made with its first line.
+        run: what defines the run, the file's first line.
+
+    Raises:
+        ValueError: the file belongs to a run that is defined otherwise.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any]):
+        self.path = path
+        self.done: dict[str, Any] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().split("\n") if path.exists() else []
+        complete = lines[:-1]  # a line that was cut short has no end
+        if complete:
+            if (other := json.loads(complete[0])) != json.loads(json.dumps(run)):
+                different = sorted(key for key in run.keys() | other.keys() if run.get(key) != other.get(key))
+                raise ValueError(
+                    f"{path} belongs to another run ({', '.join(different)} differ): choose another --output"
+                )
+            for line in complete[1:]:
+                entry = json.loads(line)
+                self.done[entry["key"]] = entry["value"]
+        text = "".join(line + "\n" for line in complete) or json.dumps(run) + "\n"
+        path.write_text(text)
+
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The value of `key` (JSON values only), computed and written down if it is not there yet."""
+        if key not in self.done:
+            value = compute()
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": key, "value": value}) + "\n")
+            self.done[key] = value
+        return self.done[key]
+
+
+class Features:
+    """Q-Former tokens `[Q, Dq]` of objects, computed once each, in the order they were given."""
+
+    def __init__(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor):
+        self.model, self.processor = model, processor
+        self.known: dict[str, Tensor] = {}
+        size = model.config.num_query_tokens, model.model.query_tokens.shape[-1]
+        self.known[_ZERO] = torch.zeros(size)
+
+    def compute(self, names: Sequence[str], cloud: Callable[[str], np.ndarray], batch_size: int = 16) -> None:
+        missing = [name for name in dict.fromkeys(names) if name not in self.known]
+        self.model.eval()
+        with torch.inference_mode():
+            for start in tqdm(range(0, len(missing), batch_size), desc="encoding clouds", unit="batch", leave=False):
+                chunk = missing[start : start + batch_size]
+                points = self.processor.feature_extractor([cloud(name) for name in chunk])
+                tokens = self.model.get_qformer_features(
+                    points["point_values"].to(self.model.device), points["point_lengths"].to(self.model.device)
+                )
+                self.known |= dict(zip(chunk, tokens.float().cpu(), strict=True))
+
+    def __getitem__(self, names: Sequence[str]) -> Tensor:
+        return torch.stack([self.known[name] for name in names])
+
+
+def prompt_batch(
+    processor: PointAlignProcessor, features: Features, questions: Sequence[Question], **options: Any
+) -> dict[str, Tensor]:
+    """Tensors of questions, padded on the left, with the clouds as `query_features`."""
+    messages = [
+        [{"role": "user", "content": [
+            *({"type": "point", "point": None} for _ in question.object_ids), {"type": "text", "text": question.text},
+        ]}]
+        for question in questions
+    ]  # fmt: skip
+    return encode(processor, messages, features[names] if (names := _names(questions)) else None, **options)
+
+
+def encode(
+    processor: PointAlignProcessor, messages: list[list[dict]], features: Tensor | None, **options: Any
+) -> dict[str, Tensor]:
+    """The processor's tensors of conversations whose clouds are rows of `features [C, Q, Dq]`, in reading order."""
+    texts_only = copy.copy(processor)
+    texts_only.feature_extractor = lambda clouds, **_: {}
+    options.setdefault("add_generation_prompt", True)
+    batch = dict(texts_only.apply_chat_template(messages, tokenize=True, **options))
+    if features is None:
+        del batch["point_mask"]
+        return batch
+    return batch | {"query_features": features}
+
+
+def _names(questions: Sequence[Question]) -> list[str]:
+    return [name for question in questions for name in question.object_ids]
+
+
+def with_input(task: Task, kind: str, seed: int = 0) -> Task:
+    """The same questions about other clouds: `shuffled` (another object's), `zeroed` tokens, or none (`blind`)."""
+    if kind == "true":
+        return task
+    if kind not in INPUTS:
+        raise ValueError(f"--inputs {kind}: expected of {', '.join(INPUTS)}")
+    from pointalign.evaluation.naming import shuffled
+
+    others = shuffled(len(task.questions), seed)
+    questions = []
+    for question, other in zip(task.questions, others, strict=True):
+        given = {
+            "shuffled": task.questions[other].object_ids,
+            "zeroed": (_ZERO,) * len(question.object_ids),
+            "blind": (),
+        }[kind]
+        questions.append(replace(question, object_ids=given))
+    return replace(task, name=f"{task.name}-{kind}", questions=questions)
+
+
+@dataclass
+class Answers:
+    """Per question of a task: the text, and where there is a closed set the log-likelihoods `[N, A]` of its answers.
+
+    Rows of questions whose label is not in the set are NaN.
+    """
+
+    texts: list[str]
+    likelihoods: np.ndarray | None
+
+
+def answer(
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    task: Task,
+    objects: ObjectSet,
+    features: Features,
+    generation: Generation,
+    journal: Journal,
+) -> Answers:
+    """Generate, and score the closed set, batch by batch through the journal."""
+    if any(f"{task.name}/{start}" not in journal.done for start, _ in _batches(task, generation.batch_size)):
+        features.compute([name for name in _names(task.questions) if name != _ZERO], objects.cloud)
+    tree = None
+    if task.candidates:
+        ids = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in task.candidates.values()]
+        tree = AnswerTree(ids)
+    texts: list[str] = []
+    likelihoods: list[list[float] | None] = []
+    progress = tqdm(list(_batches(task, generation.batch_size)), desc=task.name, unit="batch", leave=False)
+    for start, questions in progress:
+
+        def generate(questions=questions, start=start) -> list[str]:
+            batch = _to(prompt_batch(processor, features, questions), model)
+            with torch.inference_mode(), torch.random.fork_rng():
+                torch.manual_seed(generation.seed * 1_000_003 + start)
+                generated = model.generate(**batch, **generation.arguments(task.kind))  # type: ignore[operator]
+            found = processor.answers(generated, batch["input_ids"].shape[1])
+            return [text.split(END)[0].strip() for text in found]
+
+        texts += journal.get(f"{task.name}/{start}", generate)
+        if tree is not None:
+
+            def score(questions=questions) -> list[list[float] | None]:
+                asked = [question for question in questions if question.label in task.candidates]
+                if not asked:
+                    return [None] * len(questions)
+                batch = _to(prompt_batch(processor, features, asked), model)
+                parts = [answer_likelihoods(model, part, tree) for part in _rows(batch, model.config.num_query_tokens)]
+                found = iter(np.concatenate(parts).tolist())
+                return [next(found) if question.label in task.candidates else None for question in questions]
+
+            likelihoods += journal.get(f"{task.name}/{start}/likelihoods", score)
+    if tree is None:
+        return Answers(texts, None)
+    unasked = [float("nan")] * len(task.candidates)
+    return Answers(texts, np.array([row or unasked for row in likelihoods]))
+
+
+def _batches(task: Task, size: int) -> Iterator[tuple[int, list[Question]]]:
+    for start in range(0, len(task.questions), size):
+        yield start, task.questions[start : start + size]
+
+
+def _rows(batch: dict[str, Tensor], queries: int, size: int = 8) -> Iterator[dict[str, Tensor]]:
+    """A batch cut into pieces of `size` rows: the tree of answers makes every row long."""
+    first = 0
+    for start in range(0, len(batch["input_ids"]), size):
+        part = {name: one[start : start + size] for name, one in batch.items() if name != "query_features"}
+        if "query_features" in batch:
+            clouds = int(part["point_mask"].sum()) // queries
+            part["query_features"] = batch["query_features"][first : first + clouds]
+            first += clouds
+        yield part
+
+
+def _to(batch: dict[str, Tensor], model: PointAlignForConditionalGeneration) -> dict[str, Tensor]:
+    return {name: one.to(model.device) for name, one in batch.items()}

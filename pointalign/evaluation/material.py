@@ -1,0 +1,192 @@
+"""Objects ready for probes and ablations: frozen features computed once, conversations, and what is known of each."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from pointalign import assets, checkpointing
+from pointalign.alignment import pool_tokens
+from pointalign.data import shapes
+from pointalign.data.captions import main_colour
+from pointalign.evaluation.tasks import PROMPTS, _naming
+from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+
+
+@dataclass
+class Material:
+    """Objects of one part, training or held out.
+
+    Attributes:
+        features: `[C, Q, D]` Q-Former tokens.
+        encoder: `[C, Q, D']` encoder tokens, pooled to one per query.
+        conversations: per object, its (question, answer) pairs.
+        labels: per object, the name of its true candidate; "" where it has none.
+        families: per object, its cluster.
+        properties: name -> value per object, None where unknown; strings and booleans are categories.
+        candidates: label -> answer text, the closed set.
+    """
+
+    features: Tensor
+    encoder: Tensor
+    conversations: list[list[tuple[str, str]]]
+    labels: list[str]
+    families: list[str]
+    properties: dict[str, list]
+    candidates: dict[str, str]
+
+    def subset(self, rows: Iterable[int]) -> "Material":
+        rows = list(rows)
+        return Material(
+            self.features[rows],
+            self.encoder[rows],
+            [self.conversations[i] for i in rows],
+            [self.labels[i] for i in rows],
+            [self.families[i] for i in rows],
+            {name: [values[i] for i in rows] for name, values in self.properties.items()},
+            self.candidates,
+        )
+
+
+def compute_features(
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    clouds: list[Callable[[], np.ndarray]],
+    kept: Path,
+    weights: str,
+    batch_size: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """Q-Former and pooled encoder tokens of clouds, from the file `kept` if it was made with the same weights."""
+    if kept.exists():
+        stored = load_file(kept)
+        digest = bytes(stored["weights"].tolist()).decode()
+        if digest == weights and len(stored["qformer"]) == len(clouds):
+            return stored["qformer"], stored["encoder"]
+    model.eval()
+    qformer, encoder = [], []
+    with torch.inference_mode():
+        for start in tqdm(range(0, len(clouds), batch_size), desc="frozen features", unit="batch", leave=False):
+            points = processor.feature_extractor([make() for make in clouds[start : start + batch_size]])
+            made = model.encode_point_clouds(
+                points["point_values"].to(model.device), points["point_lengths"].to(model.device)
+            )
+            assert made.encoder is not None
+            qformer.append(made.qformer.float().cpu())
+            encoder.append(pool_tokens(made.encoder.float(), model.config.num_query_tokens).cpu())
+    tensors = {"qformer": torch.cat(qformer), "encoder": torch.cat(encoder)}
+    checkpointing.write_tensors(kept, tensors | {"weights": torch.tensor(list(weights.encode()), dtype=torch.uint8)})
+    return tensors["qformer"], tensors["encoder"]
+
+
+def point_branch_hash(model: PointAlignForConditionalGeneration) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if ".language_model." not in name and "modality_projector" not in name:
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def furniture(
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    split: str,
+    cache: Path,
+    limit: int | None,
+) -> Material:
+    """The embedded objects of a split; the closed set is the nouns of the test split that occur in training."""
+    folder = assets.furniture()
+    everything = json.loads((folder / "objects.json").read_text())
+    records = [one for one in everything if one["split"] == split][: limit or None]
+    clouds = [lambda r=r: np.load(folder / "clouds" / f"{r['object_id']}_8192.npy") for r in records]
+    weights = point_branch_hash(model)
+    features, encoder = compute_features(model, processor, clouds, cache / f"furniture-{split}.safetensors", weights)
+    said: dict[str, list[tuple[str, str]]] = {}
+    for entry in json.loads((folder / "annotations" / f"{split}.json").read_text()):
+        if entry["conversation_type"] in ("simple_description", "single_round"):
+            question, answer = (turn["value"] for turn in entry["conversations"])
+            said.setdefault(entry["object_id"], []).append((question.removeprefix("<point>\n"), answer))
+    nouns = {part: {one["head_noun"] for one in everything if one["split"] == part} for part in ("train", "test")}
+    candidates = {noun: _naming(noun) for noun in sorted(nouns["train"] & nouns["test"])}
+    aspects = [float(np.log(one["height"] / one["width"])) for one in records]
+    depths = [float(np.log(one["depth"] / one["width"])) for one in records]
+    return Material(
+        features,
+        encoder,
+        [said[one["object_id"]] for one in records],
+        [one["head_noun"] if one["head_noun"] in candidates else "" for one in records],
+        [one["family"] for one in records],
+        {
+            "noun": [one["head_noun"] if one["head_noun"] in nouns["train"] else None for one in records],
+            "main colour": [main_colour(one) for one in records],
+            "height over width": aspects,
+            "depth over width": depths,
+        },
+        candidates,
+    )
+
+
+def stools(
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    split: str,
+    cache: Path,
+    limit: int | None,
+) -> Material:
+    """Procedural shapes: training combinations of set A, or those held out; captions name A alone."""
+    made = list(shapes.generate(limit or 2000, held_out=split != "train"))
+    clouds = [lambda cloud=cloud: cloud for _, _, cloud in made]
+    weights = point_branch_hash(model)
+    features, encoder = compute_features(
+        model, processor, clouds, cache / f"shapes-{split}-{len(made)}.safetensors", weights
+    )
+    drawn = [shape for _, shape, _ in made]
+    names = [*shapes.FACTORS_A, *shapes.FACTORS_B]
+    properties = {
+        f"{'A' if name in shapes.FACTORS_A else 'B'}: {name}": [getattr(shape, name) for shape in drawn]
+        for name in names
+    }
+    for name in ("A: legs", "B: holes"):
+        properties[name] = [str(value) for value in properties[name]]
+    captions = sorted(
+        {
+            shapes.Shape(colour, top, legs, 1.0, 0, 1.0, 0.0, False).caption()
+            for colour in shapes.COLOURS
+            for top in shapes.TOPS
+            for legs in shapes.LEGS
+        }
+    )
+    return Material(
+        features,
+        encoder,
+        [[(PROMPTS[0], shape.caption())] for shape in drawn],
+        [shape.caption() for shape in drawn],
+        [name for name, _, _ in made],
+        properties,
+        {caption: caption for caption in captions},
+    )
+
+
+SOURCES = {"furniture": furniture, "shapes": stools}
+HELD_OUT = "test"
+
+
+def load(
+    name: str,
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    cache: Path,
+    train: int | None = None,
+    held_out: int | None = None,
+) -> tuple[Material, Material]:
+    """Training and held-out objects of `furniture` or `shapes`, the first `train` and `held_out` of them."""
+    if name not in SOURCES:
+        raise ValueError(f"data {name!r}: expected of {', '.join(SOURCES)}")
+    make = SOURCES[name]
+    return make(model, processor, "train", cache, train), make(model, processor, HELD_OUT, cache, held_out)

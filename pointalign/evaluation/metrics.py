@@ -1,0 +1,172 @@
+"""From answers to numbers: one value in 0..1 per question and metric, then means with intervals.
+
+BLEU, ROUGE and METEOR follow PointLLM's protocol (Xu et al., ECCV 2024): words split at spaces, BLEU with smoothing
+method 1 of Chen and Cherry (2014), means over objects.
+"""
+
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from pointalign.evaluation.answering import Answers
+from pointalign.evaluation.geometry import chosen
+from pointalign.evaluation.likelihood import margins
+from pointalign.evaluation.naming import head_noun
+from pointalign.evaluation.statistics import cluster_mean
+from pointalign.evaluation.tasks import Task
+
+Scores = dict[str, list[float | None]]  # metric -> one value per question; None where the metric does not apply
+UNBOUNDED = ("likelihood margin",)  # in nats, not in 0..1
+
+
+def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Scores:
+    """Every metric that applies to a task.
+
+    Args:
+        sentence_models: name -> folder of a sentence encoder; an empty dictionary leaves them out.
+    """
+    if task.kind == "geometry":
+        picked = [chosen(text, q.choices) for text, q in zip(answers.texts, task.questions, strict=True)]
+        return {
+            "accuracy": [float(word == q.label) for word, q in zip(picked, task.questions, strict=True)],
+            "answered with a choice": [float(word is not None) for word in picked],
+        }
+    truths = [question.truth for question in task.questions]
+    scores: Scores = {}
+    if all(question.label for question in task.questions):
+        scores |= naming_scores(answers.texts, [question.label for question in task.questions])
+    if answers.likelihoods is not None:
+        scores |= closed_set_scores(answers.likelihoods, [q.label for q in task.questions], list(task.candidates))
+    if task.kind == "captioning":
+        scores.pop("exact", None)  # a caption says more than the name
+        scores.pop("exact", None)  # a caption says more than the name
+        scores |= caption_scores(answers.texts, truths)
+    # a name is short: its sentence embedding is compared with the name where there is one, with the caption where not
+    references = truths if task.kind == "captioning" else [q.label or q.truth for q in task.questions]
+    for name, folder in sentence_models.items():
+        scores[f"{name} cosine"] = sentence_cosine(answers.texts, references, folder)
+    return scores
+
+
+def naming_scores(answers: Sequence[str], labels: Sequence[str]) -> Scores:
+    """Head noun: the answer's head noun is the label. Exact: the answer says the label and nothing else. Mentioned."""
+    heads = [head_noun(text) for text in answers]
+    pairs = list(zip(answers, [label.lower() for label in labels], strict=True))
+    return {
+        "head noun": [float(_last_words(head, label)) for head, (_, label) in zip(heads, pairs, strict=True)],
+        "exact": [float(_bare(text) == label) for text, label in pairs],
+        "mentioned": [float(f" {label} " in f" {_words(text)} ") for text, label in pairs],
+    }
+
+
+def _last_words(head: str, label: str) -> bool:
+    return head == label or (" " in label and head == label.split()[-1])
+
+
+def _words(text: str) -> str:
+    return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+def _bare(text: str) -> str:
+    phrase = _words(text)
+    for opening in ("this is ", "these are ", "it is ", "a ", "an ", "the "):
+        phrase = phrase.removeprefix(opening)
+    return phrase
+
+
+def closed_set_scores(likelihoods: np.ndarray, labels: Sequence[str], candidates: Sequence[str]) -> Scores:
+    """Accuracy and margin among the candidates by likelihood `[N, A]`; None for a label outside of the set."""
+    known = [i for i, label in enumerate(labels) if label in candidates]
+    wanted = [candidates.index(labels[i]) for i in known]
+    accuracy: list[float | None] = [None] * len(labels)
+    margin: list[float | None] = [None] * len(labels)
+    for i, value in zip(known, margins(likelihoods[known], wanted), strict=True):
+        accuracy[i], margin[i] = float(value > 0), float(value)
+    return {"closed-set accuracy": accuracy, "likelihood margin": margin}
+
+
+def caption_scores(answers: Sequence[str], truths: Sequence[str]) -> Scores:
+    """BLEU-1..4, ROUGE-1/2/L (F) and METEOR, each 0..1 per answer."""
+    scores: Scores = {f"BLEU-{n}": [bleu(a, t, n) for a, t in zip(answers, truths, strict=True)] for n in (1, 2, 3, 4)}
+    rouges = [_rouge().score(truth, text) for text, truth in zip(answers, truths, strict=True)]
+    for name, key in (("ROUGE-1", "rouge1"), ("ROUGE-2", "rouge2"), ("ROUGE-L", "rougeL")):
+        scores[name] = [float(one[key].fmeasure) for one in rouges]
+    scores["METEOR"] = [meteor(a, t) for a, t in zip(answers, truths, strict=True)]
+    return scores
+
+
+def bleu(answer: str, truth: str, order: int) -> float:
+    """Sentence BLEU with uniform weights up to `order`, smoothing method 1, words split at spaces."""
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    if not answer.split():
+        return 0.0
+    weights = (1 / order,) * order
+    smoothing = SmoothingFunction().method1
+    return float(sentence_bleu([truth.split()], answer.split(), weights=weights, smoothing_function=smoothing))  # type: ignore[arg-type]
+
+
+def corpus_bleu(answers: Sequence[str], truths: Sequence[str]) -> float:
+    """sacreBLEU's corpus BLEU in 0..100, with its own tokenisation, as other papers report it."""
+    import sacrebleu
+
+    return float(sacrebleu.corpus_bleu(list(answers), [list(truths)]).score)
+
+
+@cache
+def _rouge():
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+
+
+def meteor(answer: str, truth: str) -> float:
+    """METEOR of nltk with Porter stems and WordNet synonyms (alpha 0.9, beta 3, gamma 0.5)."""
+    from nltk.translate.meteor_score import single_meteor_score
+
+    return float(single_meteor_score(truth.split(), answer.split(), wordnet=_wordnet()))
+
+
+@cache
+def _wordnet():
+    import nltk.data
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+
+    from pointalign import assets
+
+    folder = assets.wordnet()
+    nltk.data.path.append(str(folder.parent.parent))  # nltk reads below folders on its path only
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The multilingual functions")
+        return WordNetCorpusReader(str(folder), None)
+
+
+def sentence_cosine(answers: Sequence[str], truths: Sequence[str], folder: Path) -> list[float | None]:
+    """Cosine of the sentence embeddings; the pooling is the folder's own, mean where it names none."""
+    from pointalign.evaluation.sentences import embed
+
+    ours, theirs = embed(folder, answers), embed(folder, truths)
+    return [float(value) for value in (ours * theirs).sum(dim=1)]
+
+
+def summarise(task: Task, scores: Scores) -> dict[str, dict[str, float]]:
+    """Mean and 95 % interval of every metric, clustered by family; for geometry also per kind, beside the majority."""
+    families = [question.family for question in task.questions]
+    applied = {name: values for name, values in scores.items() if any(value is not None for value in values)}
+    summary = {name: _estimate(values, families) for name, values in applied.items()}
+    if task.kind == "geometry":
+        for kind in dict.fromkeys(question.kind for question in task.questions):
+            rows = [i for i, question in enumerate(task.questions) if question.kind == kind]
+            labels = [task.questions[i].label for i in rows]
+            estimate = _estimate([scores["accuracy"][i] for i in rows], [families[i] for i in rows])
+            most = max(labels.count(label) for label in set(labels)) / len(labels)
+            summary[f"accuracy, {kind}"] = estimate | {"majority": most}
+    return summary
+
+
+def _estimate(values: Sequence[float | None], families: Sequence[str]) -> dict[str, float]:
+    kept = [(value, family) for value, family in zip(values, families, strict=True) if value is not None]
+    return cluster_mean([value for value, _ in kept], [family for _, family in kept]).as_dict()

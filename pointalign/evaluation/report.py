@@ -1,0 +1,154 @@
+"""One HTML file that works offline: tables, plots and a gallery of what was asked, worst answers first."""
+
+import base64
+import html
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pointalign.evaluation import runs
+from pointalign.evaluation.gallery import as_data_url, render
+
+SHOWN = 40  # gallery entries per task
+WORST = {"classification": "likelihood margin", "modelnet40": "likelihood margin", "geometry": "accuracy"}
+STYLE = """
+:root { --ink: #1c2430; --soft: #5d6876; --line: #d9dee5; --good: #1f7a4d; --bad: #b3372f; --panel: #f6f7f9; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; max-width: 1120px; padding: 24px 20px; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 36px 0 10px; } .soft { color: var(--soft); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; background: var(--panel); } td.bar { width: 34%; min-width: 180px; }
+.track { position: relative; height: 14px; background: var(--panel); border-radius: 3px; }
+.track i { position: absolute; top: 5px; height: 4px; background: #8fb3d9; border-radius: 2px; }
+.track b { position: absolute; top: 2px; width: 3px; height: 10px; background: #1f5fa8; border-radius: 1px; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 14px; }
+.card { border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+.card img { width: 100%; display: block; }
+.card p { margin: 0; padding: 2px 12px; } .card p:first-of-type { padding-top: 8px; }
+.card p:last-of-type { padding-bottom: 10px; }
+.card span { color: var(--soft); display: inline-block; width: 68px; }
+.right { color: var(--good); } .wrong { color: var(--bad); }
+details { margin: 14px 0; } summary { cursor: pointer; font-weight: 600; padding: 6px 0; } figure { margin: 16px 0; }
+figure img { max-width: 100%; }
+"""
+
+
+def write_report(folder: Path) -> Path:
+    """`report.html` of an evaluation's folder, from the files in it.
+
+    Judged answers (`*.judged.json`) and plots (`*.png`) that lie there are shown too. The clouds come from where the
+    evaluation had them; if they are gone, the gallery has no pictures and says so.
+
+    Raises:
+        FileNotFoundError: there is no evaluation in the folder.
+    """
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    cloud = _clouds(evaluation["asked"])
+    parts = [
+        f"<h1>Evaluation of {html.escape(evaluation['model'])}</h1>",
+        f"<p class=soft>{_facts(evaluation)}</p>",
+        *(_task_table(name, task) for name, task in evaluation["tasks"].items()),
+        *(_judged(path) for path in sorted(folder.glob("*.judged.json"))),
+        *(_figure(path) for path in sorted(folder.glob("*.png"))),
+        "<h2>Gallery</h2><p class=soft>Three views of each cloud, with the worst answers first. "
+        "Pictures show what the model was given.</p>",
+        *(_gallery(name, task, cloud) for name, task in evaluation["tasks"].items()),
+    ]
+    page = (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>Evaluation of {html.escape(evaluation['model'])}</title><style>{STYLE}</style>"
+        f"{''.join(parts)}</html>\n"
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _clouds(asked: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
+    options = runs.EvaluationOptions(**asked, sentence_models=["none"])
+    if options.data != "furniture" and not Path(options.data).exists():
+        return None
+    return runs.load_objects(options).cloud
+
+
+def _facts(evaluation: dict[str, Any]) -> str:
+    asked, versions = evaluation["asked"], evaluation["versions"]
+    objects = f"embedded objects, {asked['split']} split" if asked["data"] == "furniture" else asked["data"]
+    way = "the release's sampling" if evaluation["generation"]["sample"] else "greedy"
+    return html.escape(
+        f"{objects}; answers {way}, seed {evaluation['generation']['seed']}; weights {evaluation['weights']}, commit "
+        f"{versions['commit']}, torch {versions['torch']}, {versions['device']}. "
+        "Intervals: 95 %, bootstrap over families."
+    )
+
+
+def _task_table(name: str, task: dict[str, Any]) -> str:
+    rows = []
+    for metric, one in task["metrics"].items():
+        mean, interval, count = runs.shown(metric, one)
+        bar = ""
+        if metric not in runs.metrics.UNBOUNDED:
+            low, high, middle = (100 * min(max(one[key], 0), 1) for key in ("low", "high", "mean"))
+            bar = (
+                f"<div class=track><i style='left:{low:.1f}%;width:{max(high - low, 0.5):.1f}%'></i>"
+                f"<b style='left:{middle:.1f}%'></b></div>"
+            )
+        rows.append(f"<tr><td>{html.escape(metric)}<td>{mean}<td>{interval}<td>{count}<td class=bar>{bar}")
+    head = "<tr><th>metric<th>mean<th>95 % interval<th>n<th>0 to 100"
+    extra = f"<p class=soft>sacreBLEU over the corpus: {task['sacrebleu']:.1f}</p>" if "sacrebleu" in task else ""
+    return f"<h2>{html.escape(name)}</h2><div class=scroll><table>{head}{''.join(rows)}</table></div>{extra}"
+
+
+def _judged(path: Path) -> str:
+    one = json.loads(path.read_text())
+    score = one["score"]
+    return (
+        f"<h2>{html.escape(path.name.removesuffix('.judged.json'))}, judged</h2><p>{html.escape(one['judge'])} "
+        f"({one['kind']}): <b>{100 * score['mean']:.1f}</b> [{100 * score['low']:.1f}, {100 * score['high']:.1f}] over "
+        f"{score['count']} answers; {one['invalid']} unusable replies, each counted once as 0.</p>"
+    )
+
+
+def _figure(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f"<figure><img src='data:image/png;base64,{data}' alt='{html.escape(path.stem)}'></figure>"
+
+
+def _gallery(name: str, task: dict[str, Any], cloud: Callable[[str], np.ndarray] | None) -> str:
+    questions = task["questions"]
+    metric = WORST.get(task["kind"]) or next((m for m in task["metrics"] if m.endswith("cosine")), "BLEU-1")
+    ordered = sorted(questions, key=lambda row: row["values"].get(metric, float("inf")))
+    cards = [_card(row, metric, cloud) for row in ordered[:SHOWN]]
+    note = "" if cloud is not None else "<p class=soft>The clouds are not where they were: no pictures.</p>"
+    opened = "" if name.endswith(("shuffled", "zeroed", "blind")) else " open"
+    return (
+        f"<details{opened}><summary>{html.escape(name)}: {len(cards)} of {len(questions)}, by {html.escape(metric)}"
+        f"</summary>{note}<div class=gallery>{''.join(cards)}</div></details>"
+    )
+
+
+def _card(row: dict[str, Any], metric: str, cloud: Callable[[str], np.ndarray] | None) -> str:
+    names: Sequence[str] = [name for name in row["objects"] if name.isprintable()]
+    picture = ""
+    if cloud is not None and names:
+        size = 150 if len(names) == 1 else 110
+        image = np.concatenate([render(cloud(name), size) for name in names], axis=0)
+        picture = f"<img loading=lazy src='{as_data_url(image)}' alt='{html.escape(', '.join(names))}'>"
+    right = row["values"].get("head noun", row["values"].get("accuracy"))
+    kind = "" if right is None else " class=right" if right else " class=wrong"
+    value = row["values"].get(metric)
+    lines = [
+        ("asked", row["question"], ""),
+        ("answer", row["answer"] or "(nothing)", kind),
+        ("truth", row["truth"], ""),
+    ]
+    if value is not None and metric != "accuracy":
+        lines.append((metric.split()[-1], f"{value:.2f}", ""))
+    text = "".join(
+        f"<p{style}><span>{html.escape(label)}</span> {html.escape(said)}</p>" for label, said, style in lines
+    )
+    return f"<div class=card>{picture}{text}</div>"

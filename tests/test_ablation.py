@@ -1,0 +1,253 @@
+"""Probes and ablation arms: they measure what they say, are paired, and resume."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from pointalign import evaluate, stages
+from pointalign.evaluation import ablation, arms, few_shot, material, representations, statistics
+from pointalign.evaluation.arms import Arm, ArmLoss, Schedule, train_arm, training_batch
+from pointalign.evaluation.material import Material
+from pointalign.evaluation.representations import linear_cka, point_states, ridge_probe, similarity
+from pointalign.options import ModelOptions
+
+
+def made(count: int = 12, seed: int = 0) -> Material:
+    """Objects whose Q-Former tokens hold a colour and a size; answers name the colour."""
+    rng = np.random.default_rng(seed)
+    colours = [("red", "blue", "green")[i % 3] for i in range(count)]
+    sizes = rng.uniform(0, 1, count)
+    features = torch.from_numpy(rng.normal(0, 0.3, (count, 4, 16))).float()
+    for i, (colour, size) in enumerate(zip(colours, sizes, strict=True)):
+        features[i, :, ("red", "blue", "green").index(colour)] += 2
+        features[i, :, 5] += size
+    candidates = {colour: f"It is {colour}." for colour in ("red", "blue", "green")}
+    return Material(
+        features,
+        features[..., :16] + 1,
+        [[("What is this?", candidates[colour])] for colour in colours],
+        colours,
+        [str(i) for i in range(count)],
+        {"noun": colours, "size": sizes.tolist()},
+        candidates,
+    )
+
+
+def adapted(seed: int = 0):
+    model = tiny_model()
+    torch.manual_seed(seed)
+    stages.add_adapters(model, ModelOptions(lora_rank=4, lora_alpha=8, lora_dropout=0.1))
+    stages.set_trainable(model, ["lora", "modality_projector"])
+    return model
+
+
+def test_ridge_probe_reads_what_is_there():
+    rng = np.random.default_rng(0)
+    x, z = rng.normal(size=(200, 10)), rng.normal(size=(100, 10))
+    direction = rng.normal(size=10)
+    assert ridge_probe(x, (x @ direction).tolist(), z, (z @ direction).tolist(), False) > 0.99
+    kinds = lambda a: ["up" if v > 0 else "down" for v in a @ direction]  # noqa: E731
+    assert ridge_probe(x, kinds(x), z, kinds(z), True) > 0.9
+    noise = ridge_probe(x, rng.normal(size=200).tolist(), z, rng.normal(size=100).tolist(), False)
+    assert noise < 0.1  # nothing to read: no better than the mean
+    wide = rng.normal(size=(40, 500))
+    few = ridge_probe(wide, wide[:, 0].tolist(), rng.normal(size=(40, 500)), rng.normal(size=40).tolist(), False)
+    assert few < 0.1 and few > -1.0  # more features than rows does not break it
+
+
+def test_cka_is_invariant_and_separates():
+    torch.manual_seed(0)
+    x = torch.randn(60, 8)
+    turn, _ = torch.linalg.qr(torch.randn(8, 8))
+    assert linear_cka(x, 3 * x @ turn + 5) == pytest.approx(1.0, abs=1e-6)
+    assert linear_cka(x, torch.randn(60, 8)) < 0.3
+
+
+def test_similarity_ignores_what_all_clouds_share():
+    torch.manual_seed(0)
+    shared = 5 * torch.randn(4, 16)
+    own, held = torch.randn(60, 4, 16), torch.randn(20, 4, 16)
+    same = similarity(own @ torch.randn(16, 16), own + shared, held, held + shared)
+    linear = torch.randn(16, 24)
+    good = similarity(own @ linear, own + shared, held @ linear, held + shared)
+    none = similarity(torch.randn(60, 4, 24), own + shared, torch.randn(20, 4, 24), held + shared)
+    assert good["retrieval@1"] > 0.9 and good["centred cosine"] > 0.6 and good["CKA"] > 0.5
+    assert none["retrieval@1"] < 0.3 and abs(none["centred cosine"]) < 0.2
+    assert none["raw cosine"] > none["centred cosine"] + 0.3  # high, although nothing of the clouds is there
+    assert set(same) == set(good)
+
+
+def test_point_states_are_the_models_hidden_states(processor):
+    model, data = tiny_model(), made(5)
+    means, whole = point_states(model, processor, data.features, [0, 2, 4], [2], batch_size=2)
+    assert means[2].shape == (5, 32) and whole[2].shape == (5, 4, 32)
+    batch = training_batch(processor, data, np.array([3]), np.random.default_rng(0), 99, False)
+    batch.pop("labels")
+    with torch.inference_mode():
+        hidden = model(**batch, output_hidden_states=True).hidden_states
+        projected = model.model.modality_projector(data.features[3:4])
+    torch.testing.assert_close(whole[2][3], hidden[2][batch["point_mask"]], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(means[0][3], projected[0].mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_each_arm_aligns_what_it_says(processor):
+    data, rows = made(), torch.tensor([4, 1, 7])
+    model = adapted()
+    own, other, mean, drawn, encoder = (
+        ArmLoss(model, Arm(**arm), 0.5, data, 0).target(rows).view(3, 4, 16)
+        for arm in ({}, {"source": "other"}, {"source": "mean"}, {"source": "random"}, {"target": "encoder"})
+    )
+    assert torch.equal(own, data.features[rows]) and torch.equal(encoder, data.encoder[rows])
+    assert torch.equal(other, data.features[[7, 4, 1]])
+    assert torch.equal(mean, data.features.mean(0).expand(3, -1, -1))
+    assert not torch.allclose(drawn, own)
+    assert torch.equal(drawn, ArmLoss(model, Arm(source="random"), 0.5, data, 0).target(rows).view(3, 4, 16))
+
+    batch = training_batch(processor, data, rows.numpy(), np.random.default_rng(0), 99, False)
+
+    def gradient(**arm):
+        model.train()
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss, ntp, alignment = ArmLoss(model, Arm(**arm), arm.get("weight", 0.5), data, 0)(batch, rows)
+        loss.backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return found.clone(), ntp, alignment
+
+    plain, ntp, zero = gradient(weight=0.0)
+    attached, same_ntp, aligned = gradient()
+    detached, _, also = gradient(states="detached")
+    release, _, elsewhere = gradient(span="release")
+    assert ntp == same_ntp and zero == 0 and aligned == also != elsewhere  # the same dropout: arms are paired
+    torch.testing.assert_close(detached, plain)  # the language model does not feel a detached loss
+    assert not torch.allclose(attached, plain) and not torch.allclose(release, attached)
+
+
+def test_arms_of_one_seed_see_the_same_data(processor, monkeypatch):
+    seen = []
+    original = arms.training_batch
+
+    def watched(processor, train, rows, *rest):
+        batch = original(processor, train, rows, *rest)
+        seen.append((rows.tolist(), batch["input_ids"].tolist()))
+        return batch
+
+    monkeypatch.setattr(arms, "training_batch", watched)
+    schedule = Schedule(steps=3, batch_size=4)
+    for arm, seed in ((Arm(weight=0.0), 1), (Arm(), 1), (Arm(), 2)):
+        train_arm(adapted(), processor, arm, 0.5 if arm.weight is None else 0.0, made(), schedule, seed, "arm")
+    assert seen[:3] == seen[3:6] != seen[6:]
+
+
+def test_alignment_training_raises_what_can_be_read(processor):
+    data, held = made(30), made(12, seed=1)
+    aligned, plain = adapted(), adapted()
+    schedule = Schedule(steps=40, batch_size=8, learning_rate=3e-3)
+    history = train_arm(aligned, processor, Arm(layer=[2]), 3.0, data, schedule, 0, "aligned")
+    train_arm(plain, processor, Arm(weight=0.0), 0.0, data, schedule, 0, "plain")
+    assert np.mean(history["alignment"][-5:]) < 0.7 * np.mean(history["alignment"][:5])
+    assert np.mean(history["ntp"][-5:]) < np.mean(history["ntp"][:5])
+    scores = ablation.measure(aligned, processor, held, blind=False)
+    assert len(scores[ablation.PRIMARY]) == 12 and set(scores[ablation.SECOND]) <= {0.0, 1.0}
+
+
+RECIPE = """
+data: furniture
+model: {train: [lora]}
+schedule: {steps: 2, batch_size: 4}
+seeds: 2
+layers: 3
+arms:
+  no alignment: {weight: 0.0}
+  alignment: {}
+  "deep target": {target: "llm:4", seeds: 1}
+"""
+
+
+def test_an_ablation_resumes_and_compares_pairs(processor, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    monkeypatch.setattr(representations, "FIT_STEPS", 5)
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)
+    monkeypatch.setattr(stages, "build", lambda options, data: (adapted(), processor))
+    monkeypatch.setattr(material, "load", lambda *given: (made(20), made(9, seed=1)))
+    command = ["ablation", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")]
+    original, runs = ablation.run_arm, []
+
+    def counted(*given):
+        runs.append(given[3:5])
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(ablation, "run_arm", counted)
+    assert evaluate.main(command) == 130
+    assert evaluate.main(command) == 0
+    assert runs == [("no alignment", 0), ("alignment", 0), ("no alignment", 1), ("no alignment", 1),
+                    ("alignment", 1), ("deep target", 0)]  # fmt: skip
+    assert evaluate.main(command) == 0 and len(runs) == 6  # nothing is left to do
+    result = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    rows = {row["arm"]: row for row in result["arms"]}
+    assert "differences" not in rows["no alignment"]
+    difference = rows["alignment"]["differences"][ablation.PRIMARY]
+    kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*.json")}
+    means = {name: np.mean(run["scores"][ablation.PRIMARY]) for name, run in kept.items()}
+    by_hand = np.mean([means[f"alignment-{seed}"] - means[f"no-alignment-{seed}"] for seed in (0, 1)])
+    assert (
+        difference["mean"] == pytest.approx(by_hand) and difference["detectable"] > 0 and 0 < difference["p_holm"] <= 1
+    )
+    assert len(rows["deep target"]["differences"][ablation.PRIMARY]["per_seed"]) == 1
+    assert (tmp_path / "out" / "layers.png").stat().st_size > 10_000 and (tmp_path / "out" / "differences.png").exists()
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("steps: 2", "steps: 3"))
+    assert evaluate.main(command) == 1 and "another recipe (schedule changed)" in capsys.readouterr().err
+
+
+def test_few_shots_teach_and_leave_no_trace(processor, monkeypatch):
+    train, held = made(40), made(12, seed=1)
+    for part in (train, held):
+        part.properties = {"B: lopsided": [colour == "red" for colour in part.properties["noun"]]}
+    monkeypatch.setattr(few_shot, "STEPS", 80)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = ablation.with_decoder(tiny_model(), sizes | {"num_key_value_heads": 2}, seed=0)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    schedule = Schedule(batch_size=8, learning_rate=1e-2)
+    found = few_shot.few_shot(model, processor, train, held, [36], schedule, 0)
+    assert found.keys() == {"B: lopsided"} and found["B: lopsided"]["36"] > 0.9  # two thirds by always saying no
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def test_a_decoder_from_nothing_keeps_the_point_branch(clouds):
+    model = tiny_model()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    fresh = ablation.with_decoder(model, sizes | {"num_key_value_heads": 2}, seed=0)
+    points = torch.from_numpy(np.stack([cloud[:256] for cloud in clouds[:2]]))
+    assert torch.equal(fresh.get_qformer_features(points), model.get_qformer_features(points))
+    assert len(fresh.get_decoder().layers) == 3 and fresh.config.text_config.vocab_size == 259
+    trained = {name.split(".")[1] for name, one in fresh.named_parameters() if one.requires_grad}
+    assert trained == {"language_model", "modality_projector"}
+    again = ablation.with_decoder(model, sizes | {"num_key_value_heads": 2}, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_rerun_gives_the_same_numbers(processor, monkeypatch):
+    monkeypatch.setattr(representations, "FIT_STEPS", 20)
+    recipe = ablation.Recipe(
+        schedule=Schedule(steps=2, batch_size=4), arms={"no alignment": Arm(weight=0.0), "a": Arm()}
+    )
+    first, second = (ablation.run_arm(adapted(), processor, recipe, "a", 3, made(), made(6, 1)) for _ in range(2))
+    assert first == second
+
+
+def test_shipped_recipes_are_readable():
+    for name in ("objects", "shapes", "full"):
+        recipe = ablation.read_recipe(name)
+        assert recipe.arms["alignment"] == Arm() and recipe.arms["no alignment"].weight == 0
+    plan = ablation.read_recipe("objects").plan()
+    assert plan[:4] == [("no alignment", 0), ("alignment", 0), ("no alignment", 1), ("alignment", 1)]
+    assert plan[-1][1] == 1 and len(plan) == len(set(plan)) == 2 * 5 + 5 * 3 + 3 * 2
+    with pytest.raises(FileNotFoundError, match="one of full, objects, shapes"):
+        ablation.read_recipe("nothing")
+    with pytest.raises(ValueError, match="defined for the qformer target"):
+        Arm(source="other", target="encoder")

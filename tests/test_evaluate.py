@@ -1,0 +1,260 @@
+"""An evaluation end to end with a tiny model and the committed clouds: protocol, resuming, identical results."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLOUDS, tiny_model
+
+from pointalign import evaluate
+from pointalign.data.modelnet import CLASSES, read_modelnet
+from pointalign.evaluation import answering, runs
+from pointalign.evaluation.answering import Features, Generation, Journal, prompt_batch, with_input
+from pointalign.evaluation.geometry import chosen, geometry_questions
+from pointalign.evaluation.likelihood import AnswerTree, answer_likelihoods
+from pointalign.evaluation.tasks import PROMPTS, Question, Task, annotated_objects, build_tasks
+
+NAMES = sorted(path.name.removesuffix("_8192.npy") for path in CLOUDS.glob("*.npy"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, model, processor):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def features(model, processor):
+    made = Features(model, processor)
+    made.compute(NAMES, lambda name: np.load(CLOUDS / f"{name}_8192.npy").astype(np.float32))
+    return made
+
+
+def ask(*objects, text="What is this?"):
+    return Question("/".join(objects) or "blind", objects, text, "truth")
+
+
+def test_the_tree_of_answers_gives_what_each_answer_alone_gives(model, processor, features):
+    answers = ["This is a chair.", "This is a cherry.", "No.", "This is"]
+    ids = [processor.tokenizer(text)["input_ids"] for text in answers]
+    tree = AnswerTree(ids)
+    assert len(tree.tokens) < sum(map(len, ids))
+    questions = [ask(NAMES[0]), ask(text="A text of another length, without a cloud"), ask(NAMES[1], NAMES[2])]
+    batch = prompt_batch(processor, features, questions)
+    found = answer_likelihoods(model, batch, tree)
+    for row, question in enumerate(questions):
+        for column, answer in enumerate(ids):
+            alone = prompt_batch(processor, features, [question])
+            width = alone["input_ids"].shape[1]
+            tail = torch.tensor([answer])
+            whole = torch.cat([alone["input_ids"], tail], dim=1)
+            mask = alone.get("point_mask", torch.zeros_like(alone["input_ids"]).bool())
+            mask = torch.nn.functional.pad(mask, (0, len(answer))) if question.object_ids else None
+            with torch.inference_mode():
+                logits = model(whole, point_mask=mask, query_features=alone.get("query_features")).logits
+            expected = logits[0, width - 1 : -1].log_softmax(-1).gather(1, tail[0][:, None]).sum()
+            assert found[row, column] == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_features_stand_for_clouds(model, processor, features):
+    cloud = np.load(CLOUDS / f"{NAMES[0]}_8192.npy").astype(np.float32)
+    content = [{"type": "point", "point": cloud}, {"type": "text", "text": "What is this?"}]
+    direct = processor.apply_chat_template(
+        [[{"role": "user", "content": content}]], tokenize=True, add_generation_prompt=True
+    )
+    with torch.inference_mode():
+        expected = model(**direct).logits
+        found = model(**prompt_batch(processor, features, [ask(NAMES[0])])).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_inputs_change_the_cloud_and_nothing_else(features):
+    task = Task("t", "classification", "p", [ask(name) for name in NAMES])
+    shuffled = with_input(task, "shuffled")
+    assert sorted(q.object_ids for q in shuffled.questions) == sorted(q.object_ids for q in task.questions)
+    assert all(
+        a.object_ids != b.object_ids and a.id == b.id for a, b in zip(shuffled.questions, task.questions, strict=True)
+    )
+    zero = with_input(task, "zeroed").questions[0]
+    assert features[list(zero.object_ids)].abs().sum() == 0
+    assert with_input(task, "blind").questions[0].object_ids == ()
+    with pytest.raises(ValueError, match="--inputs odd"):
+        with_input(task, "odd")
+
+
+def arguments(saved, out, *more):
+    given = ["--data", str(CLOUDS / "annotations.json"), "--clouds", str(CLOUDS), "--sentence_models", "none"]
+    return [
+        str(saved),
+        *given,
+        "--generation.batch_size",
+        "3",
+        "--generation.max_new_tokens",
+        "6",
+        "--output",
+        str(out),
+        *more,
+    ]
+
+
+def test_an_evaluation_is_written_resumed_and_identical(saved, tmp_path, monkeypatch, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    sampled = ["--task", "classification", "--prompts", "0", "--generation.sample", "true"]
+    assert evaluate.main(arguments(saved, first, *sampled)) == 0
+    output = json.loads((first / "classification-prompt0.json").read_text())
+    assert output["prompt"] == PROMPTS[0] and [row["object_id"] for row in output["results"]] == sorted(NAMES)
+    assert set(output["results"][0]) == {"object_id", "ground_truth", "model_output", "label_name"}
+
+    calls = []
+    original = answering.Journal.get
+
+    def dies(self, key, compute):
+        calls.append(key)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, key, compute)
+
+    monkeypatch.setattr(answering.Journal, "get", dies)
+    assert evaluate.main(arguments(saved, second, *sampled)) == 130
+    assert not (second / "evaluation.json").exists()
+    journal = (second / "answers.jsonl").read_text()
+    (second / "answers.jsonl").write_text(journal + '{"key": "classif')  # and the last line is torn
+    monkeypatch.setattr(answering.Journal, "get", original)
+    assert evaluate.main(arguments(saved, second, *sampled)) == 0
+    assert (second / "answers.jsonl").read_text().startswith(journal)
+    for name in ("evaluation.json", "classification-prompt0.json", "report.html"):
+        assert (second / name).read_bytes() == (first / name).read_bytes()
+    assert evaluate.main(arguments(saved, first, "--task", "classification", "--prompts", "1")) == 1
+    assert "belongs to another run (asked, generation differ)" in capsys.readouterr().err
+
+
+def test_the_report_is_one_file(saved, tmp_path):
+    assert evaluate.main(arguments(saved, tmp_path, "--task", "classification", "--inputs", "true", "blind")) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") == 2 * len(NAMES)  # prompts 0 and 1; no picture where there was no cloud
+    assert "http:" not in page and "https:" not in page and "<script" not in page and "src='data:image/png" in page
+    (tmp_path / "report.html").unlink()
+    assert evaluate.main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
+
+
+def test_compare_pairs_the_questions(tmp_path):
+    def write(path, values):
+        rows = [{"id": str(i), "family": str(i), "values": {"head noun": v}} for i, v in enumerate(values)]
+        path.write_text(json.dumps({"tasks": {"t": {"questions": rows}}}))
+        return path
+
+    ours = write(tmp_path / "a.json", [1.0] * 30 + [0.0] * 10)
+    theirs = write(tmp_path / "b.json", [0.0] * 20 + [1.0] * 10 + [0.0] * 10)
+    [row] = runs.compare(ours, theirs)
+    assert row["mean"] == 0.5 and row["count"] == 40 and row["p"] < 0.001 and row["low"] < 0.5 < row["high"]
+    [back] = runs.compare(theirs, ours)
+    assert back["mean"] == -0.5 and back["p"] == row["p"]
+    [same] = runs.compare(ours, ours)
+    assert same["mean"] == 0 and same["p"] == 1
+    other = tmp_path / "c.json"
+    other.write_text(json.dumps({"tasks": {"u": {"questions": []}}}))
+    assert evaluate.main(["compare", str(ours), str(other)]) == 1
+
+
+def test_annotated_objects_take_the_first_answer():
+    objects = annotated_objects(CLOUDS / "annotations.json", CLOUDS)
+    assert objects.ids == NAMES and all(objects.truths.values())
+    assert objects.cloud(NAMES[0]).shape[1] == 6
+    assert objects.first(3).ids == [NAMES[0], NAMES[round(3.5)], NAMES[-1]]
+    [captioning] = build_tasks("captioning", objects)
+    assert (
+        captioning.name == "captioning-prompt2" and captioning.questions[0].text == "Caption this 3D model in detail."
+    )
+
+
+def record(name, width, height, depth, **more):
+    facts = {"colors": {"red": 0.9}, "mirror_left_right": True, "mirror_front_back": None, "head_noun": "vase"}
+    return {"object_id": name, "width": width, "height": height, "depth": depth, "family": name} | facts | more
+
+
+def test_geometry_questions_have_one_clear_answer():
+    tall, cube = (
+        record("tall", 1.0, 2.5, 1.0),
+        record("cube", 1.0, 1.05, 1.0, mirror_left_right=None, colors={"red": 0.3}),
+    )
+    found = {q.id: q for q in geometry_questions([tall, cube])}
+    assert {q.kind: q.label for name, q in found.items() if name.startswith("tall/") and q.kind != "two clouds"} == {
+        "taller than wide": "yes",
+        "longest side": "height",
+        "aspect bucket": "twice as tall",
+        "colour": "red",
+        "symmetric": "yes",
+    }
+    assert [q.kind for name, q in found.items() if name.startswith("cube/")] == ["aspect bucket", "two clouds"]
+    pair = found["cube/two clouds"]
+    assert len(pair.object_ids) == 2 and pair.object_ids[("first", "second").index(pair.label)] == "tall"
+    assert geometry_questions([tall, cube]) == geometry_questions([tall, cube])
+
+
+def test_the_first_choice_in_an_answer_counts():
+    buckets = ("twice as tall", "about equal", "taller", "wider")
+    assert chosen("No, it is not; yes and no.", ("yes", "no")) == "no"
+    assert chosen("It is twice as tall.", buckets) == "twice as tall"
+    assert chosen("About equal, hardly taller.", buckets) == "about equal"
+    assert chosen("Nothing of the kind, eyes.", ("yes", "no")) is None
+
+
+def test_geometry_needs_facts():
+    with pytest.raises(ValueError, match="objects with known facts"):
+        build_tasks("geometry", annotated_objects(CLOUDS / "annotations.json", CLOUDS))
+
+
+def test_modelnet_is_read_without_running_it(saved, tmp_path):
+    clouds = [np.random.default_rng(i).normal(size=(300, 6)).astype(np.float32) for i in range(3)]
+    path = tmp_path / "modelnet40.dat"
+    path.write_bytes(pickle.dumps((clouds, [np.array([8]), np.array([0]), 39])))
+    read, labels = read_modelnet(path)
+    assert labels == [8, 0, 39] and [CLASSES[i] for i in labels] == ["chair", "airplane", "xbox"]
+    assert np.array_equal(read[0][:, :3], clouds[0][:, :3]) and not read[0][:, 3:].any()
+    assert evaluate.main(
+        [str(saved), "--task", "modelnet40", "--data", str(path), "--prompts", "0", "--inputs", "true",
+         "--sentence_models", "none", "--generation.max_new_tokens", "4", "--output", str(tmp_path / "out")]
+    ) == 0  # fmt: skip
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]["modelnet40-prompt0"]
+    assert written["metrics"]["closed-set accuracy"]["count"] == 3 and len(CLASSES) == 40
+    path.write_bytes(pickle.dumps((clouds, [shutil.rmtree, 1, 2])))
+    with pytest.raises(ValueError, match=r"lists and arrays only, the file asks for shutil\.rmtree"):
+        read_modelnet(path)
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path):
+    journal = Journal(tmp_path / "j", {"model": "a"})
+    assert journal.get("k", lambda: [1]) == [1]
+    assert Journal(tmp_path / "j", {"model": "a"}).get("k", lambda: 2) == [1]
+    with pytest.raises(ValueError, match=r"another run \(model differ"):
+        Journal(tmp_path / "j", {"model": "b"})
+
+
+def test_the_release_sampling_is_an_option():
+    assert Generation().arguments("captioning") == {
+        "max_new_tokens": 96, "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None,
+    }  # fmt: skip
+    sampled = Generation(sample=True).arguments("classification")
+    assert (sampled["num_beams"], sampled["top_p"], sampled["temperature"], sampled["min_new_tokens"]) == (
+        2,
+        0.7,
+        0.2,
+        10,
+    )
+
+
+def test_mistakes_are_named(saved, tmp_path, capsys):
+    assert evaluate.main(["no-such-model", "--sentence_models", "none", "--task", "captioning"]) == 1
+    assert "no-such-model" in capsys.readouterr().err
+    assert evaluate.main([str(saved), "--task", "segmentation"]) == 1
+    assert "--task segmentation: expected of classification" in capsys.readouterr().err

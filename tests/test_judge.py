@@ -1,0 +1,251 @@
+"""Judges, against a real server on loopback that misbehaves, and by rules."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from pointalign.evaluation.judge import Case, JudgeFailure, JudgeOptions, judge_cases, judge_file, summary, verdict
+
+openai = pytest.importorskip("openai", reason="the endpoint judge needs the openai package (extra: eval)")
+
+
+class Server:
+    """An OpenAI-compatible endpoint that answers from a script: `script(number, prompt)` gives (status, body, headers).
+
+    A body may be a reply's text, raw bytes, or a number of seconds to hang.
+    """
+
+    def __init__(self, script):
+        self.requests: list[dict] = []
+        self.active, self.most = 0, 0
+        lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.requests.append(body)
+                    number = len(outer.requests)
+                    outer.active += 1
+                    outer.most = max(outer.most, outer.active)
+                try:
+                    status, answer, headers = script(number, body["messages"][0]["content"])
+                    if isinstance(answer, float):
+                        time.sleep(answer)
+                        answer = b""
+                    if isinstance(answer, str):
+                        answer = completion(answer)
+                    with lock:
+                        outer.active -= 1
+                    self.send_response(status)
+                    self.send_header("Content-Type", "application/json")
+                    for name, value in headers.items():
+                        self.send_header(name, value)
+                    if "Content-Length" not in headers:
+                        self.send_header("Content-Length", str(len(answer)))
+                    self.end_headers()
+                    self.wfile.write(answer)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # the client gave up, as it should
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+def completion(text):
+    return json.dumps(
+        {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": "m",
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+        }
+    ).encode()
+
+
+@pytest.fixture
+def serve():
+    started = []
+
+    def start(script):
+        started.append(Server(script))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+def options(server, **changes):
+    return JudgeOptions(**({"base_url": server.url, "model": "m", "pause": 0.01, "timeout": 0.4} | changes))
+
+
+def build(given):
+    from pointalign.evaluation.judges import build_judge
+
+    return build_judge(given)
+
+
+CASES = [Case(f"a chair {i}", f"This is chair {i}.", "chair", f"family {i}") for i in range(6)]
+
+
+def test_a_misbehaving_server_is_asked_again_until_it_answers(serve, tmp_path):
+    trouble = {
+        1: (429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0.02"}),
+        2: (500, b"oops", {}),
+        3: (200, 1.0, {}),  # longer than the timeout
+        4: (200, b'{"choices": [{"mess', {}),  # truncated JSON, complete response
+        5: (200, completion("T#x")[:40], {"Content-Length": "400"}),  # the connection closes half-way
+        6: (200, b"<html>gateway</html>", {}),
+        7: (200, b'{"choices": []}', {}),
+        8: (200, b"[1, 2]", {}),
+        9: (503, b"", {}),
+    }
+    server = serve(lambda number, prompt: trouble.get(number, (200, "T#the same", {})))
+    judged = judge_cases(
+        build(options(server, concurrency=1, attempts=12)), "object", CASES[:1], tmp_path / "kept.jsonl"
+    )
+    assert judged.values == [1.0]
+    assert judged.usage.retries == len(trouble) and judged.usage.requests == 1
+    request = server.requests[-1]
+    assert request["temperature"] == 0 and request["seed"] == 0 and "a chair 0" in request["messages"][0]["content"]
+
+
+def test_a_wrong_key_ends_the_run_without_retries(serve, tmp_path):
+    server = serve(lambda number, prompt: (401, b'{"error": {"message": "bad key"}}', {}))
+    with pytest.raises(JudgeFailure, match="401"):
+        judge_cases(build(options(server, concurrency=1)), "object", CASES[:1], tmp_path / "kept.jsonl")
+    assert len(server.requests) == 1
+
+
+def test_an_interrupted_run_goes_on_and_asks_nothing_twice(serve, tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    from pointalign.evaluation.judges import EndpointJudge
+
+    down = serve(lambda number, prompt: (500, b"", {}) if number > 3 else (200, "F#other", {}))
+    given = options(down, concurrency=1, attempts=2)
+    with pytest.raises(JudgeFailure, match="3 of 6 answers got no reply"):
+        judge_cases(build(given), "object", CASES, kept)
+    with kept.open("a") as file:
+        file.write('{"key": "cut sho')  # killed while writing
+    asked = len(down.requests)
+    up = serve(lambda number, prompt: (200, "T#same", {}))
+    judge = build(given)
+    assert isinstance(judge, EndpointJudge)
+    judge.client = judge.client.with_options(base_url=up.url)
+    judged = judge_cases(judge, "object", CASES, kept)
+    assert judged.values == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    assert len(up.requests) == 3 and len(down.requests) == asked
+    assert judge_cases(judge, "object", CASES, kept).values == judged.values and len(up.requests) == 3
+
+
+def test_requests_run_side_by_side_up_to_the_limit(serve, tmp_path):
+    server = serve(lambda number, prompt: (time.sleep(0.05), (200, "T#", {}))[1])
+    judge_cases(build(options(server, concurrency=3)), "object", CASES, tmp_path / "kept.jsonl")
+    assert server.most == 3 and len(server.requests) == 6
+
+
+def test_an_unusable_reply_counts_once_as_wrong(serve, tmp_path):
+    server = serve(lambda number, prompt: (200, "I think so" if "chair 2" in prompt else "T#same", {}))
+    given = options(server, input_price=2.0, output_price=10.0)
+    judged = judge_cases(build(given), "object", CASES, tmp_path / "kept.jsonl")
+    one = summary(judged, [case.family for case in CASES], given)
+    assert judged.invalid == one["invalid"] == 1 and one["score"]["mean"] == pytest.approx(5 / 6)
+    assert one["score"]["count"] == 6
+    assert one["usage"]["cost"] == pytest.approx(6 * (100 * 2 + 10 * 10) / 1e6)
+
+
+@pytest.mark.parametrize(
+    "kind, reply, expected",
+    [
+        ("object", "T#both are chairs", 1.0),
+        ("object", "f#no", 0.0),
+        ("object", "True", 1.0),
+        ("object", "maybe#T", None),
+        ("class", "1#bed#it is a bed", 1.0),
+        ("class", "0#chair#", 0.0),
+        ("class", "-1#none", 0.0),
+        ("class", "7#?", None),
+        ("class", "bed", None),
+        ("caption", "85#most of it", 0.85),
+        ("caption", "101#too much", None),
+        ("caption", "about 80", None),
+        ("caption", "", None),
+    ],
+)
+def test_replies_are_read_strictly(kind, reply, expected):
+    assert verdict(kind, reply, Case("a bed", "a bed", "bed", classes=("chair", "bed"))) == expected
+
+
+def test_a_file_of_answers_is_judged_and_written(serve, tmp_path):
+    server = serve(lambda number, prompt: (200, "40#some", {}))
+    rows = [{"object_id": f"o{i}", "ground_truth": "a red chair", "model_output": "a chair"} for i in range(3)]
+    (tmp_path / "answers.json").write_text(json.dumps({"prompt": "p", "results": rows}))
+    said = judge_file(tmp_path / "answers.json", "caption", options(server))
+    written = json.loads((tmp_path / "answers.judged.json").read_text())
+    assert "40.0 [40.0, 40.0] over 3 answers" in said
+    assert len(server.requests) == 1  # equal questions are asked once
+    assert [row["verdict"] for row in written["results"]] == [0.4] * 3 and written["score"]["mean"] == pytest.approx(
+        0.4
+    )
+
+
+def test_options_name_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"needs --judge\.model"):
+        JudgeOptions(base_url="http://localhost:1/v1")
+    with pytest.raises(ValueError, match="expected `string`, or a folder"):
+        build(JudgeOptions(model=str(tmp_path)))
+
+
+def test_rules_judge_without_a_model(tmp_path, monkeypatch):
+    import torch
+
+    from pointalign.evaluation import sentences
+    from pointalign.evaluation.judges import StringJudge
+
+    vectors = {"couch": [1.0, 0.0], "sofa": [0.9, 0.436], "tree": [0.0, 1.0]}
+
+    def embed(folder, texts):
+        known = [next((v for word, v in vectors.items() if word in text), [0.6, 0.8]) for text in texts]
+        return torch.tensor(known)
+
+    monkeypatch.setattr(sentences, "embed", embed)
+    cases = [
+        Case("This is a couch.", "This is a red sofa.", "couch"),  # near in meaning
+        Case("This is a couch.", "This is a tree.", "couch"),
+        Case("A wooden chair with arms.", "This is a chair.", "chair"),
+    ]
+    judge = StringJudge(tmp_path)
+    judged = judge_cases(judge, "object", cases, tmp_path / "kept.jsonl")
+    assert judged.values == [1.0, 0.0, 1.0]
+    listed = [Case("sofa", "This is a fine couch.", "sofa", classes=("tree", "sofa", "chair"))]
+    assert judge_cases(judge, "class", listed, tmp_path / "kept.jsonl").values == [1.0]
+    assert judge_cases(judge, "class", [Case("", "a tree chair", "tree", classes=("tree", "chair"))],
+                       tmp_path / "kept.jsonl").invalid == 0  # fmt: skip
+
+
+def test_a_local_model_judges(tmp_path, tokenizer):
+    from conftest import tiny_text_config
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "judge"
+    AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    judge = build(JudgeOptions(model=str(folder)))
+    judged = judge_cases(judge, "object", CASES[:2], tmp_path / "kept.jsonl")
+    assert judged.usage.requests == 2 and judged.usage.completion_tokens > 0
+    assert judged.invalid == 2  # random weights say nothing usable, and that is reported
+    again = build(JudgeOptions(model=str(folder)))
+    assert [again.reply("object", case) for case in CASES[:2]] == judged.replies

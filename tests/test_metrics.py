@@ -1,0 +1,109 @@
+"""Metrics, against the examples their libraries publish, and the statistics on top."""
+
+import numpy as np
+import pytest
+
+from pointalign import assets
+from pointalign.evaluation import metrics, statistics
+from pointalign.evaluation.answering import Answers
+from pointalign.evaluation.tasks import Question, Task
+
+GUIDE = "It is a guide to action which ensures that the military always obeys the commands of the party"
+REFERENCE = "It is a guide to action that ensures that the military will forever heed Party commands"
+
+
+def test_bleu_is_nltks():
+    pytest.importorskip("nltk", reason="BLEU needs nltk (extra: eval)")
+    assert metrics.bleu(GUIDE, REFERENCE, 4) == pytest.approx(0.4118, abs=1e-4)  # nltk's SmoothingFunction page
+    assert metrics.bleu(REFERENCE, REFERENCE, 4) == pytest.approx(1.0)
+    assert metrics.bleu("", REFERENCE, 1) == 0.0
+    # two of three words, and as short as the truth: precision 2/3, no brevity penalty
+    assert metrics.bleu("a red chair", "a red sofa", 1) == pytest.approx(2 / 3)
+
+
+def test_rouge_is_googles():
+    pytest.importorskip("rouge_score", reason="ROUGE needs rouge-score (extra: eval)")
+    scores = metrics._rouge().score(
+        "The quick brown fox jumps over the lazy dog", "The quick brown dog jumps on the log."
+    )
+    assert scores["rouge1"].precision == 0.75 and scores["rouge1"].recall == pytest.approx(2 / 3)
+    assert scores["rougeL"].fmeasure == pytest.approx(2 * 0.625 * (5 / 9) / (0.625 + 5 / 9))
+
+
+def test_sacrebleu_is_the_published_one():
+    sacrebleu = pytest.importorskip("sacrebleu", reason="corpus BLEU needs sacrebleu (extra: eval)")
+    said = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
+    first = ["The dog bit the man.", "It was not unexpected.", "The man bit him first."]
+    second = ["The dog had bit the man.", "No one was surprised.", "The man had bitten the dog."]
+    assert sacrebleu.corpus_bleu(said, [first, second]).score == pytest.approx(48.5308, abs=1e-3)  # its README
+    assert metrics.corpus_bleu(said, first) == pytest.approx(sacrebleu.corpus_bleu(said, [first]).score)
+    assert metrics.corpus_bleu(said, said) == pytest.approx(100)
+
+
+@pytest.mark.skipif(
+    not (assets.home() / "nltk_data" / "corpora" / "wordnet").exists(),
+    reason="METEOR needs WordNet, which `python -m pointalign.assets` fetches",
+)
+def test_meteor_is_nltks():
+    pytest.importorskip("nltk", reason="METEOR needs nltk (extra: eval)")
+    assert metrics.meteor(GUIDE, REFERENCE) == pytest.approx(0.6944, abs=1e-4)  # nltk's meteor_score page
+    assert metrics.meteor("a red couch", "a red sofa") > metrics.meteor("a red tree", "a red sofa")  # synonyms count
+    assert metrics.meteor("", "a red sofa") == 0
+
+
+@pytest.mark.parametrize(
+    "answer, label, head, exact, mentioned",
+    [
+        ("This is a chair.", "chair", 1, 1, 1),
+        ("This is an office chair with arms.", "chair", 1, 0, 1),
+        ("A night stand.", "night stand", 1, 1, 1),
+        ("This is a table. There is a chair near it.", "chair", 0, 0, 1),
+        ("This is a wheelchair.", "chair", 0, 0, 0),
+        ("", "chair", 0, 0, 0),
+    ],
+)
+def test_naming_scores(answer, label, head, exact, mentioned):
+    scores = metrics.naming_scores([answer], [label])
+    assert [scores[name] for name in ("head noun", "exact", "mentioned")] == [[head], [exact], [mentioned]]
+
+
+def test_closed_set_leaves_out_labels_outside_of_the_set():
+    likelihoods = np.array([[-1.0, -3.0], [-1.0, -2.5], [np.nan, np.nan]])
+    scores = metrics.closed_set_scores(likelihoods, ["chair", "bed", "lamp"], ["chair", "bed"])
+    assert scores["closed-set accuracy"] == [1.0, 0.0, None]
+    assert scores["likelihood margin"] == [2.0, -1.5, None]
+
+
+def test_summary_is_clustered_by_family():
+    questions = [Question(str(i), (str(i),), "?", "t", "chair", family="one" if i < 9 else "two") for i in range(10)]
+    task = Task("classification-prompt0", "classification", "?", questions)
+    answers = ["This is a chair."] * 9 + ["This is a bed."]
+    summary = metrics.summarise(task, metrics.score(task, Answers(answers, None), {}))
+    assert summary["head noun"]["mean"] == 0.9 and summary["head noun"]["count"] == 10
+    assert summary["head noun"]["low"] == 0 and summary["head noun"]["high"] == 1  # two families: anything may be drawn
+
+
+def test_holm_is_its_definition():
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_the_minimum_detectable_effect_is_found_four_times_in_five():
+    rng = np.random.default_rng(0)
+    clusters = [str(i) for i in range(60)]
+    detectable = statistics.minimum_detectable_effect(rng.normal(0, 1, 60), clusters)
+    assert detectable == pytest.approx(2.8 / 60**0.5, rel=0.25)
+    found = np.mean([abs((x := rng.normal(detectable, 1, 60)).mean()) > 1.96 * x.std() / 60**0.5 for _ in range(400)])
+    assert 0.65 < found < 0.95
+
+
+def test_paired_runs_cover_both_runs_and_objects():
+    rng = np.random.default_rng(0)
+    clusters = [str(i) for i in range(50)]
+    same = np.repeat(rng.normal(0.5, 1, (1, 50)), 4, axis=0)
+    estimate, p = statistics.paired_runs(same, clusters)
+    alone, p_alone = statistics.paired_difference(same[0], np.zeros(50), clusters)
+    assert (estimate.low, estimate.high) == pytest.approx((alone.low, alone.high), abs=0.03) and p == p_alone
+    moving = same + np.array([[-1.0], [1.0], [-1.0], [1.0]])  # runs that disagree widen the interval
+    wider, _ = statistics.paired_runs(moving, clusters)
+    assert wider.high - wider.low > 1.3 * (estimate.high - estimate.low)
