@@ -103,6 +103,21 @@ def export(model: PointAlignForConditionalGeneration, processor: PointAlignProce
         processor.save_pretrained(temporary)
 
 
+def load_for_inference(model: str | Path) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
+    """A model to talk to: an exported folder, or a stage checkpoint put on the embedded language model."""
+    folder = Path(model)
+    if (folder / "config.json").exists():
+        loaded = PointAlignForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        processor = PointAlignProcessor.from_pretrained(folder)
+    else:
+        find_stage(str(model))
+        loaded, processor = build(ModelOptions(checkpoint=str(model)), DataOptions())
+        merge_adapters(loaded)
+    if torch.cuda.is_available():
+        loaded.to("cuda")
+    return loaded.eval(), processor
+
+
 # -- stage files -------------------------------------------------------------------------------------------------------
 
 

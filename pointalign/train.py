@@ -207,10 +207,9 @@ class Evaluation:
         """Evaluate the model as it was written, not as it stood in memory."""
         from pointalign import checkpointing
         from pointalign.evaluation import baselines, naming, samples
-        from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+        from pointalign.stages import load_for_inference
 
-        model = PointAlignForConditionalGeneration.from_pretrained(exported, dtype="auto").eval()
-        processor = PointAlignProcessor.from_pretrained(exported)
+        model, processor = load_for_inference(exported)
         clouds = self.held_out.clouds
         inputs = {
             "model": clouds,

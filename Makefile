@@ -1,0 +1,45 @@
+# `make train` and `make test` do all the set-up they need; a second run repeats nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Without an NVIDIA GPU the CPU build of PyTorch is enough; its index is PyTorch's own.
+CPU_TORCH := torch==2.13.0+cpu
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+export OMP_WAIT_POLICY := passive
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: train test check setup assets benchmark clean
+
+train: assets
+	$(BIN)/python -m pointalign.train $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest tests -rs -q -n 2 --dist loadfile $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+benchmark: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+setup: $(VENV)/.complete
+
+assets: setup
+	$(BIN)/python -m pointalign.assets
+
+$(VENV)/.complete: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel ninja
+	if command -v nvidia-smi >/dev/null 2>&1; then \
+	  $(BIN)/pip install -q -c constraints.txt torch; \
+	else \
+	  $(BIN)/pip install -q "$(CPU_TORCH)" || $(BIN)/pip install -q "$(CPU_TORCH)" --index-url $(CPU_INDEX); \
+	fi
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[dev,eval]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,74 @@
+"""`python -m pointalign.chat FILE [FILE ...]`: talk about one or several clouds in the terminal."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+DEFAULT_CHECKPOINT = "furniture-stage1"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pointalign.chat", description="Ask about point clouds or meshes (.npy .ply .obj .glb .stl ...)."
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="one or several clouds, all in one conversation")
+    parser.add_argument("--question", action="append", help="ask this and leave; may be given several times, in turn")
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_CHECKPOINT,
+        help="folder of a trained model (runs/demo/model), or the name of a shipped checkpoint (default: %(default)s)",
+    )
+    parser.add_argument("--up-axis", default="y", help="vertical axis of the files: x y z -x -y -z (default: y)")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return chat(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def chat(options: argparse.Namespace) -> int:
+    from pointalign.data.point_cloud import load_point_cloud
+
+    clouds = [load_point_cloud(path, up_axis=options.up_axis) for path in options.files]
+    import torch
+
+    from pointalign.stages import load_for_inference
+
+    model, processor = load_for_inference(options.model)
+    for path, cloud in zip(options.files, clouds, strict=True):
+        print(f"{Path(path).name}: {len(cloud)} points")
+    messages: list[dict] = []
+    opening: list[dict] = [{"type": "point", "point": cloud} for cloud in clouds]
+
+    def ask(question: str) -> str:
+        messages.append({"role": "user", "content": [*opening, {"type": "text", "text": question}]})
+        opening.clear()  # the clouds stand before the first question only
+        batch = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True).to(model.device)
+        with torch.inference_mode():
+            generated = model.generate(**batch, max_new_tokens=options.max_new_tokens, do_sample=False)
+        (answer,) = processor.answers(generated, batch["input_ids"].shape[1])
+        messages.append({"role": "assistant", "content": answer})
+        return answer
+
+    if options.question:
+        for question in options.question:
+            print(f"> {question}\n{ask(question)}")
+        return 0
+    print("Ask away; an empty line or Ctrl-D ends the talk.")
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if not question:
+            return 0
+        print(ask(question))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
