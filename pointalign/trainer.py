@@ -150,7 +150,7 @@ class PointAlignTrainer(Trainer):
                 rows = self.accelerator.gather(rows).sum()
             for batch in batches:
                 batch["num_point_rows"] = rows.clamp(min=1)
-                self._tokens += batch["attention_mask"].numel() if "attention_mask" in batch else 0
+                self._tokens += batch["input_ids"].numel()
         return batches, num_items
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):

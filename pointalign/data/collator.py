@@ -1,4 +1,4 @@
-"""Samples of a `ConversationDataset` become one padded batch."""
+"""Samples of a `ConversationDataset` become one batch, padded or packed."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pointalign.data.augment import augment
+from pointalign.data.packing import pack
 
 POSE_FREE = "simple_description"  # naming does not depend on the pose; sides and symmetry are the object's own
 
@@ -19,12 +20,23 @@ class ConversationCollator:
         max_length: the most tokens of a sample; a longer one is cut at the right, never through a cloud.
         augmentation: show every cloud differently each time, with randomness from PyTorch's global generator, so that
             a resumed run continues it.
+        packing: lay the samples end to end in one row, see `pointalign.data.packing.pack`.
+        features: a `pointalign.feature_cache.FeatureCache` that stands for the clouds.
     """
 
-    def __init__(self, processor: Any, max_length: int, augmentation: bool = False):
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int,
+        augmentation: bool = False,
+        packing: bool = False,
+        features: Any = None,
+    ):
         self.processor = processor
         self.max_length = max_length
         self.augmentation = augmentation
+        self.packing = packing
+        self.features = features
 
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         conversations = [sample["messages"] for sample in samples]
@@ -34,11 +46,19 @@ class ConversationCollator:
                 [self._augmented(message, rng, sample["conversation_type"] == POSE_FREE) for message in conversation]
                 for conversation, sample in zip(conversations, samples, strict=True)
             ]
-        return dict(
+        batch = dict(
             self.processor.apply_chat_template(
-                conversations, tokenize=True, return_labels=True, truncation=True, max_length=self.max_length
+                conversations,
+                tokenize=True,
+                return_labels=True,
+                truncation=True,
+                max_length=self.max_length,
+                read_clouds=self.features is None,
             )
         )
+        if self.features is not None:
+            batch |= self.features.batch([one for sample in samples for one in sample["object_ids"]])
+        return pack(batch) if self.packing else batch
 
     @staticmethod
     def _augmented(message: dict, rng: np.random.Generator, pose_free: bool) -> dict:
