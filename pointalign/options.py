@@ -25,6 +25,9 @@ class ModelOptions:
         dtype: of the language model's own weights; `auto` is bfloat16 where the hardware computes in it.
         lora_rank, lora_alpha, lora_dropout, lora_targets: adapters, as in peft.
         seed: of a point branch drawn at random.
+        quantization: of the language model's own weights, `none` or `nf4` (4 bits, by bitsandbytes).
+        dequantize_once: keep the numbers of the 4 bits, but in `dtype`: faster, where memory allows.
+        attention: `auto`, `eager`, `sdpa`, `varlen` (packed batches) or `flash_attention_2`.
     """
 
     llm: str = "smollm2"
@@ -37,8 +40,15 @@ class ModelOptions:
     lora_dropout: float = 0.05
     lora_targets: str | list[str] = "all-linear"
     seed: int = 0
+    quantization: str = "none"
+    dequantize_once: bool = False
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.quantization not in ("none", "nf4"):
+            raise ValueError(f"model.quantization={self.quantization!r}: expected none or nf4")
+        if self.dequantize_once and self.quantization == "none":
+            raise ValueError("model.dequantize_once needs model.quantization=nf4")
         unknown = sorted(set(self.train) - set(PARTS))
         if unknown:
             raise ValueError(f"model.train: unknown part {unknown[0]!r}, expected of {', '.join(PARTS)}")
@@ -58,6 +68,10 @@ class DataOptions:
         num_points: the most points kept of a cloud.
         max_length: the most tokens of a sample.
         augmentation: resample, turn, scale and jitter clouds.
+        packing: lay the samples of a batch end to end in one row, in place of padding them to the longest.
+        pack_tokens: fill every packed batch up to so many tokens, whatever number of samples that is; 0 keeps
+            `training.per_device_train_batch_size`.
+        feature_cache: folder written by `python -m pointalign.feature_cache`, read in place of the clouds.
         skip_bad: leave out objects that cannot be read, named and counted, in place of stopping.
         evaluate: held-out questions at the end of the run: `none`, or the `validation` or `test` part of the embedded
             objects.
@@ -70,12 +84,19 @@ class DataOptions:
     num_points: int = 8192
     max_length: int = 512
     augmentation: bool = False
+    packing: bool = False
+    pack_tokens: int = 0
+    feature_cache: str | None = None
     skip_bad: bool = False
     evaluate: str = "none"
 
     def __post_init__(self) -> None:
         if (self.annotations is None) != (self.clouds is None):
             raise ValueError("data.annotations and data.clouds belong together: give both, or neither for the embedded set")
+        if self.pack_tokens and not self.packing:
+            raise ValueError("data.pack_tokens needs data.packing")
+        if self.feature_cache is not None and self.augmentation:
+            raise ValueError("data.feature_cache holds features of the clouds as they are: leave data.augmentation out")
         if self.evaluate not in ("none", "validation", "test"):
             raise ValueError(f"data.evaluate={self.evaluate!r}: expected none, validation or test")
 

@@ -6,6 +6,7 @@ is refused by any other: adapters on the wrong weights would answer garbage with
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from pointalign import checkpointing
+from pointalign import checkpointing, quantization
 from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.options import CHECKPOINTS, DataOptions, ModelOptions
 
@@ -39,7 +40,12 @@ def build(options: ModelOptions, data: DataOptions) -> tuple[PointAlignForCondit
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"model.llm={options.llm!r}: no language model in {folder} (config.json is missing)")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(options.dtype))
+    dtype = resolve_dtype(options.dtype)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    four_bits = quantization.quantization_config(options.quantization, dtype, sharded)
+    language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=four_bits)
+    if options.dequantize_once:
+        quantization.dequantize(language_model)
     torch.manual_seed(options.seed)
     model = PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
     add_adapters(model, options)
@@ -88,9 +94,14 @@ def merge_adapters(model: PointAlignForConditionalGeneration) -> None:
 
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, module.get_base_layer())
+            base = module.get_base_layer()
+            if quantization.is_4bit(base):  # the sum of both has more than 4 bits
+                base = quantization.dequantized(base)
+                base.weight.data += module.get_delta_weight("default").to(base.weight)
+            else:
+                module.merge(safe_merge=True)
+            model.set_submodule(name, base)
+    quantization.forget_quantization(model)
     if hasattr(model.model.language_model, "peft_config"):
         del model.model.language_model.peft_config
 
