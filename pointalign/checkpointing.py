@@ -69,15 +69,17 @@ def training_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_state(model: nn.Module, path: Path, expected: set[str]) -> None:
+def load_state(model: nn.Module, path: Path, expected: set[str], ignored: str | None = None) -> None:
     """Load exactly the `expected` keys from a safetensors file, values cast to the model's dtypes.
+
+    Keys of the file that contain `ignored` are left out.
 
     Raises:
         ValueError: a key is missing, unexpected, or of another shape: nothing is ever loaded in part.
     """
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    state = load_file(path)
+    state = {key: one for key, one in load_file(path).items() if ignored is None or ignored not in key}
     problems = [f"missing {key}" for key in sorted(expected - state.keys())]
     problems += [f"unexpected {key}" for key in sorted(state.keys() - expected)]
     own = model.state_dict(keep_vars=True)

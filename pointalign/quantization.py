@@ -47,12 +47,19 @@ def full_weight(linear: nn.Module) -> Tensor:
     return dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)  # type: ignore[union-attr]
 
 
+def keep_layout(language_model: nn.Module) -> None:
+    """Stop bitsandbytes from packing weights anew at the first inference on a CPU: what it packs passes no gradients."""
+    for module in language_model.modules():
+        if is_4bit(module):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def dequantized(linear: nn.Module) -> nn.Linear:
     """A plain linear layer with the numbers that a 4-bit one computes with."""
-    linear.train()  # for inference on a CPU bitsandbytes packs weights in a way of its own; this undoes it
     weight = full_weight(linear).detach()
     with torch.device("meta"):
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None)
+    plain._is_hf_initialized = True  # type: ignore[assignment]  # or transformers would draw it anew
     plain.weight = nn.Parameter(weight, requires_grad=False)
     if linear.bias is not None:
         plain.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)  # type: ignore[arg-type]
@@ -138,6 +145,5 @@ def _remake_buffer(module: nn.Module, label: str, config: PreTrainedConfig, devi
         if label == "original_inv_freq":
             return  # set together with inv_freq
         raise ValueError(f"{type(module).__name__} has a buffer {label!r} that random weights cannot stand for")
-    made = type(module)(config, device=device)  # type: ignore[call-arg]
-    for name, buffer in made.named_buffers(recurse=False):
+    for name, buffer in type(module)(config).named_buffers(recurse=False):  # type: ignore[call-arg]
         setattr(module, name, buffer.to(device))

@@ -46,10 +46,9 @@ def test_packed_equals_one_by_one(processor, conversations, architecture, attent
     if attention == "eager" and architecture != "llama":
         pytest.skip("eager attention packs by transformers' own masks: one architecture is enough")
     aligned = AlignedModel(tiny_model(architecture), AlignmentConfig(weight=0.5, layer=[2]))
+    for part in ("point_encoder", "point_mlp", "qformer"):  # frozen, as in the alignment stage
+        getattr(aligned.model.model, part).requires_grad_(False)
     aligned.train()
-    for module in aligned.modules():  # the Q-Former's: random numbers would differ between the two ways
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     language_model = aligned.model.model.language_model
     batch = collate(processor, conversations)
     tokens, rows = (batch["labels"] != IGNORED).sum(), batch["point_mask"].sum()
@@ -176,7 +175,7 @@ def test_token_budget(processor):
     batches = [list(sampler) for sampler in samplers]
     assert len(batches[0]) == len(batches[1]) == len(samplers[0])
     together = [sample for half in batches for batch in half for sample in batch]
-    assert len(together) == len(set(together)) and len(together) >= 490
+    assert len(together) == len(set(together)) and len(together) >= 500 - budget // 40
     sizes = [sum(lengths[sample] for sample in batch) for half in batches for batch in half]
     assert max(sizes) <= budget and sum(sizes) / len(sizes) > 0.85 * budget
     samplers[0].set_epoch(1)

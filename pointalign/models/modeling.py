@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 
 from pointalign.models.configuration import PointAlignConfig
 
-POINT_INPUTS = ("point_values", "point_lengths", "point_mask", "query_features")
+POINT_INPUTS = ("point_values", "point_lengths", "point_mask", "query_features", "encoder_tokens")
 
 
 @dataclass
@@ -160,6 +160,7 @@ class PointAlignModel(PointAlignPreTrainedModel):
         point_lengths: Tensor | None = None,
         point_mask: Tensor | None = None,
         query_features: Tensor | None = None,
+        encoder_tokens: Tensor | None = None,
     ) -> tuple[Tensor, PointFeatures | None]:
         """Input embeddings `[B, T, H]` with the clouds' tokens in place, and the features they were made of."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -169,7 +170,7 @@ class PointAlignModel(PointAlignPreTrainedModel):
             return inputs_embeds, None
         if query_features is not None:
             query_features = query_features.to(self.modality_projector[0].weight.dtype)
-            features = PointFeatures(None, query_features, self.modality_projector(query_features))
+            features = PointFeatures(encoder_tokens, query_features, self.modality_projector(query_features))
         else:
             assert point_values is not None
             features = self.encode_point_clouds(point_values, point_lengths)
@@ -203,6 +204,7 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         point_lengths: `[C]` real points per cloud, where they differ.
         point_mask: `[B, T]`, true at the Q places of every cloud.
         query_features: `[C, Q, Dq]` Q-Former outputs computed earlier, in place of `point_values`.
+        encoder_tokens: `[C, T', D]` beside them, where the alignment loss compares with the encoder.
     """
 
     def __init__(self, config: PointAlignConfig, language_model: PreTrainedModel | None = None):
@@ -250,13 +252,14 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         point_lengths: Tensor | None = None,
         point_mask: Tensor | None = None,
         query_features: Tensor | None = None,
+        encoder_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> PointAlignOutput:
         features = None
         if inputs_embeds is None:
             assert input_ids is not None, "either `input_ids` or `inputs_embeds` is needed"
             inputs_embeds, features = self.model.embed(
-                input_ids, point_values, point_lengths, point_mask, query_features
+                input_ids, point_values, point_lengths, point_mask, query_features, encoder_tokens
             )
         if labels is not None and self.training and not self._rescales_logits:
             loss = self._supervised_loss(inputs_embeds, attention_mask, labels, **kwargs)
