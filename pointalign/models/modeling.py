@@ -215,7 +215,10 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
     @classmethod
     def from_language_model(cls, language_model: PreTrainedModel, preset: str, **overrides: Any):
         """A new point branch, drawn from the global generator, in front of a language model that is kept as it is."""
+        attention = language_model.config._attn_implementation
         config = PointAlignConfig.from_preset(preset, language_model.config, **overrides)
+        # The new configuration has just reset that of its parts, and without one transformers builds no causal mask.
+        language_model.set_attn_implementation(attention)
         model = cls(config, language_model)
         if language_model.can_generate():
             model.generation_config = language_model.generation_config
@@ -296,9 +299,13 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         hidden = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs).last_hidden_state
         following = labels[:, 1:]
         supervised = following != -100
-        logits = self.get_output_embeddings()(hidden[:, :-1][supervised]).float()  # [rows, vocabulary]
-        total = nn.functional.cross_entropy(logits, following[supervised], reduction="sum")
+        total = self.supervised_cross_entropy(hidden[:, :-1][supervised], following[supervised])
         return total / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def supervised_cross_entropy(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """fp32 sum of next-token losses of hidden states `[R, H]` with targets `[R]`."""
+        logits = self.get_output_embeddings()(rows).float()  # [R, vocabulary]
+        return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
