@@ -107,6 +107,7 @@ def random_language_model(
             setattr(module, label, nn.Parameter(_random(parameter, label, module, device, generator), False))
         for label, _ in list(module.named_buffers(recurse=False)):
             _remake_buffer(module, label, config, device)
+    keep_layout(model)
     model.tie_weights()
     return model.eval()
 
