@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from pointalign_kernels import alignment_loss
 from torch import Tensor, nn
+
+from pointalign_kernels import alignment_loss
 
 TARGETS = ("qformer", "encoder", "llm:<layer>")
 

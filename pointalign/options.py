@@ -92,11 +92,13 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if (self.annotations is None) != (self.clouds is None):
-            raise ValueError("data.annotations and data.clouds belong together: give both, or neither for the embedded set")
+            raise ValueError(
+                "data.annotations and data.clouds belong together: both, or neither for the embedded set"
+            )
         if self.pack_tokens and not self.packing:
             raise ValueError("data.pack_tokens needs data.packing")
         if self.feature_cache is not None and self.augmentation:
-            raise ValueError("data.feature_cache holds features of the clouds as they are: leave data.augmentation out")
+            raise ValueError("data.feature_cache holds features of the clouds as they are: no data.augmentation")
         if self.evaluate not in ("none", "validation", "test"):
             raise ValueError(f"data.evaluate={self.evaluate!r}: expected none, validation or test")
 
@@ -109,6 +111,8 @@ class TrainingOptions(TrainingArguments):
         contrastive_steps: steps that teach encoder and Q-Former the objects' names, before the language model joins.
         contrastive_batch_size, contrastive_learning_rate: of those steps.
         point_learning_rate: for the point branch where it trains; `learning_rate` is the adapters' and projectors'.
+        auto_batch: split every batch over gradient accumulation until it fits the memory; the training is the same.
+        memory_limit_gb: use no more of a CUDA device than a card of that size has.
     """
 
     output_dir: str | None = "runs/align"
@@ -131,6 +135,8 @@ class TrainingOptions(TrainingArguments):
     contrastive_batch_size: int = 48
     contrastive_learning_rate: float = 1e-3
     point_learning_rate: float | None = None
+    auto_batch: bool = False
+    memory_limit_gb: float | None = None
 
 
 @dataclass
@@ -142,40 +148,47 @@ class Options:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     fused: bool = False
+    fused_parts: list[str] | None = None
 
 
 def parse(arguments: list[str]) -> Options:
     """Options from `[RECIPE] [--section.name value ...] [--fused]`.
 
-    RECIPE is a YAML file or the name of a shipped recipe, `demo` by default. An unknown option or a recipe that does not
-    fit ends the program with a message that names the key.
+    RECIPE is a YAML file or the name of a shipped recipe, `demo` by default. An unknown option or a recipe that does
+    not fit ends the program with a message that names the key.
     """
     from jsonargparse import ArgumentParser
 
     recipe = "demo"
+    shipped = ", ".join(sorted(one.stem for one in RECIPES.glob("*.yaml")))
     if arguments and not arguments[0].startswith("-"):
         recipe, arguments = arguments[0], arguments[1:]
     parser = ArgumentParser(
         prog="python -m pointalign.train",
         usage="python -m pointalign.train [RECIPE.yaml] [--model.* --data.* --alignment.* --training.*] [--fused]",
-        description="Train with the alignment loss. RECIPE is a YAML file or one of: "
-        + ", ".join(sorted(one.stem for one in RECIPES.glob("*.yaml")))
-        + " (default: demo).",
+        description=f"Train with the alignment loss. RECIPE is a YAML file or one of: {shipped} (default: demo).",
     )
     parser.add_argument("--config", action="config", help="the recipe, if not given first")
     parser.add_class_arguments(ModelOptions, "model")
     parser.add_class_arguments(DataOptions, "data")
     parser.add_class_arguments(AlignmentConfig, "alignment")
     parser.add_class_arguments(TrainingOptions, "training")
-    parser.add_argument("--fused", action="store_true", help="fused kernels where the device has them; nothing else changes")
+    parser.add_argument(
+        "--fused", action="store_true", help="fused kernels where they run; nothing else changes"
+    )
+    parser.add_argument(
+        "--fused_parts", type=list[str] | None, help="of --fused, only these parts; all that the device runs by default"
+    )
     path = Path(recipe)
     if not path.suffix:
         path = RECIPES / f"{recipe}.yaml"
     if not path.exists():
-        parser.error(f"no recipe {recipe!r}: expected a YAML file or one of {', '.join(p.stem for p in RECIPES.glob('*.yaml'))}")
+        parser.error(
+            f"no recipe {recipe!r}: expected a YAML file or one of {', '.join(p.stem for p in RECIPES.glob('*.yaml'))}"
+        )
     parsed = parser.parse_args(["--config", str(path), *arguments])
     try:
         built = parser.instantiate(parsed)
     except (ValueError, ImportError) as error:
         parser.error(str(error))
-    return Options(built.model, built.data, built.alignment, built.training, parsed.fused)
+    return Options(built.model, built.data, built.alignment, built.training, parsed.fused, parsed.fused_parts)

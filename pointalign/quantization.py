@@ -108,6 +108,8 @@ def random_language_model(
         for label, _ in list(module.named_buffers(recurse=False)):
             _remake_buffer(module, label, config, device)
     keep_layout(model)
+    for module in model.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]
     model.tie_weights()
     return model.eval()
 

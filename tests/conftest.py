@@ -1,4 +1,4 @@
-"""Small real parts: a tokenizer, language models of three architectures and the committed clouds, all made on the spot."""
+"""Small real parts: a tokenizer, language models of three architectures and the committed clouds."""
 
 import os
 from pathlib import Path
@@ -112,7 +112,10 @@ def clouds() -> list[np.ndarray]:
 
 def user(text: str, *given) -> dict:
     """A user's message with clouds before the text."""
-    return {"role": "user", "content": [*({"type": "point", "point": one} for one in given), {"type": "text", "text": text}]}
+    return {
+        "role": "user",
+        "content": [*({"type": "point", "point": one} for one in given), {"type": "text", "text": text}],
+    }
 
 
 def assistant(text: str) -> dict:

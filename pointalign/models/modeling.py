@@ -4,6 +4,7 @@ Shape legend: B rows of text, T tokens per row, C clouds in the whole batch (row
 Q query tokens per cloud, H width of the language model.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,10 +216,8 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
     @classmethod
     def from_language_model(cls, language_model: PreTrainedModel, preset: str, **overrides: Any):
         """A new point branch, drawn from the global generator, in front of a language model that is kept as it is."""
-        attention = language_model.config._attn_implementation
-        config = PointAlignConfig.from_preset(preset, language_model.config, **overrides)
-        # The new configuration has just reset that of its parts, and without one transformers builds no causal mask.
-        language_model.set_attn_implementation(attention)
+        # A copy: a new outer configuration resets what its parts had chosen, the attention implementation among it.
+        config = PointAlignConfig.from_preset(preset, deepcopy(language_model.config), **overrides)
         model = cls(config, language_model)
         if language_model.can_generate():
             model.generation_config = language_model.generation_config

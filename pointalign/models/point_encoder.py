@@ -5,12 +5,12 @@ Parameter names are those of the published checkpoints (PointBERT, PointLLM, Min
 """
 
 import torch
-from pointalign_kernels import farthest_point_sample, group_points
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from pointalign.models.configuration import PointBertConfig
+from pointalign_kernels import farthest_point_sample, group_points
 
 
 class MiniPointNet(nn.Module):
