@@ -135,7 +135,7 @@ class FeatureCache:
 @contextmanager
 def without_point_branch(model: Any) -> Iterator[None]:
     """Within the block the frozen point branch is not part of the model: neither moved to a device nor run."""
-    parts = {name: getattr(model.model, name) for name in FROZEN}
+    parts = {name: getattr(model.model, name).to("cpu") for name in FROZEN}
     for name in FROZEN:
         setattr(model.model, name, nn.Module())
     try:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pointalign import checkpointing
 from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens
+from pointalign.memory import device_used_bytes
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
 
 # What a point branch learns before the projectors: these parameters may have a learning rate of their own.
@@ -109,11 +111,17 @@ class PointAlignTrainer(Trainer):
 
     Args:
         point_learning_rate: of the point branch where it trains; everything else has `args.learning_rate`.
+        batch_sampler: this process's batches of indices, with `set_epoch`; by default `args` says how many samples.
     """
 
-    def __init__(self, *args: Any, point_learning_rate: float | None = None, **kwargs: Any):
+    def __init__(
+        self, *args: Any, point_learning_rate: float | None = None, batch_sampler: Any = None, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
         self.point_learning_rate = point_learning_rate
+        self.batch_sampler = batch_sampler
+        if batch_sampler is not None:
+            self.add_callback(TellEpoch(batch_sampler))
         self.stop = StopOnInterrupt()
         self.add_callback(self.stop)
         self.add_callback(TellEpoch(self.train_dataset))
@@ -140,6 +148,17 @@ class PointAlignTrainer(Trainer):
             **options,
         )
         return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.batch_sampler is None:
+            return super().get_train_dataloader()
+        return DataLoader(  # each process has batches of its own already, so accelerate has nothing to share out
+            self.train_dataset,
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -179,6 +198,8 @@ class PointAlignTrainer(Trainer):
                 logs[name] = value.item() / steps
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / elapsed, 1)
             logs["peak_memory_gb"] = round(peak_memory_bytes() / 1e9, 3)
+            if self.args.device.type == "cuda":
+                logs["device_memory_gb"] = round(device_used_bytes(self.args.device) / 1e9, 3)
             self._parts = dict.fromkeys(self._parts, 0.0)
             self._tokens = 0
             self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
@@ -282,7 +303,7 @@ class StopOnInterrupt(TrainerCallback):
 
 
 class TellEpoch(TrainerCallback):
-    """Tells the data set which epoch it is in; after a resume the data loader alone would not."""
+    """Tells the data set or the batches which epoch it is in; after a resume the data loader alone would not."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
