@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 from test_alignment_loss import Case
+from train_step_table import parity, train_step
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -145,7 +146,7 @@ def alignment() -> str:
     return "\n".join([*parts, _cards(results), _resources()])
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"alignment": alignment}
+SECTIONS: dict[str, Callable[[], str]] = {"alignment": alignment, "train_step": train_step, "parity": parity}
 
 
 def main() -> None:

@@ -69,6 +69,27 @@ def training_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def read_tensors(path: Path, expected: set[str], ignored: str | None = None) -> dict[str, Tensor]:
+    """Exactly the `expected` keys of a safetensors file, less those that contain `ignored`.
+
+    Raises:
+        ValueError: a key is missing or unexpected.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    state = {key: one for key, one in load_file(path).items() if ignored is None or ignored not in key}
+    problems = [f"missing {key}" for key in sorted(expected - state.keys())]
+    problems += [f"unexpected {key}" for key in sorted(state.keys() - expected)]
+    _refuse(path, problems)
+    return state
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
+    if problems:
+        shown = "\n  ".join(problems[:10])
+        raise ValueError(f"{path} does not fit this model ({len(problems)} problems):\n  {shown}")
+
+
 def load_state(model: nn.Module, path: Path, expected: set[str], ignored: str | None = None) -> None:
     """Load exactly the `expected` keys from a safetensors file, values cast to the model's dtypes.
 
@@ -77,20 +98,16 @@ def load_state(model: nn.Module, path: Path, expected: set[str], ignored: str | 
     Raises:
         ValueError: a key is missing, unexpected, or of another shape: nothing is ever loaded in part.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    state = {key: one for key, one in load_file(path).items() if ignored is None or ignored not in key}
-    problems = [f"missing {key}" for key in sorted(expected - state.keys())]
-    problems += [f"unexpected {key}" for key in sorted(state.keys() - expected)]
+    state = read_tensors(path, expected, ignored)
     own = model.state_dict(keep_vars=True)
-    problems += [
-        f"{key} has shape {list(state[key].shape)}, the model's is {list(own[key].shape)}"
-        for key in sorted(expected & state.keys())
-        if state[key].shape != own[key].shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:10])
-        raise ValueError(f"{path} does not fit this model ({len(problems)} problems):\n  {shown}")
+    _refuse(
+        path,
+        [
+            f"{key} has shape {list(state[key].shape)}, the model's is {list(own[key].shape)}"
+            for key in sorted(state)
+            if state[key].shape != own[key].shape
+        ],
+    )
     with torch.no_grad():
         for key, value in state.items():
             own[key].copy_(value)

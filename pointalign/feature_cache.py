@@ -259,9 +259,9 @@ def main(arguments: list[str] | None = None) -> int:
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         name = fingerprint(model, processor.feature_extractor)
-        for part in (*FROZEN, "query_tokens"):
-            one = getattr(model.model, part)
-            one.data = one.data.to(device) if isinstance(one, nn.Parameter) else one.to(device).data
+        for part in FROZEN:
+            getattr(model.model, part).to(device)
+        model.model.query_tokens.data = model.model.query_tokens.data.to(device)
         encoder = options.alignment.target == "encoder"
         with tqdm(total=len(objects[rank::world]), unit="object", disable=rank != 0) as bar:
             write(

@@ -81,7 +81,8 @@ def forget_quantization(language_model: PreTrainedModel) -> None:
     """Remove the marks of `from_pretrained(quantization_config=...)`, so that the model is saved as a plain one."""
     for part in language_model.modules():
         if isinstance(part, PreTrainedModel):
-            part.config.__dict__.pop("quantization_config", None)
+            for config in (part.config, *(getattr(part.config, name) for name in part.config.sub_configs)):
+                config.__dict__.pop("quantization_config", None)
             part.__dict__.pop("hf_quantizer", None)
             for mark in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
                 part.__dict__.pop(mark, None)

@@ -58,6 +58,7 @@ def run(options: Options) -> int:
 
     with lean.training_form(model, options):
         trainer.train(resume_from_checkpoint=resume)
+    whole = trainer.whole_state()
     if not main_process:
         return 0
     if trainer.stop.interrupted:
@@ -68,6 +69,11 @@ def run(options: Options) -> int:
         )
         return 130
 
+    if whole is not None:  # this process trained shards: save from a model in one piece
+        model, processor = stages.build(options.model, options.data)
+        own = checkpointing.stage_state(model)
+        for name, tensor in own.items():
+            tensor.copy_(whole[f"model.{name}"])
     loss_curves(trainer.state.log_history, folder / "loss.png", options.alignment.weight)
     last = next((entry for entry in reversed(trainer.state.log_history) if "ntp_loss" in entry), None)
     description = describe(options) | {"steps": trainer.state.global_step, "last_log": last}
@@ -94,6 +100,8 @@ def make_trainer(options: Options) -> tuple[Any, Any, Any]:
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
     data, training = options.data, options.training
+    if training.fsdp:  # as accelerate does later: 4-bit weights are packed for it while they load
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
     if training.memory_limit_gb is not None:
         memory.cap_memory(training.memory_limit_gb, training.device)
     cached = data.feature_cache is not None
@@ -112,7 +120,7 @@ def make_trainer(options: Options) -> tuple[Any, Any, Any]:
     aligned = AlignedModel(model, options.alignment, choose_impl(options.fused))
     collator = ConversationCollator(processor, data.max_length, data.augmentation, data.packing, features)
     with lean.training_form(model, options) as parts:
-        budget = lean.plan_memory(aligned, dataset, collator, options)
+        budget = None if training.fsdp else lean.plan_memory(aligned, dataset, collator, options)
     sampler = None
     if data.pack_tokens:
         lengths = token_counts(processor, dataset.conversations, data.max_length)
@@ -120,7 +128,7 @@ def make_trainer(options: Options) -> tuple[Any, Any, Any]:
             lengths, data.pack_tokens, training.seed, training.process_index, training.world_size
         )
     if training.process_index == 0:
-        print(budget)
+        print(budget or "no memory plan: FSDP shares the model out, the log shows the peak")
         if options.fused:
             print("fused: " + ", ".join(f"{part} ({count})" for part, count in parts.items()))
         if training.auto_batch:

@@ -98,6 +98,10 @@ class AlignedModel(nn.Module):
         self.model.gradient_checkpointing_enable(**kwargs)
 
     @property
+    def _no_split_modules(self) -> Any:  # what FSDP shards as one piece: the decoder blocks
+        return self.model.model.language_model._no_split_modules
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
@@ -205,6 +209,10 @@ class PointAlignTrainer(Trainer):
             self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
         super().log(logs, start_time)
 
+    def whole_state(self) -> dict[str, Tensor] | None:
+        """The state of an FSDP model in one piece, on the first process; None without FSDP. All processes must call it."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
+
     # -- checkpoints: complete or absent, safetensors and JSON ---------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
@@ -239,11 +247,22 @@ class PointAlignTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         state = checkpointing.training_state(self.accelerator.unwrap_model(self.model))
+        if self.is_fsdp_enabled:  # this process holds shards; the first one was handed the whole
+            if not self.args.should_save:
+                return
+            assert state_dict is not None
+            state = {name: state_dict[name] for name in state}
         checkpointing.write_tensors(folder / "model.safetensors", state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.accelerator.unwrap_model(model or self.model)
         expected = set(checkpointing.training_state(target))
+        if self.is_fsdp_enabled:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+            state = checkpointing.read_tensors(Path(resume_from_checkpoint) / "model.safetensors", expected)
+            set_model_state_dict(target, state, options=StateDictOptions(full_state_dict=True, strict=False))
+            return
         checkpointing.load_state(target, Path(resume_from_checkpoint) / "model.safetensors", expected)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -62,7 +62,7 @@ def test_nf4_trains_and_equals_its_dequantised_twin(folder):
     full, _ = build(folder)
     four, once, plain = (losses(one, steps=4) for one in (model, twin, full))
     assert four == pytest.approx(once, rel=1e-5)
-    assert abs(four[0] - plain[0]) > 1e-4  # 4 bits are not the weights
+    assert abs(four[0] - plain[0]) > 1e-5  # 4 bits are not the weights
     assert four[-1] < four[0]
 
 
