@@ -52,8 +52,10 @@ def cases() -> dict[str, tuple[list[Tensor], Function, dict[str, Function]]]:
         ),
         "layer norm": (
             [x],  # the weights of norms are frozen
-            lambda x: (x - x.mean(1, True)) * (x.var(1, correction=0, keepdim=True) + 1e-5).rsqrt() * weight.to(x)
-            + bias.to(x),
+            lambda x: (
+                (x - x.mean(1, True)) * (x.var(1, correction=0, keepdim=True) + 1e-5).rsqrt() * weight.to(x)
+                + bias.to(x)
+            ),
             {"fused": lambda x: functional.layer_norm(x, (WIDTH,), weight.to(x), bias.to(x))},
         ),
         "RMS norm": ([x], partial(_rms_norm, weight), {"fused": partial(_lean_rms_norm, weight)} | _liger(weight)),

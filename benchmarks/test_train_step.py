@@ -164,7 +164,9 @@ def inputs_of(row: Row, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
     for part in order.chunk(row.groups):
         longest = int(batch["attention_mask"][part].sum(1).max())
         taken = {
-            name: one[part][:, :longest] if name in ("input_ids", "attention_mask", "labels", "point_mask") else one[part]
+            name: one[part][:, :longest]
+            if name in ("input_ids", "attention_mask", "labels", "point_mask")
+            else one[part]
             for name, one in batch.items()
         }
         found.append(pack(taken) if row.packed else taken)
@@ -186,7 +188,7 @@ def build(row: Row, config: Any, rank: int) -> AlignedModel:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
     language_model = model.model.language_model
     if row.kbit:
-        for name, parameter in language_model.named_parameters():
+        for parameter in language_model.parameters():
             if parameter.dtype == torch.bfloat16 and not (row.dequantize_once and parameter.ndim == 2):
                 parameter.data = parameter.data.float()
     aligned = AlignedModel(model, AlignmentConfig(weight=0.1), row.alignment).to(DEVICE)

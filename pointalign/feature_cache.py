@@ -78,7 +78,7 @@ class FeatureCache:
         self.folder = Path(folder)
         if not (self.folder / "index.json").exists():
             raise FileNotFoundError(
-                f"no feature cache in {self.folder}: write it with python -m pointalign.feature_cache and the same options"
+                f"no feature cache in {self.folder}: write it with python -m pointalign.feature_cache, same options"
             )
         self.index = json.loads((self.folder / "index.json").read_text())
         if self.index["format"] != FORMAT or self.index["fingerprint"] != fingerprint:
@@ -113,7 +113,9 @@ class FeatureCache:
         """Raises KeyError naming the first of `object_ids` that the cache lacks, and how many."""
         absent = sorted({one for one in object_ids if one not in self.places})
         if absent:
-            raise ValueError(f"{self.folder} lacks {len(absent)} objects, the first is {absent[0]!r}: write a new cache")
+            raise ValueError(
+                f"{self.folder} lacks {len(absent)} objects, the first is {absent[0]!r}: write a new cache"
+            )
 
     def get(self, name: str, object_id: str) -> np.ndarray:
         """One object's float16 features, `name` as in the file names, mapped."""
@@ -278,7 +280,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if rank == 0:
-        print(f"{len(objects)} objects in {options.data.feature_cache}; train with --data.feature_cache of the same folder")
+        print(
+            f"{len(objects)} objects in {options.data.feature_cache}; now train with the same --data.feature_cache"
+        )
     return 0
 
 

@@ -1,12 +1,12 @@
-"""The language model's training step with less to compute and to keep: what `--fused` changes beside the alignment loss.
+"""The language model's training step with less to compute and to keep: `--fused`, beside the alignment loss.
 
 Every part computes what the plain modules compute and can be switched by itself (`--fused_parts`, `applied(parts=)`):
 
     lora            adapters without casts to fp32, without intermediate sums; keeps only inputs and rank-r products
-    merged          layers that read the same input share products: q, k, v (and fc1 of Phi's parallel block), gate and up
+    merged          layers that read one input share products: q, k, v (and fc1 in Phi's parallel block), gate and up
     gelu            tanh-GELU as one operator where transformers composes it
     swiglu          silu(gate) * up keeps its two inputs only
-    norms           layer and RMS norms in the compute dtype, not fp32; RMS norms by liger-kernel on CUDA where installed
+    norms           layer and RMS norms in the compute dtype, not fp32; RMS norms by liger-kernel on CUDA, if installed
     cross_entropy   head and cross-entropy over supervised rows as one operator: no logits are kept
 
 Frozen weights are required and everything is undone on leaving: parameters, names and checkpoints stay the same.

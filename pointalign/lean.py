@@ -1,4 +1,4 @@
-"""How a model trains in less memory and time: attention for packed batches, lean parts, no point branch, a fitting batch."""
+"""Training in less memory and time: attention for packed batches, lean parts, no point branch, a fitting batch."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,7 +43,9 @@ def open_cache(model: Any, extractor: Any, options: Options) -> feature_cache.Fe
         return None
     trained = sorted({*feature_cache.FROZEN} & {*options.model.train})
     if trained:
-        raise ValueError(f"data.feature_cache holds features of a frozen point branch, but model.train has {trained[0]}")
+        raise ValueError(
+            f"data.feature_cache holds features of a frozen point branch, but model.train has {trained[0]}"
+        )
     if options.training.contrastive_steps:
         raise ValueError("training.contrastive_steps trains the point branch that data.feature_cache stands for")
     encoder = options.alignment.target == "encoder"

@@ -108,7 +108,9 @@ def budget(
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
-            frozen += sum(one.numel() * one.element_size() for one in state.as_dict().values() if isinstance(one, Tensor))
+            frozen += sum(
+                one.numel() * one.element_size() for one in state.as_dict().values() if isinstance(one, Tensor)
+            )
     config: Any = model.config
     vocabulary = config.text_config.vocab_size
     rows = supervised

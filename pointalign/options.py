@@ -92,9 +92,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if (self.annotations is None) != (self.clouds is None):
-            raise ValueError(
-                "data.annotations and data.clouds belong together: both, or neither for the embedded set"
-            )
+            raise ValueError("data.annotations and data.clouds belong together: both, or neither for the embedded set")
         if self.pack_tokens and not self.packing:
             raise ValueError("data.pack_tokens needs data.packing")
         if self.feature_cache is not None and self.augmentation:
@@ -173,9 +171,7 @@ def parse(arguments: list[str]) -> Options:
     parser.add_class_arguments(DataOptions, "data")
     parser.add_class_arguments(AlignmentConfig, "alignment")
     parser.add_class_arguments(TrainingOptions, "training")
-    parser.add_argument(
-        "--fused", action="store_true", help="fused kernels where they run; nothing else changes"
-    )
+    parser.add_argument("--fused", action="store_true", help="fused kernels where they run; nothing else changes")
     parser.add_argument(
         "--fused_parts", type=list[str] | None, help="of --fused, only these parts; all that the device runs by default"
     )

@@ -48,7 +48,7 @@ def full_weight(linear: nn.Module) -> Tensor:
 
 
 def keep_layout(language_model: nn.Module) -> None:
-    """Stop bitsandbytes from packing weights anew at the first inference on a CPU: what it packs passes no gradients."""
+    """Stop bitsandbytes from repacking weights at the first inference on a CPU: those pass no gradients."""
     for module in language_model.modules():
         if is_4bit(module):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
@@ -115,7 +115,9 @@ def random_language_model(
     return model.eval()
 
 
-def _random(parameter: Tensor, label: str, module: nn.Module, device: torch.device, generator: torch.Generator) -> Tensor:
+def _random(
+    parameter: Tensor, label: str, module: nn.Module, device: torch.device, generator: torch.Generator
+) -> Tensor:
     if parameter.ndim < 2:
         return (torch.zeros if label == "bias" else torch.ones)(parameter.shape, dtype=parameter.dtype, device=device)
     values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)

@@ -118,9 +118,7 @@ class PointAlignTrainer(Trainer):
         batch_sampler: this process's batches of indices, with `set_epoch`; by default `args` says how many samples.
     """
 
-    def __init__(
-        self, *args: Any, point_learning_rate: float | None = None, batch_sampler: Any = None, **kwargs: Any
-    ):
+    def __init__(self, *args: Any, point_learning_rate: float | None = None, batch_sampler: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.point_learning_rate = point_learning_rate
         self.batch_sampler = batch_sampler
@@ -210,7 +208,7 @@ class PointAlignTrainer(Trainer):
         super().log(logs, start_time)
 
     def whole_state(self) -> dict[str, Tensor] | None:
-        """The state of an FSDP model in one piece, on the first process; None without FSDP. All processes must call it."""
+        """An FSDP model's state in one piece, on the first process; None without FSDP. All processes must call it."""
         return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
 
     # -- checkpoints: complete or absent, safetensors and JSON ---------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A language model put behind a point branch still cannot see the future: without a mask, training would be cheating."""
+"""A language model put behind a point branch still cannot see the future: without a mask, training would cheat."""
 
 import pytest
 import torch

@@ -131,7 +131,9 @@ def test_dropout_drops_for_every_adapter_by_itself():
     assert not torch.equal(masks[0], masks[1])
     expected = [
         layer.base_layer(x)
-        + functional.linear(functional.linear(x * mask * 2, layer.lora_A["default"].weight), layer.lora_B["default"].weight)
+        + functional.linear(
+            functional.linear(x * mask * 2, layer.lora_A["default"].weight), layer.lora_B["default"].weight
+        )
         * layer.scaling["default"]
         for layer, mask in zip(layers, masks, strict=True)
     ]
@@ -156,7 +158,10 @@ def test_products_by_finite_differences():
     adapters = [layer.lora_A["default"].weight for layer in group.modules]
     adapters += [layer.lora_B["default"].weight for layer in group.modules]
     assert torch.autograd.gradcheck(
-        lambda x, *given: fused.LoraProducts.apply(x, group, torch.float64, 0.0, *given), (x, *adapters), atol=1e-6, fast_mode=True
+        lambda x, *given: fused.LoraProducts.apply(x, group, torch.float64, 0.0, *given),
+        (x, *adapters),
+        atol=1e-6,
+        fast_mode=True,
     )
     group.unstack()
     assert torch.autograd.gradcheck(fused.SiluProduct.apply, (x, x.detach().clone().requires_grad_()))

@@ -98,7 +98,9 @@ def test_cached_features_stand_for_the_clouds(run, tmp_path, capsys, monkeypatch
         cached = run("cached", *cache, "--data.packing", "true", "--fused")
     assert_same(cached, plain, tolerance=2e-3)  # features were rounded to fp16
 
-    assert train.main([run.recipe, *cache, "--data.num_points", "128", "--training.output_dir", str(tmp_path / "x")]) == 1
+    assert (
+        train.main([run.recipe, *cache, "--data.num_points", "128", "--training.output_dir", str(tmp_path / "x")]) == 1
+    )
     assert "other weights or preprocessing" in capsys.readouterr().err
     assert train.main([run.recipe, *cache, "--model.seed", "1", "--training.output_dir", str(tmp_path / "y")]) == 1
     assert "other weights or preprocessing" in capsys.readouterr().err

@@ -56,9 +56,7 @@ def test_nf4_trains_and_equals_its_dequantised_twin(folder):
     twin, _ = build(folder, quantization="nf4", dequantize_once=True)
     twin_layers = twin.model.language_model.get_decoder().layers
     assert type(twin_layers[0].self_attn.q_proj.base_layer) is nn.Linear
-    assert torch.equal(
-        quantization.full_weight(layers[0].mlp.fc1.base_layer), twin_layers[0].mlp.fc1.base_layer.weight
-    )
+    assert torch.equal(quantization.full_weight(layers[0].mlp.fc1.base_layer), twin_layers[0].mlp.fc1.base_layer.weight)
     full, _ = build(folder)
     four, once, plain = (losses(one, steps=4) for one in (model, twin, full))
     assert four == pytest.approx(once, rel=1e-5)

@@ -19,10 +19,10 @@ def pack(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
             reading order either way.
 
     Returns:
-        The same without `attention_mask` (with one, samples would see each other), and `position_ids [1, S]` that start
-        at 0 in every sample, `cu_seq_lens_q`, `cu_seq_lens_k` `[B + 1]` int32, `max_length_q`, `max_length_k`: the names
-        by which transformers hands them to an attention function. The first token of a sample carries no label, so that
-        no sample predicts the beginning of the next.
+        The same without `attention_mask` (with one, samples would see each other), and `position_ids [1, S]` that
+        start at 0 in every sample, `cu_seq_lens_q`, `cu_seq_lens_k` `[B + 1]` int32, `max_length_q`, `max_length_k`:
+        the names by which transformers hands them to an attention function. The first token of a sample carries no
+        label, so that no sample predicts the beginning of the next.
     """
     packed: dict[str, Tensor | int] = dict(batch)
     real = batch["attention_mask"].bool()

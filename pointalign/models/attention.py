@@ -4,6 +4,7 @@ On CUDA in 16 bits it is FlashAttention through `torch.nn.attention.varlen`; els
 sample by sample. It builds no mask, so a batch that does not say where its samples end is refused.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -54,9 +55,17 @@ def varlen_attention(
         )
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         if dropout > 0:
-            raise ValueError(f"varlen attention has no dropout, the model asks for {dropout}: use --model.attention sdpa")
+            raise ValueError(
+                f"varlen attention has no dropout, the model asks for {dropout}: use --model.attention sdpa"
+            )
         from torch.nn.attention.varlen import varlen_attn
 
+        options: dict[str, Any] = {}
+        if (groups := query.shape[1] // key.shape[1]) > 1:
+            if "enable_gqa" in signature(varlen_attn).parameters:
+                options = {"enable_gqa": True}
+            else:  # before PyTorch 2.12
+                key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
         output = varlen_attn(
             *(one[0].transpose(0, 1) for one in (query, key, value)),
             cu_seq_lens_q,
@@ -65,7 +74,7 @@ def varlen_attention(
             max_length_q,
             scale=scaling,
             window_size=(-1, 0),
-            **({"enable_gqa": True} if query.shape[1] != key.shape[1] else {}),
+            **options,
         )
         assert isinstance(output, Tensor)
         return output[None], None

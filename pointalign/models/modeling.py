@@ -190,7 +190,7 @@ class PointAlignModel(PointAlignPreTrainedModel):
         query_features: Tensor | None = None,
         **kwargs: Any,
     ):
-        """Hidden states of the language model, without its head. Arguments as in `PointAlignForConditionalGeneration`."""
+        """Hidden states of the language model, without its head; arguments of `PointAlignForConditionalGeneration`."""
         if inputs_embeds is None:
             assert input_ids is not None, "either `input_ids` or `inputs_embeds` is needed"
             inputs_embeds, _ = self.embed(input_ids, point_values, point_lengths, point_mask, query_features)

@@ -38,7 +38,9 @@ class PointAlignFeatureExtractor(FeatureExtractionMixin):
 
     model_input_names = ("point_values", "point_lengths")
 
-    def __init__(self, num_points: int = 8192, min_points: int = 32, up_axis: str = "y", num_channels: int = 6, **kwargs):
+    def __init__(
+        self, num_points: int = 8192, min_points: int = 32, up_axis: str = "y", num_channels: int = 6, **kwargs
+    ):
         super().__init__(**kwargs)
         self.num_points = num_points
         self.min_points = min_points
