@@ -225,6 +225,8 @@ def encoder_of(
 ) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
     """`encode` for `write`: reads clouds by `find(object_id)` and runs the point branch in float32."""
 
+    model.eval()
+
     @torch.inference_mode()
     def encode(object_ids: Sequence[str]) -> dict[str, np.ndarray]:
         batch = extractor([find(one) for one in object_ids]).to(device)

@@ -100,7 +100,10 @@ def make_trainer(options: Options) -> tuple[Any, Any, Any]:
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
     data, training = options.data, options.training
-    if training.fsdp:  # as accelerate does later: 4-bit weights are packed for it while they load
+    if training.fsdp:
+        if training.device.type == "cpu":
+            raise ValueError("training.fsdp: accelerate shards on GPUs only, on a CPU it would copy without a word")
+        # As accelerate does later: 4-bit weights are packed for it while they load.
         os.environ["ACCELERATE_USE_FSDP"] = "true"
     if training.memory_limit_gb is not None:
         memory.cap_memory(training.memory_limit_gb, training.device)
