@@ -1,6 +1,7 @@
 """Optional native build, switched by POINTALIGN_BUILD=auto|none|cpu|cuda. Metadata lives in pyproject.toml.
 
 `auto` builds what the machine can and never fails an installation; `cpu` and `cuda` build or fail with the reason.
+TORCH_CUDA_ARCH_LIST ("9.0", "8.6;8.9") narrows the GPUs that a CUDA build serves.
 The library uses torch's stable ABI and no Python symbol: one file serves every torch from 2.11 and every Python.
 """
 
@@ -23,10 +24,11 @@ CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 STABLE_ABI = "0x020b000000000000"  # torch 2.11
 
 
-def find_nvcc() -> str | None:
+def find_nvcc() -> str:
+    """The path of nvcc, or an empty string."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     in_home = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
-    return in_home or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return in_home or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin") or ""
 
 
 def missing_for(build: str) -> str | None:
@@ -38,14 +40,19 @@ def missing_for(build: str) -> str | None:
 
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA"
-        if find_nvcc() is None:
+        if not find_nvcc():
             return "nvcc is neither on PATH nor under CUDA_HOME"
     return None
 
 
 def extension(build: str, optional: bool) -> Extension:
-    package = Path(importlib.util.find_spec("torch").origin).parent
+    import torch
+
+    package = Path(torch.__path__[0])
     cuda = build == "cuda"
+    macros: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", STABLE_ABI)]
+    if cuda:
+        macros.append(("USE_CUDA", None))
     return Extension(
         "pointalign_kernels._native",
         SOURCES + CUDA_SOURCES * cuda,
@@ -53,7 +60,7 @@ def extension(build: str, optional: bool) -> Extension:
         include_dirs=[str(package / "include")],
         library_dirs=[str(package / "lib")],
         libraries=["torch_cpu", "torch_cuda"] if cuda else ["torch_cpu"],
-        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)] + [("USE_CUDA", None)] * cuda,
+        define_macros=macros,
         # No contraction: a fused multiply-add would round differently from the reference and from the GPU.
         extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"],
         language="c++",
@@ -72,7 +79,12 @@ class BuildNative(build_ext):
     def compile_kernels(self) -> str:
         nvcc = find_nvcc()
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-        architectures = [number for number in CUDA_ARCHITECTURES if f"compute_{number}" in known]
+        asked = (
+            os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(".", "").replace("+PTX", "").replace(";", " ").split()
+        )
+        architectures = [number for number in asked or CUDA_ARCHITECTURES if f"compute_{number}" in known]
+        if not architectures:
+            raise CompileError(f"nvcc knows none of the architectures {asked or CUDA_ARCHITECTURES}, only {known}")
         target = Path(self.build_temp, CUDA_KERNELS).with_suffix(".o")
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", CUDA_KERNELS]
@@ -90,12 +102,12 @@ class BuildNative(build_ext):
     @staticmethod
     def cuda_runtime() -> list[str]:
         # The static runtime shares torch's context and asks nothing of the machine that installs the wheel.
-        home = Path(find_nvcc()).resolve().parent.parent
-        folders = [home / "lib64", *home.glob("targets/*/lib"), home / "lib"]
-        folder = next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
-        if folder is None:
-            raise CompileError(f"libcudart_static.a was not found under {home}")
-        return [str(folder / "libcudart_static.a"), "-ldl", "-lrt", "-lpthread"]
+        listing = subprocess.run([find_nvcc(), "--dryrun", CUDA_KERNELS], capture_output=True, text=True).stderr
+        folders = [word.strip('"')[2:] for word in listing.split() if word.strip('"').startswith("-L")]
+        for folder in folders:
+            if (library := Path(folder, "libcudart_static.a")).exists():
+                return [str(library), "-ldl", "-lrt", "-lpthread"]
+        raise CompileError(f"libcudart_static.a is in none of nvcc's library folders {folders}")
 
 
 def extensions(build: str) -> list[Extension]:

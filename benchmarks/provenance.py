@@ -24,7 +24,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = re.search(r"Model name:\s*(.+)", _output("lscpu") or "")
-    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{model[1] if model else platform.machine()}, threads: {torch.get_num_threads()}"
 
 
 def provenance(device: torch.device) -> dict:

@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -58,7 +58,7 @@ def timed(call: Callable[[], object], device: str) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def race(contenders: dict[str, Callable[[], object]], device: str, rounds: int = ROUNDS, slow: tuple = ()) -> dict:
+def race(contenders: Mapping[str, Callable], device: str, rounds: int = ROUNDS, slow: tuple = ()) -> dict:
     """Milliseconds per call (p20, p50, p80, minimum); the `slow` ones run in three rounds only."""
     for name, call in contenders.items():
         if name not in slow:
@@ -84,9 +84,9 @@ def farthest_throughout(points: Tensor, index: Tensor) -> bool:
     return True
 
 
-def fps_peers(points: Tensor, num_samples: int, executor: ThreadPoolExecutor) -> dict[str, Callable[[], object]]:
+def fps_peers(points: Tensor, num_samples: int, executor: ThreadPoolExecutor) -> dict[str, Callable]:
     """Every exact mode of the installed CPU wheels; fpsample takes one cloud at a time, so threads share the clouds."""
-    peers: dict[str, Callable[[], object]] = {}
+    peers: dict[str, Callable] = {}
     arrays = list(points.numpy())
     if importlib.util.find_spec("fpsample"):
         import fpsample
@@ -125,11 +125,11 @@ def topk_group(points: Tensor, centre_index: Tensor) -> Tensor:
 
 
 def kdtree_neighbours(points: Tensor, centre_index: Tensor) -> list:
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     found = []
     for cloud, index in zip(points[..., :3].numpy(), centre_index.numpy(), strict=True):
-        found.append(cKDTree(cloud).query(cloud[index], NEIGHBOURS, workers=THREADS)[1])
+        found.append(KDTree(cloud).query(cloud[index], NEIGHBOURS, workers=THREADS)[1])
     return found
 
 
@@ -283,15 +283,18 @@ def test_cuda():
 
         sampling["torch-quickfps"] = rotating(lambda i: torch_quickfps.sample_idx(sets[i], SAMPLES, start_idx=0))
     if importlib.util.find_spec("torch_fps"):
-        import torch_fps
+        import torch_fps  # pyright: ignore[reportMissingImports]  (a CUDA-only wheel)
 
+        everything = torch.ones(BATCH, POINTS, dtype=torch.bool, device="cuda")
         sampling["torch-fps"] = rotating(
-            lambda i: (
-                torch_fps.farthest_point_sampling_with_knn(sets[i], None, SAMPLES, 1)[0]
-                if not hasattr(torch_fps, "farthest_point_sampling")
-                else torch_fps.farthest_point_sampling(sets[i], None, SAMPLES)
+            lambda i: torch_fps.farthest_point_sampling(
+                sets[i], everything, SAMPLES, random_start=False, validate=False, assume_finite=True
             )
         )
+    for name, sample in sampling.items():
+        index = sample()[0].cpu()
+        cloud = sets[(next(turn) - 1) % len(sets)][0].cpu()
+        assert farthest_throughout(cloud, index), f"{name} is not exact"
     fps_rows = race(sampling, "cuda", slow=("python loop",))
     compiled = torch.compile(topk_group)
     group_rows = race(

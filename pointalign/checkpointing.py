@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,8 +25,13 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+            previous = target.with_name(f".{target.name}.previous")  # a folder cannot be renamed over another
+            _remove(previous)
+            os.replace(target, previous)
+            os.replace(temporary, target)
+            _remove(previous)
+        else:
+            os.replace(temporary, target)
     except BaseException:
         _remove(temporary)
         raise
@@ -73,11 +79,14 @@ def read_tensors(path: Path, expected: set[str], ignored: str | None = None) -> 
     """Exactly the `expected` keys of a safetensors file, less those that contain `ignored`.
 
     Raises:
-        ValueError: a key is missing or unexpected.
+        ValueError: a key is missing or unexpected, or the file is damaged.
     """
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    state = {key: one for key, one in load_file(path).items() if ignored is None or ignored not in key}
+    try:
+        state = {key: one for key, one in load_file(path).items() if ignored is None or ignored not in key}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     problems = [f"missing {key}" for key in sorted(expected - state.keys())]
     problems += [f"unexpected {key}" for key in sorted(state.keys() - expected)]
     _refuse(path, problems)

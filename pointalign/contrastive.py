@@ -1,7 +1,9 @@
-"""Warm-up of a new point branch: encoder and Q-Former learn to say, in a sentence embedding, what they see.
+"""Warm-up of a new point branch: encoder and Q-Former learn to say, as a sentence embedding, what they see.
 
-A few hundred objects are too few to teach an encoder through a language model alone. The mean Q-Former token of a cloud
-is compared with sentence embeddings of all names in the data; names that mean nearly the same count as nearly right.
+A few hundred objects are too few to teach an encoder through a language model alone. Encoder tokens and Q-Former tokens
+are each pooled, mapped to the space of a sentence encoder, and compared with the embeddings of all nouns in the data.
+The encoder is asked by itself as well, because a gradient through the Q-Former alone reaches it only once the Q-Former
+has learned to look.
 """
 
 from collections.abc import Sequence
@@ -17,9 +19,9 @@ from tqdm import tqdm
 from pointalign.data.augment import augment
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
-TEMPERATURE = 0.05  # of the comparison with the names
-NEARNESS = 0.1  # of the soft targets among the names
-MOMENTUM = 0.99  # of the weight average that is kept
+TEMPERATURE = 0.05  # of the comparison with the nouns
+SMOOTHING = 0.1  # of the targets
+SMALLEST, LARGEST = 1024, 8192  # points of a cloud: what is seen must not depend on how densely it is sampled
 
 
 @dataclass
@@ -55,50 +57,56 @@ def warm_up(
     learning_rate: float,
     device: torch.device | str = "cpu",
 ) -> list[float]:
-    """Train encoder, point MLP and Q-Former in place; the head that maps to sentences is discarded.
+    """Train encoder, point MLP and Q-Former in place; the heads that map to sentences are discarded.
 
     Returns:
-        The loss of every step.
+        The loss of every step, summed over both heads.
     """
     names = sorted(set(data.names))
     sentences = embed_sentences(sentence_encoder, names).to(device)  # [S, D]
-    soft = (sentences @ sentences.T / NEARNESS).softmax(dim=-1)  # [S, S]
     wanted = torch.tensor([names.index(name) for name in data.names], device=device)
-    parts = [model.model.point_encoder, model.model.point_mlp, model.model.qformer]
-    head = nn.Linear(model.config.qformer_config.hidden_size, sentences.shape[1]).to(device)
-    parameters = [p for part in parts for p in part.parameters()] + [model.model.query_tokens]
-    average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=learning_rate, weight_decay=0.05)
+    branch = model.model
+    of_encoder = nn.Linear(2 * model.config.point_config.hidden_size, sentences.shape[1]).to(device)
+    of_qformer = nn.Linear(model.config.qformer_config.hidden_size, sentences.shape[1]).to(device)
+    modules = [branch.point_encoder, branch.point_mlp, branch.qformer, of_encoder, of_qformer]
+    parameters = [branch.query_tokens, *(p for module in modules for p in module.parameters())]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng(int(torch.randint(2**62, (1,))))
-    half = model.model.language_model.dtype == torch.bfloat16
+    half = branch.language_model.dtype == torch.bfloat16
+
+    def mismatch(features: Tensor, head: nn.Linear, target: Tensor) -> Tensor:
+        said = functional.normalize(head(features.float()), dim=-1)
+        return functional.cross_entropy(said @ sentences.T / TEMPERATURE, target, label_smoothing=SMOOTHING)
+
     losses: list[float] = []
     model.train()
     order = np.array([], dtype=int)
-    progress = tqdm(range(steps), desc="contrastive warm-up", unit="step")
-    for step in progress:
+    progress = tqdm(range(steps), desc="contrastive warm-up", unit="step", mininterval=1.0)
+    for _ in progress:
         if len(order) < batch_size:
             order = np.concatenate([order, rng.permutation(len(data.clouds))])
         chosen, order = order[:batch_size], order[batch_size:]
-        size = int(rng.integers(2048, 4097))  # one size a batch, so that clouds need no padding
-        clouds = [augment(data.clouds[i], rng)[:size] for i in chosen]
-        smallest = min(len(cloud) for cloud in clouds)
-        points = np.stack([processor.feature_extractor.prepare(cloud[:smallest]) for cloud in clouds])
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
-            tokens = model.get_qformer_features(torch.from_numpy(points).to(device))  # [B, Q, D]
-        seen = functional.normalize(head(tokens.float().mean(dim=1)), dim=-1)
-        loss = functional.cross_entropy(seen @ sentences.T / TEMPERATURE, soft[wanted[chosen]])
+        points = torch.from_numpy(_views([data.clouds[i] for i in chosen], processor, rng)).to(device)
+        with torch.autocast(points.device.type, torch.bfloat16, enabled=half):
+            tokens = branch.get_encoder_tokens(points)  # [B, 1 + G, D]
+            queries = branch.query(tokens)  # [B, Q, D]
+        pooled = torch.cat([tokens[:, 0], tokens[:, 1:].amax(dim=1)], dim=-1)
+        target = wanted[chosen]
+        loss = mismatch(pooled, of_encoder, target) + mismatch(queries.mean(dim=1), of_qformer, target)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_([*parameters, *head.parameters()], 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        with torch.no_grad():
-            for mean, parameter in zip(average, parameters, strict=True):
-                mean.lerp_(parameter, 1 - min(MOMENTUM, step / (step + 10)))
         losses.append(loss.item())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
-    with torch.no_grad():
-        for mean, parameter in zip(average, parameters, strict=True):
-            parameter.copy_(mean)
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return losses
+
+
+def _views(clouds: Sequence[np.ndarray], processor: PointAlignProcessor, rng: np.random.Generator) -> np.ndarray:
+    """Augmented clouds `[B, N, 6]` of one random density, so that they need no padding."""
+    views = [augment(cloud, rng) for cloud in clouds]
+    size = min(int(np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST)))), *(len(view) for view in views))
+    assert processor.feature_extractor is not None
+    return np.stack([processor.feature_extractor.prepare(view[:size]) for view in views])

@@ -282,9 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if rank == 0:
-        print(
-            f"{len(objects)} objects in {options.data.feature_cache}; now train with the same --data.feature_cache"
-        )
+        print(f"{len(objects)} objects in {options.data.feature_cache}; now train with the same --data.feature_cache")
     return 0
 
 

@@ -130,7 +130,7 @@ class TrainingOptions(TrainingArguments):
     seed: int = 0
     dataloader_pin_memory: bool = False
     contrastive_steps: int = 0
-    contrastive_batch_size: int = 48
+    contrastive_batch_size: int = 32
     contrastive_learning_rate: float = 1e-3
     point_learning_rate: float | None = None
     auto_batch: bool = False

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -189,8 +189,11 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
     if point_branch_only:
         checkpointing.load_state(model, path, set(checkpointing.stage_state(model)), ignored=".lora_")
         return
-    with safe_open(path, framework="pt") as file:
-        trained_with = (file.metadata() or {}).get("language_model")
+    try:
+        with safe_open(path, framework="pt") as file:
+            trained_with = (file.metadata() or {}).get("language_model")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     own = fingerprint(model.model.language_model)
     if trained_with != own:
         raise ValueError(

@@ -5,21 +5,27 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pointalign.options import Options, parse
+if TYPE_CHECKING:
+    from pointalign.options import Options
 
 
 def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advertises another package
+    from pointalign.options import parse
+
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return run(options)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was complete is in {options.training.output_dir}", file=sys.stderr)
+        return 130
 
 
 def keep_freed_memory() -> None:
@@ -35,7 +41,7 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def run(options: Options) -> int:
+def run(options: "Options") -> int:
     """Train as the options say. Returns the exit status: 0, or 130 after Ctrl-C."""
     from pointalign import checkpointing, lean, stages
     from pointalign.evaluation.plots import loss_curves
@@ -90,7 +96,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def make_trainer(options: Options) -> tuple[Any, Any, Any]:
+def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
     """Trainer, model and processor for the options; the data is checked first, so that nothing bad is found later."""
     from pointalign import lean, memory, stages
     from pointalign.data.check import check
@@ -150,7 +156,7 @@ def make_trainer(options: Options) -> tuple[Any, Any, Any]:
     return trainer, model, processor
 
 
-def data_paths(options: Options) -> tuple[Path, Path]:
+def data_paths(options: "Options") -> tuple[Path, Path]:
     """Annotation file and folder of clouds: the user's, or the embedded objects'."""
     if options.data.annotations is not None and options.data.clouds is not None:
         return Path(options.data.annotations), Path(options.data.clouds)
@@ -160,7 +166,7 @@ def data_paths(options: Options) -> tuple[Path, Path]:
     return furniture / "annotations" / "train.json", furniture / "clouds"
 
 
-def run_folder(options: Options) -> Path:
+def run_folder(options: "Options") -> Path:
     """The run's folder; a finished run is never overwritten: a free number is appended."""
     folder = Path(options.training.output_dir or "runs/align")
     if options.training.resume_from_checkpoint is None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -189,7 +195,7 @@ def choose_impl(fused: bool) -> str:
     return "reference"
 
 
-def describe(options: Options) -> dict[str, Any]:
+def describe(options: "Options") -> dict[str, Any]:
     """The options as JSON values, with the versions they ran under."""
     import platform
     import subprocess
@@ -226,7 +232,7 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def warm_up(model: Any, processor: Any, options: Options) -> None:
+def warm_up(model: Any, processor: Any, options: "Options") -> None:
     from pointalign import assets, contrastive
     from pointalign.evaluation.naming import load_objects
 
@@ -235,7 +241,7 @@ def warm_up(model: Any, processor: Any, options: Options) -> None:
             "training.contrastive_steps needs the names of the embedded objects: leave data.annotations out"
         )
     objects = load_objects(assets.furniture(), "train")
-    named = contrastive.NamedClouds(objects.clouds, [record["name"] for record in objects.records])
+    named = contrastive.NamedClouds(objects.clouds, objects.nouns)
     contrastive.warm_up(
         model,
         processor,

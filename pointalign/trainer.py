@@ -132,9 +132,9 @@ class PointAlignTrainer(Trainer):
         self._steps_at_log: int | None = None
         self._time_at_log = time.perf_counter()
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.point_learning_rate is None or self.optimizer is not None:
-            return super().create_optimizer(model)
+            return super().create_optimizer(*args, **kwargs)
         groups: dict[bool, list] = {True: [], False: []}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:

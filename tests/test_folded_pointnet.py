@@ -83,3 +83,5 @@ def test_training_mode_is_refused():
     first[1] = nn.BatchNorm1d(32, track_running_stats=False).eval()
     with pytest.raises(ValueError, match="no running statistics"):
         fold_pointnet(first, second.eval())
+    with pytest.raises(ValueError, match="expected Conv1d, BatchNorm1d, ReLU, Conv1d"):
+        fold_pointnet(first[:2], second)

@@ -20,13 +20,14 @@ from torch import Tensor
 from pointalign_kernels import reference
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.compiler.assume_constant_result
 def fused_available(device_type: str) -> bool:
     """Whether the fused alignment loss can run on this kind of device ("cpu", "cuda")."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return False
     if device_type == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)

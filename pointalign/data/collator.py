@@ -53,17 +53,14 @@ class ConversationCollator:
             batch |= self.features.batch([one for sample in samples for one in sample["object_ids"]])
         return pack(batch) if self.packing else batch
 
-    @staticmethod
-    def _augmented(sample: dict) -> list[dict]:
+    def _augmented(self, sample: dict) -> list[dict]:
         rng = np.random.default_rng(sample["draw"])
         pose_free = sample["conversation_type"] == POSE_FREE
-        return [
-            message
-            | {
-                "content": [
-                    item | {"point": augment(item["point"], rng, pose_free)} if item["type"] == "point" else item
-                    for item in message["content"]
-                ]
-            }
-            for message in sample["messages"]
-        ]
+        fewest = self.processor.feature_extractor.min_points
+
+        def view(item: dict) -> dict:
+            if item["type"] != "point":
+                return item
+            return item | {"point": augment(item["point"], rng, pose_free, fewest)}
+
+        return [message | {"content": [view(item) for item in message["content"]]} for message in sample["messages"]]

@@ -9,7 +9,7 @@ import torch
 from pointalign.data.augment import turn
 from pointalign.data.point_cloud import normalise, subsample
 
-CHAMFER_POINTS = 1024
+CHAMFER_POINTS, COARSE_POINTS, SHORTLIST = 1024, 256, 32
 
 
 def majority(nouns: Sequence[str]) -> str:
@@ -30,24 +30,32 @@ def random_yaw(clouds: Sequence[np.ndarray], seed: int = 0) -> list[np.ndarray]:
 def nearest_by_chamfer(queries: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> np.ndarray:
     """Index `[Q]` of the reference cloud nearest to each query, by the symmetric Chamfer distance of 1024 points each.
 
-    Clouds are centred and scaled to the unit sphere, as the model sees them.
+    Clouds are centred and scaled to the unit sphere, as the model sees them. The 32 nearest by 256 points are compared
+    by all 1024.
     """
-    query_points = [_prepare(cloud) for cloud in queries]
-    reference_points = torch.stack([_prepare(cloud) for cloud in references])  # [R, P, 3]
-    reference_norms = reference_points.square().sum(dim=-1)
+    fine = _prepare(references)  # [R, P, 3]
+    coarse = fine[:, :COARSE_POINTS]
     nearest = np.empty(len(queries), dtype=int)
-    for row, points in enumerate(query_points):
-        best = []
-        for start in range(0, len(references), 32):
-            chunk, norms = reference_points[start : start + 32], reference_norms[start : start + 32]
-            products = torch.matmul(chunk, points.T)  # [r, P, P]
-            squared = products.mul_(-2).add_(norms[..., None]).add_(points.square().sum(dim=-1))
-            there = squared.amin(dim=2).clamp(min=0).sqrt().mean(dim=1)
-            back = squared.amin(dim=1).clamp(min=0).sqrt().mean(dim=1)
-            best.append(there + back)
-        nearest[row] = int(torch.cat(best).argmin())
+    for row, points in enumerate(_prepare(queries)):
+        shortlist = chamfer(points[:COARSE_POINTS], coarse).topk(min(SHORTLIST, len(fine)), largest=False).indices
+        nearest[row] = int(shortlist[chamfer(points, fine[shortlist]).argmin()])
     return nearest
 
 
-def _prepare(cloud: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(normalise(subsample(cloud, CHAMFER_POINTS))[:, :3].copy()).float()
+def chamfer(points: torch.Tensor, references: torch.Tensor, chunk: int = 8) -> torch.Tensor:
+    """Symmetric Chamfer distances `[R]` of points `[P, 3]` to references `[R, P, 3]`: mean distances there and back."""
+    distances = []
+    right = torch.cat([points, torch.ones(len(points), 1), points.square().sum(-1, keepdim=True)], dim=1).T
+    for part in references.split(chunk):  # small enough to stay in the cache
+        left = torch.cat([-2 * part, part.square().sum(-1, keepdim=True), torch.ones_like(part[..., :1])], dim=-1)
+        squared = (left.flatten(0, 1) @ right).view(len(part), part.shape[1], len(points))
+        ways = [squared.amin(dim=dim).clamp(min=0).sqrt().mean(dim=1) for dim in (1, 2)]
+        distances.append(ways[0] + ways[1])
+    return torch.cat(distances)
+
+
+def _prepare(clouds: Sequence[np.ndarray]) -> torch.Tensor:
+    prepared = [torch.from_numpy(normalise(subsample(cloud, CHAMFER_POINTS))[:, :3].copy()) for cloud in clouds]
+    # Subsampling keeps the order of the file; in random order, the first points are a sample of the others.
+    order = torch.from_numpy(np.random.default_rng(0).permutation(CHAMFER_POINTS))
+    return torch.stack([one.float()[order % len(one)] for one in prepared])  # [N, P, 3]

@@ -100,7 +100,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "mini": {
         "model": {"projector_hidden_size": 384},
         "point_config": {
-            "num_groups": 128,
+            "num_groups": 64,
             "group_dim": 96,
             "hidden_size": 192,
             "num_hidden_layers": 4,
@@ -113,6 +113,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_attention_heads": 3,
             "intermediate_size": 768,
             "encoder_hidden_size": 192,
+            # Narrow layers with BERT's initial weights pass on next to nothing; these keep the variance.
+            "initializer_range": 0.07,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
         },
     },
 }

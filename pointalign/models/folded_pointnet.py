@@ -55,6 +55,17 @@ def _folded(convolution: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tenso
     return (weight * scale[:, None]).to(dtype), ((bias - norm.running_mean.double()) * scale + shift).to(dtype)
 
 
+def _parts(name: str, block: nn.Sequential) -> tuple[nn.Conv1d, nn.BatchNorm1d, nn.Conv1d]:
+    if len(block) == 4:
+        first, norm, activation, last = block
+        if isinstance(first, nn.Conv1d) and isinstance(norm, nn.BatchNorm1d) and isinstance(last, nn.Conv1d):
+            if isinstance(activation, nn.ReLU) and last.bias is not None:
+                if block.training or norm.training:
+                    raise ValueError(f"{name} is in training mode: call eval() before folding")
+                return first, norm, last
+    raise ValueError(f"{name}: expected Conv1d, BatchNorm1d, ReLU, Conv1d with a bias, got {block}")
+
+
 @torch.no_grad()
 def fold_pointnet(first_conv: nn.Sequential, second_conv: nn.Sequential) -> FoldedPointNet:
     """Folds a mini-PointNet that is frozen and in eval mode.
@@ -68,17 +79,17 @@ def fold_pointnet(first_conv: nn.Sequential, second_conv: nn.Sequential) -> Fold
         again after the module changes or moves.
 
     Raises:
-        ValueError: a module is in training mode (its BatchNorm would use the batch) or keeps no statistics.
+        ValueError: a module is built otherwise, is in training mode (its BatchNorm would use the batch) or keeps no
+            statistics.
     """
-    for name, module in (("first_conv", first_conv), ("second_conv", second_conv)):
-        if module.training or module[1].training:
-            raise ValueError(f"{name} is in training mode: call eval() before folding")
-    weight, bias = _folded(second_conv[0], second_conv[1])
+    first, first_norm, lift = _parts("first_conv", first_conv)
+    second, second_norm, last = _parts("second_conv", second_conv)
+    weight, bias = _folded(second, second_norm)
     width = weight.shape[1] // 2
     return FoldedPointNet(
-        first=_folded(first_conv[0], first_conv[1]),
-        lift=(first_conv[3].weight[..., 0].clone(), first_conv[3].bias.clone()),
+        first=_folded(first, first_norm),
+        lift=(lift.weight[..., 0].clone(), lift.bias.clone()),
         shared=(weight[:, :width].contiguous(), bias),
         local=weight[:, width:].contiguous(),
-        last=(second_conv[3].weight[..., 0].clone(), second_conv[3].bias.clone()),
+        last=(last.weight[..., 0].clone(), last.bias.clone()),
     )

@@ -56,6 +56,11 @@ class PointAlignPreTrainedModel(PreTrainedModel):
     # Sampling and neighbours are exact in fp32 only, and the alignment target should not move with the LLM's dtype.
     _keep_in_fp32_modules_strict = {"point_encoder", "point_mlp", "query_tokens", "qformer", "modality_projector"}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the language model, and so what `save_pretrained` records: the point branch is fp32 beside any."""
+        return self.base_model.language_model.dtype
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PointAlignModel):
@@ -122,16 +127,17 @@ class PointAlignModel(PointAlignPreTrainedModel):
 
     def get_qformer_features(self, point_values: Tensor, point_lengths: Tensor | None = None) -> Tensor:
         """Q-Former tokens `[C, Q, Dq]` of clouds `[C, N, 3 + F]`."""
-        return self._query(self.get_encoder_tokens(point_values, point_lengths))
+        return self.query(self.get_encoder_tokens(point_values, point_lengths))
 
-    def _query(self, tokens: Tensor) -> Tensor:
+    def query(self, tokens: Tensor) -> Tensor:
+        """Q-Former tokens `[C, Q, Dq]` of encoder tokens `[C, T', D]`."""
         queries = self.query_tokens.expand(len(tokens), -1, -1)
         return self.qformer(query_embeds=queries, encoder_hidden_states=self.point_mlp(tokens)).last_hidden_state
 
     def encode_point_clouds(self, points: Tensor, point_lengths: Tensor | None = None) -> PointFeatures:
         """Every stage of the point branch for clouds `[C, N, 3 + F]`, normalised as the feature extractor does."""
         tokens = self.get_encoder_tokens(points, point_lengths)
-        qformer = self._query(tokens)
+        qformer = self.query(tokens)
         return PointFeatures(encoder=tokens, qformer=qformer, projected=self.modality_projector(qformer))
 
     def get_point_features(
@@ -151,6 +157,11 @@ class PointAlignModel(PointAlignPreTrainedModel):
             raise ValueError(
                 f"{num_clouds} clouds need {expected} places in a point_mask of shape {list(input_ids.shape)}, "
                 f"got {int(point_mask.sum())} places in shape {list(point_mask.shape)}"
+            )
+        if bool((point_mask.sum(dim=1) % self.config.num_query_tokens).any()):
+            raise ValueError(
+                f"every row needs a multiple of {self.config.num_query_tokens} places for point tokens, "
+                f"got {point_mask.sum(dim=1).tolist()} in the rows of point_mask"
             )
         return point_mask
 

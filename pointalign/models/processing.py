@@ -21,7 +21,7 @@ POINT_MARKER = "<point>"
 PLAIN_CHAT_TEMPLATE = (
     "{{ bos_token or '' }}{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token or '' }}"
-    "{% elif messages | length > 2 %}[INST] {{ m['content'] }} [/INST] "
+    "{% elif several_rounds | default(messages | length > 2) %}[INST] {{ m['content'] }} [/INST] "
     "{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
 )
 
@@ -58,6 +58,9 @@ class PointAlignFeatureExtractor(FeatureExtractionMixin):
         if not np.isfinite(points).all():
             first = int(np.argwhere(~np.isfinite(points).all(axis=1))[0, 0])
             raise PointCloudError(f"point {first} of the cloud is NaN or infinite: {points[first].tolist()}")
+        if self.num_channels == 6 and (points[:, 3:].min(initial=0) < 0 or points[:, 3:].max(initial=0) > 1):
+            low, high = points[:, 3:].min(), points[:, 3:].max()
+            raise PointCloudError(f"expected colours in 0..1, got {low:g} to {high:g}: divide 8-bit colours by 255")
         if len(points) < self.min_points:
             raise PointCloudError(
                 f"the cloud has {len(points)} points, the point encoder needs at least {self.min_points}"
@@ -129,7 +132,9 @@ class PointAlignProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         rows = [self._encode([(part, False) for part in _split(one, POINT_MARKER)]) for one in texts]
-        return self._batch(rows, list(points or []), padding, truncation, max_length, return_tensors, labels=False)
+        return self._batch(
+            rows, [] if points is None else list(points), padding, truncation, max_length, return_tensors, labels=False
+        )
 
     # -- chat messages -----------------------------------------------------------------------------------------------
 
@@ -198,9 +203,12 @@ class PointAlignProcessor(ProcessorMixin):
                 content = "".join(pieces)
             plain.append(message | {"content": content})
 
+        # The plain template looks at the whole talk, which it is only shown in part below.
+        options = {"several_rounds": len(plain) > 2} | kwargs
+
         def render(upto: int, prompt: bool) -> str:
             return self.tokenizer.apply_chat_template(
-                plain[:upto], chat_template=template, tokenize=False, add_generation_prompt=prompt, **kwargs
+                plain[:upto], chat_template=template, tokenize=False, add_generation_prompt=prompt, **options
             )
 
         whole = render(len(plain), add_generation_prompt)
