@@ -131,13 +131,7 @@ def test_an_optimizer_goes_on_where_it_stopped(kind, tmp_path):
 
 def test_random_numbers_go_on_where_they_stopped(tmp_path):
     def draw():
-        return (
-            random.random(),
-            random.gauss(0, 1),
-            np.random.rand(3).tolist(),
-            np.random.randn(),
-            torch.rand(3).tolist(),
-        )
+        return random.random(), random.gauss(0, 1), np.random.rand(3).tolist(), np.random.randn(), torch.rand(3).tolist()
 
     keep = random.getstate(), np.random.get_state(), torch.get_rng_state()
     draw()

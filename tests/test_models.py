@@ -220,7 +220,9 @@ def test_a_batch_with_two_clouds_a_row_equals_the_singles(architecture, beams, p
     singles = [answers(model, prompts(processor, one), num_beams=beams)[0] for one in conversations]
     assert together == singles
     swapped = [user("Which is taller?", clouds[1], clouds[0])]
-    features = [model(**prompts(processor, one)).logits[0, -1] for one in (conversations[0], swapped)]
+    features = [
+        model(**prompts(processor, one)).logits[0, -1] for one in (conversations[0], swapped)
+    ]
     assert not torch.allclose(*features), "the order of the clouds changes nothing"
 
 

@@ -62,9 +62,7 @@ def plain_encoder(model, points):
             y = functional.layer_norm(x, x.shape[-1:], block["norm1.weight"], block["norm1.bias"], eps=1e-5)
             q, k, v = (y @ block["attn.qkv.weight"].T).chunk(3, dim=-1)
             heads = []
-            for q_h, k_h, v_h in zip(
-                *(one.chunk(config.num_attention_heads, dim=-1) for one in (q, k, v)), strict=True
-            ):
+            for q_h, k_h, v_h in zip(*(one.chunk(config.num_attention_heads, dim=-1) for one in (q, k, v)), strict=True):
                 heads.append((q_h @ k_h.T / q_h.shape[-1] ** 0.5).softmax(dim=-1) @ v_h)
             x = x + torch.cat(heads, dim=-1) @ block["attn.proj.weight"].T + block["attn.proj.bias"]
             y = functional.layer_norm(x, x.shape[-1:], block["norm2.weight"], block["norm2.bias"], eps=1e-5)

@@ -65,5 +65,7 @@ def test_p_is_that_of_the_exact_sign_test_and_symmetric():
 
 def test_p_is_level_without_a_difference():
     rng = np.random.default_rng(2)
-    ps = [paired_difference(rng.random(30), rng.random(30), names(30), seed=trial)[1] for trial in range(60)]
+    ps = [
+        paired_difference(rng.random(30), rng.random(30), names(30), seed=trial)[1] for trial in range(60)
+    ]
     assert sum(p < 0.05 for p in ps) <= 9 and 0.3 < np.mean(ps) < 0.7
