@@ -25,7 +25,7 @@ SANITIZED = "tests/test_alignment_kernels.py -k several_layers"  # small cases: 
 # (stage, commands); {output} is the folder of the results
 STAGES: list[tuple[str, list[str]]] = [
     ("build", [f"{sys.executable} -m pip install --no-build-isolation --no-deps --quiet -e ."]),
-    ("tests", [f"{PYTEST} -n 8 tests/test_alignment_kernels.py"]),
+    ("tests", [f"{PYTEST} -n 8 tests/test_alignment_kernels.py tests/test_lean_cuda.py"]),
     (
         "sanitizer",
         [
@@ -33,6 +33,7 @@ STAGES: list[tuple[str, list[str]]] = [
             f"{SANITIZER} --tool racecheck {PYTEST} {SANITIZED}",
         ],
     ),
+    ("parity", [f"{sys.executable} benchmarks/parity.py --output {{output}}"]),
     ("benchmarks", [f"{PYTEST} benchmarks --benchmark-only --results {{output}}"]),
 ]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 from test_alignment_loss import Case
+from train_step_table import parity, train_step
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -221,7 +222,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "alignment_check": alignment_check,
     "demo": demo,
     "files": files,
+    "parity": parity,
     "point_ops": point_ops,
+    "train_step": train_step,
 }
 
 

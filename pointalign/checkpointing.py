@@ -75,29 +75,48 @@ def training_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_state(model: nn.Module, path: Path, expected: set[str]) -> None:
-    """Load exactly the `expected` keys from a safetensors file, values cast to the model's dtypes.
+def read_tensors(path: Path, expected: set[str], ignored: str | None = None) -> dict[str, Tensor]:
+    """Exactly the `expected` keys of a safetensors file, less those that contain `ignored`.
 
     Raises:
-        ValueError: a key is missing, unexpected, or of another shape: nothing is ever loaded in part.
+        ValueError: a key is missing or unexpected, or the file is damaged.
     """
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        state = load_file(path)
+        state = {key: one for key, one in load_file(path).items() if ignored is None or ignored not in key}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     problems = [f"missing {key}" for key in sorted(expected - state.keys())]
     problems += [f"unexpected {key}" for key in sorted(state.keys() - expected)]
-    own = model.state_dict(keep_vars=True)
-    problems += [
-        f"{key} has shape {list(state[key].shape)}, the model's is {list(own[key].shape)}"
-        for key in sorted(expected & state.keys())
-        if state[key].shape != own[key].shape
-    ]
+    _refuse(path, problems)
+    return state
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
     if problems:
         shown = "\n  ".join(problems[:10])
         raise ValueError(f"{path} does not fit this model ({len(problems)} problems):\n  {shown}")
+
+
+def load_state(model: nn.Module, path: Path, expected: set[str], ignored: str | None = None) -> None:
+    """Load exactly the `expected` keys from a safetensors file, values cast to the model's dtypes.
+
+    Keys of the file that contain `ignored` are left out.
+
+    Raises:
+        ValueError: a key is missing, unexpected, or of another shape: nothing is ever loaded in part.
+    """
+    state = read_tensors(path, expected, ignored)
+    own = model.state_dict(keep_vars=True)
+    _refuse(
+        path,
+        [
+            f"{key} has shape {list(state[key].shape)}, the model's is {list(own[key].shape)}"
+            for key in sorted(state)
+            if state[key].shape != own[key].shape
+        ],
+    )
     with torch.no_grad():
         for key, value in state.items():
             own[key].copy_(value)

@@ -25,6 +25,9 @@ class ModelOptions:
         dtype: of the language model's own weights; `auto` is bfloat16 where the hardware computes in it.
         lora_rank, lora_alpha, lora_dropout, lora_targets: adapters, as in peft.
         seed: of a point branch drawn at random.
+        quantization: of the language model's own weights, `none` or `nf4` (4 bits, by bitsandbytes).
+        dequantize_once: keep the numbers of the 4 bits, but in `dtype`: faster, where memory allows.
+        attention: `auto`, `eager`, `sdpa`, `varlen` (packed batches) or `flash_attention_2`.
     """
 
     llm: str = "smollm2"
@@ -37,8 +40,15 @@ class ModelOptions:
     lora_dropout: float = 0.05
     lora_targets: str | list[str] = "all-linear"
     seed: int = 0
+    quantization: str = "none"
+    dequantize_once: bool = False
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.quantization not in ("none", "nf4"):
+            raise ValueError(f"model.quantization={self.quantization!r}: expected none or nf4")
+        if self.dequantize_once and self.quantization == "none":
+            raise ValueError("model.dequantize_once needs model.quantization=nf4")
         unknown = sorted(set(self.train) - set(PARTS))
         if unknown:
             raise ValueError(f"model.train: unknown part {unknown[0]!r}, expected of {', '.join(PARTS)}")
@@ -58,6 +68,10 @@ class DataOptions:
         num_points: the most points kept of a cloud.
         max_length: the most tokens of a sample.
         augmentation: resample, turn, scale and jitter clouds.
+        packing: lay the samples of a batch end to end in one row, in place of padding them to the longest.
+        pack_tokens: fill every packed batch up to so many tokens, whatever number of samples that is; 0 keeps
+            `training.per_device_train_batch_size`.
+        feature_cache: folder written by `python -m pointalign.feature_cache`, read in place of the clouds.
         skip_bad: leave out objects that cannot be read, named and counted, in place of stopping.
         evaluate: held-out questions at the end of the run: `none`, or the `validation` or `test` part of the embedded
             objects.
@@ -70,14 +84,19 @@ class DataOptions:
     num_points: int = 8192
     max_length: int = 512
     augmentation: bool = False
+    packing: bool = False
+    pack_tokens: int = 0
+    feature_cache: str | None = None
     skip_bad: bool = False
     evaluate: str = "none"
 
     def __post_init__(self) -> None:
         if (self.annotations is None) != (self.clouds is None):
-            raise ValueError(
-                "data.annotations and data.clouds belong together: both, or neither for the embedded set"
-            )
+            raise ValueError("data.annotations and data.clouds belong together: both, or neither for the embedded set")
+        if self.pack_tokens and not self.packing:
+            raise ValueError("data.pack_tokens needs data.packing")
+        if self.feature_cache is not None and self.augmentation:
+            raise ValueError("data.feature_cache holds features of the clouds as they are: no data.augmentation")
         if self.evaluate not in ("none", "validation", "test"):
             raise ValueError(f"data.evaluate={self.evaluate!r}: expected none, validation or test")
 
@@ -90,6 +109,8 @@ class TrainingOptions(TrainingArguments):
         contrastive_steps: steps that teach encoder and Q-Former the objects' names, before the language model joins.
         contrastive_batch_size, contrastive_learning_rate: of those steps.
         point_learning_rate: for the point branch where it trains; `learning_rate` is the adapters' and projectors'.
+        auto_batch: split every batch over gradient accumulation until it fits the memory; the training is the same.
+        memory_limit_gb: use no more of a CUDA device than a card of that size has.
     """
 
     output_dir: str | None = "runs/align"
@@ -112,6 +133,8 @@ class TrainingOptions(TrainingArguments):
     contrastive_batch_size: int = 32
     contrastive_learning_rate: float = 1e-3
     point_learning_rate: float | None = None
+    auto_batch: bool = False
+    memory_limit_gb: float | None = None
 
 
 @dataclass
@@ -123,6 +146,7 @@ class Options:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     fused: bool = False
+    fused_parts: list[str] | None = None
 
 
 def parse(arguments: list[str]) -> Options:
@@ -147,8 +171,9 @@ def parse(arguments: list[str]) -> Options:
     parser.add_class_arguments(DataOptions, "data")
     parser.add_class_arguments(AlignmentConfig, "alignment")
     parser.add_class_arguments(TrainingOptions, "training")
+    parser.add_argument("--fused", action="store_true", help="fused kernels where they run; nothing else changes")
     parser.add_argument(
-        "--fused", action="store_true", help="fused kernels where they run; nothing else changes"
+        "--fused_parts", type=list[str] | None, help="of --fused, only these parts; all that the device runs by default"
     )
     path = Path(recipe)
     if not path.suffix:
@@ -162,4 +187,4 @@ def parse(arguments: list[str]) -> Options:
         built = parser.instantiate(parsed)
     except (ValueError, ImportError) as error:
         parser.error(str(error))
-    return Options(built.model, built.data, built.alignment, built.training, parsed.fused)
+    return Options(built.model, built.data, built.alignment, built.training, parsed.fused, parsed.fused_parts)

@@ -6,14 +6,16 @@ is refused by any other: adapters on the wrong weights would answer garbage with
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pointalign import checkpointing
+from pointalign import checkpointing, quantization
 from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.options import CHECKPOINTS, DataOptions, ModelOptions
 
@@ -29,9 +31,14 @@ def resolve_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def build(options: ModelOptions, data: DataOptions) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
-    """Model with adapters and processor, as the options say; only the parts in `options.train` require gradients."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def build(
+    options: ModelOptions, data: DataOptions, point_branch_only: bool = False
+) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
+    """Model with adapters and processor, as the options say; only the parts in `options.train` require gradients.
+
+    With `point_branch_only` the language model stays on the meta device, without adapters: enough to encode clouds.
+    """
+    from transformers import AutoTokenizer
 
     from pointalign import assets
 
@@ -39,12 +46,13 @@ def build(options: ModelOptions, data: DataOptions) -> tuple[PointAlignForCondit
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"model.llm={options.llm!r}: no language model in {folder} (config.json is missing)")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(options.dtype))
+    language_model = empty_language_model(folder) if point_branch_only else load_language_model(folder, options)
     torch.manual_seed(options.seed)
     model = PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
-    add_adapters(model, options)
+    if not point_branch_only:
+        add_adapters(model, options)
     if options.checkpoint is not None:
-        load_stage(model, find_stage(options.checkpoint))
+        load_stage(model, find_stage(options.checkpoint), point_branch_only)
     set_trainable(model, options.train)
     point = model.config.point_config
     extractor = PointAlignFeatureExtractor(
@@ -57,6 +65,24 @@ def build(options: ModelOptions, data: DataOptions) -> tuple[PointAlignForCondit
         point_token_id=model.config.point_token_id,
     )
     return model, processor
+
+
+def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
+    """The language model, in 4 bits or not, as `options` say."""
+    dtype = resolve_dtype(options.dtype)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    four_bits = quantization.quantization_config(options.quantization, dtype, sharded)
+    language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=four_bits)
+    quantization.keep_layout(language_model)
+    if options.dequantize_once:
+        quantization.dequantize(language_model)
+    return language_model
+
+
+def empty_language_model(folder: Path) -> PreTrainedModel:
+    """A language model's shape, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
 def add_adapters(model: PointAlignForConditionalGeneration, options: ModelOptions) -> None:
@@ -88,9 +114,14 @@ def merge_adapters(model: PointAlignForConditionalGeneration) -> None:
 
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, module.get_base_layer())
+            base = module.get_base_layer()
+            if quantization.is_4bit(base):  # the sum of both has more than 4 bits
+                base = quantization.dequantized(base)
+                base.weight.data += module.get_delta_weight("default").to(base.weight)
+            else:
+                module.merge(safe_merge=True)
+            model.set_submodule(name, base)
+    quantization.dequantize(model)
     if hasattr(model.model.language_model, "peft_config"):
         del model.model.language_model.peft_config
 
@@ -154,7 +185,10 @@ def find_stage(checkpoint: str) -> Path:
     )
 
 
-def load_stage(model: PointAlignForConditionalGeneration, path: Path) -> None:
+def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_branch_only: bool = False) -> None:
+    if point_branch_only:
+        checkpointing.load_state(model, path, set(checkpointing.stage_state(model)), ignored=".lora_")
+        return
     try:
         with safe_open(path, framework="pt") as file:
             trained_with = (file.metadata() or {}).get("language_model")

@@ -43,7 +43,7 @@ def keep_freed_memory() -> None:
 
 def run(options: "Options") -> int:
     """Train as the options say. Returns the exit status: 0, or 130 after Ctrl-C."""
-    from pointalign import checkpointing, stages
+    from pointalign import checkpointing, lean, stages
     from pointalign.evaluation.plots import loss_curves
     from pointalign.trainer import checkpoints
 
@@ -62,7 +62,9 @@ def run(options: "Options") -> int:
     elif evaluation is not None and options.model.checkpoint is not None:
         evaluation.before(model, processor)
 
-    trainer.train(resume_from_checkpoint=resume)
+    with lean.training_form(model, options):
+        trainer.train(resume_from_checkpoint=resume)
+    whole = trainer.whole_state()
     if not main_process:
         return 0
     if trainer.stop.interrupted:
@@ -73,6 +75,11 @@ def run(options: "Options") -> int:
         )
         return 130
 
+    if whole is not None:  # this process trained shards: save from a model in one piece
+        model, processor = stages.build(options.model, options.data)
+        own = checkpointing.stage_state(model)
+        for name, tensor in own.items():
+            tensor.copy_(whole[f"model.{name}"])
     loss_curves(trainer.state.log_history, folder / "loss.png", options.alignment.weight)
     last = next((entry for entry in reversed(trainer.state.log_history) if "ntp_loss" in entry), None)
     description = describe(options) | {"steps": trainer.state.global_step, "last_log": last}
@@ -91,25 +98,60 @@ def run(options: "Options") -> int:
 
 def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
     """Trainer, model and processor for the options; the data is checked first, so that nothing bad is found later."""
-    from pointalign import stages
+    from pointalign import lean, memory, stages
     from pointalign.data.check import check
     from pointalign.data.collator import ConversationCollator
     from pointalign.data.dataset import ConversationDataset
+    from pointalign.data.packing import TokenBudgetSampler, token_counts
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
-    dataset = ConversationDataset(*data_paths(options), options.data.types, options.data.up_axis)
-    model, processor = stages.build(options.model, options.data)
-    report = check(dataset, processor.feature_extractor.min_points, options.data.skip_bad)
+    data, training = options.data, options.training
+    if training.fsdp:
+        if training.device.type == "cpu":
+            raise ValueError("training.fsdp: accelerate shards on GPUs only, on a CPU it would copy without a word")
+        # As accelerate does later: 4-bit weights are packed for it while they load.
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+    if training.memory_limit_gb is not None:
+        memory.cap_memory(training.memory_limit_gb, training.device)
+    cached = data.feature_cache is not None
+    dataset = ConversationDataset(*data_paths(options), data.types, data.up_axis, read_clouds=not cached)
+    model, processor = stages.build(options.model, data)
+    features = lean.open_cache(model, processor.feature_extractor, options)
+    if features is None:
+        report = check(dataset, processor.feature_extractor.min_points, data.skip_bad)
+    else:
+        features.require(one for conversation in dataset.conversations for one in conversation.object_ids)
+        report = f"{len(features)} objects in the feature cache {features.folder}"
     if int(os.environ.get("RANK", 0)) == 0:
         print(report)
     if not options.model.train and options.alignment.weight == 0:
         raise ValueError("nothing trains: model.train is empty and alignment.weight is 0")
+    aligned = AlignedModel(model, options.alignment, choose_impl(options.fused))
+    collator = ConversationCollator(processor, data.max_length, data.augmentation, data.packing, features)
+    with lean.training_form(model, options) as parts:
+        budget = None if training.fsdp else lean.plan_memory(aligned, dataset, collator, options)
+    sampler = None
+    if data.pack_tokens:
+        lengths = token_counts(processor, dataset.conversations, data.max_length)
+        sampler = TokenBudgetSampler(
+            lengths, data.pack_tokens, training.seed, training.process_index, training.world_size
+        )
+    if training.process_index == 0:
+        print(budget or "no memory plan: FSDP shares the model out, the log shows the peak")
+        if options.fused:
+            print("fused: " + ", ".join(f"{part} ({count})" for part, count in parts.items()))
+        if training.auto_batch:
+            print(
+                f"auto_batch: {training.per_device_train_batch_size} samples at a time, "
+                f"{training.gradient_accumulation_steps} times for a step"
+            )
     trainer = PointAlignTrainer(
-        model=AlignedModel(model, options.alignment, choose_impl(options.fused)),
-        args=options.training,
+        model=aligned,
+        args=training,
         train_dataset=dataset,
-        data_collator=ConversationCollator(processor, options.data.max_length, options.data.augmentation),
-        point_learning_rate=options.training.point_learning_rate,
+        data_collator=collator,
+        point_learning_rate=training.point_learning_rate,
+        batch_sampler=sampler,
     )
     return trainer, model, processor
 
@@ -175,6 +217,7 @@ def describe(options: "Options") -> dict[str, Any]:
         "alignment": asdict(options.alignment),
         "training": changed,
         "fused": options.fused,
+        "fused_parts": options.fused_parts,
         "versions": versions,
         "data_sha256": file_hash(data_paths(options)[0]),
         "commit": git.stdout.strip() or None,

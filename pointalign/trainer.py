@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pointalign import checkpointing
 from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens
+from pointalign.memory import device_used_bytes
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
 
 # What a point branch learns before the projectors: these parameters may have a learning rate of their own.
@@ -96,6 +98,10 @@ class AlignedModel(nn.Module):
         self.model.gradient_checkpointing_enable(**kwargs)
 
     @property
+    def _no_split_modules(self) -> Any:  # what FSDP shards as one piece: the decoder blocks
+        return self.model.model.language_model._no_split_modules
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
@@ -109,11 +115,15 @@ class PointAlignTrainer(Trainer):
 
     Args:
         point_learning_rate: of the point branch where it trains; everything else has `args.learning_rate`.
+        batch_sampler: this process's batches of indices, with `set_epoch`; by default `args` says how many samples.
     """
 
-    def __init__(self, *args: Any, point_learning_rate: float | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, point_learning_rate: float | None = None, batch_sampler: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.point_learning_rate = point_learning_rate
+        self.batch_sampler = batch_sampler
+        if batch_sampler is not None:
+            self.add_callback(TellEpoch(batch_sampler))
         self.stop = StopOnInterrupt()
         self.add_callback(self.stop)
         self.add_callback(TellEpoch(self.train_dataset))
@@ -141,6 +151,17 @@ class PointAlignTrainer(Trainer):
         )
         return self.optimizer
 
+    def get_train_dataloader(self) -> DataLoader:
+        if self.batch_sampler is None:
+            return super().get_train_dataloader()
+        return DataLoader(  # each process has batches of its own already, so accelerate has nothing to share out
+            self.train_dataset,
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._steps_at_log is None:
@@ -151,7 +172,7 @@ class PointAlignTrainer(Trainer):
                 rows = self.accelerator.gather(rows).sum()
             for batch in batches:
                 batch["num_point_rows"] = rows.clamp(min=1)
-                self._tokens += batch["attention_mask"].numel() if "attention_mask" in batch else 0
+                self._tokens += batch["input_ids"].numel()
         return batches, num_items
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
@@ -179,10 +200,16 @@ class PointAlignTrainer(Trainer):
                 logs[name] = value.item() / steps
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / elapsed, 1)
             logs["peak_memory_gb"] = round(peak_memory_bytes() / 1e9, 3)
+            if self.args.device.type == "cuda":
+                logs["device_memory_gb"] = round(device_used_bytes(self.args.device) / 1e9, 3)
             self._parts = dict.fromkeys(self._parts, 0.0)
             self._tokens = 0
             self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
         super().log(logs, start_time)
+
+    def whole_state(self) -> dict[str, Tensor] | None:
+        """An FSDP model's state in one piece, on the first process; None without FSDP. All processes must call it."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
 
     # -- checkpoints: complete or absent, safetensors and JSON ---------------------------------------------------------
 
@@ -218,11 +245,22 @@ class PointAlignTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         state = checkpointing.training_state(self.accelerator.unwrap_model(self.model))
+        if self.is_fsdp_enabled:  # this process holds shards; the first one was handed the whole
+            if not self.args.should_save:
+                return
+            assert state_dict is not None
+            state = {name: state_dict[name] for name in state}
         checkpointing.write_tensors(folder / "model.safetensors", state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.accelerator.unwrap_model(model or self.model)
         expected = set(checkpointing.training_state(target))
+        if self.is_fsdp_enabled:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+            state = checkpointing.read_tensors(Path(resume_from_checkpoint) / "model.safetensors", expected)
+            set_model_state_dict(target, state, options=StateDictOptions(full_state_dict=True, strict=False))
+            return
         checkpointing.load_state(target, Path(resume_from_checkpoint) / "model.safetensors", expected)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -282,7 +320,7 @@ class StopOnInterrupt(TrainerCallback):
 
 
 class TellEpoch(TrainerCallback):
-    """Tells the data set which epoch it is in; after a resume the data loader alone would not."""
+    """Tells the data set or the batches which epoch it is in; after a resume the data loader alone would not."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset

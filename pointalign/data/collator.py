@@ -1,4 +1,4 @@
-"""Samples of a `ConversationDataset` become one padded batch."""
+"""Samples of a `ConversationDataset` become one batch, padded or packed."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from pointalign.data.augment import augment
+from pointalign.data.packing import pack
 
 POSE_FREE = "simple_description"  # naming does not depend on the pose; sides and symmetry are the object's own
 
@@ -18,20 +19,39 @@ class ConversationCollator:
         max_length: the most tokens of a sample; a longer one is cut at the right, never through a cloud.
         augmentation: show every cloud differently in every epoch. What it draws depends on the sample and the epoch
             only, so that a resumed run continues exactly.
+        packing: lay the samples end to end in one row, see `pointalign.data.packing.pack`.
+        features: a `pointalign.feature_cache.FeatureCache` that stands for the clouds.
     """
 
-    def __init__(self, processor: Any, max_length: int, augmentation: bool = False):
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int,
+        augmentation: bool = False,
+        packing: bool = False,
+        features: Any = None,
+    ):
         self.processor = processor
         self.max_length = max_length
         self.augmentation = augmentation
+        self.packing = packing
+        self.features = features
 
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         conversations = [self._augmented(sample) if self.augmentation else sample["messages"] for sample in samples]
-        return dict(
+        batch = dict(
             self.processor.apply_chat_template(
-                conversations, tokenize=True, return_labels=True, truncation=True, max_length=self.max_length
+                conversations,
+                tokenize=True,
+                return_labels=True,
+                truncation=True,
+                max_length=self.max_length,
+                read_clouds=self.features is None,
             )
         )
+        if self.features is not None:
+            batch |= self.features.batch([one for sample in samples for one in sample["object_ids"]])
+        return pack(batch) if self.packing else batch
 
     def _augmented(self, sample: dict) -> list[dict]:
         rng = np.random.default_rng(sample["draw"])

@@ -34,16 +34,23 @@ class ConversationDataset(Dataset):
         clouds: folder with a file per object id, see `find_cloud`.
         types: conversation types to keep; None keeps all.
         up_axis: vertical axis of the clouds, see `load_point_cloud`.
+        read_clouds: off, the messages hold object ids in the clouds' places.
 
     Raises: AnnotationError, NotADirectoryError, ValueError (unknown `up_axis`) on construction; PointCloudError on
         access to an item whose cloud is missing or bad.
     """
 
     def __init__(
-        self, annotation: str | Path, clouds: str | Path, types: Collection[str] | None = None, up_axis: str = "y"
+        self,
+        annotation: str | Path,
+        clouds: str | Path,
+        types: Collection[str] | None = None,
+        up_axis: str = "y",
+        read_clouds: bool = True,
     ):
         self.clouds = Path(clouds)
-        if not self.clouds.is_dir():
+        self.read_clouds = read_clouds
+        if read_clouds and not self.clouds.is_dir():
             raise NotADirectoryError(f"expected a folder of clouds, {self.clouds} is none")
         if up_axis not in UP_AXES:
             raise ValueError(f"up_axis must be one of {', '.join(UP_AXES)}, got {up_axis!r}")
@@ -60,7 +67,9 @@ class ConversationDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         conversation = self.conversations[index]
-        clouds = [load_point_cloud(find_cloud(self.clouds, i), self.up_axis) for i in conversation.object_ids]
+        clouds = list(conversation.object_ids)
+        if self.read_clouds:
+            clouds = [load_point_cloud(find_cloud(self.clouds, i), self.up_axis) for i in conversation.object_ids]
         return {
             "messages": to_messages(conversation, clouds),
             "object_ids": conversation.object_ids,

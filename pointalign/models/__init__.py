@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
+from pointalign.models.attention import choose_attention
 from pointalign.models.configuration import PointAlignConfig, PointBertConfig
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointAlignModel, PointFeatures
 from pointalign.models.point_encoder import PointBertModel
@@ -24,4 +25,5 @@ __all__ = [
     "PointBertConfig",
     "PointBertModel",
     "PointFeatures",
+    "choose_attention",
 ]

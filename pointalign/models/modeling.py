@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 
 from pointalign.models.configuration import PointAlignConfig
 
-POINT_INPUTS = ("point_values", "point_lengths", "point_mask", "query_features")
+POINT_INPUTS = ("point_values", "point_lengths", "point_mask", "query_features", "encoder_tokens")
 
 
 @dataclass
@@ -178,6 +178,7 @@ class PointAlignModel(PointAlignPreTrainedModel):
         point_lengths: Tensor | None = None,
         point_mask: Tensor | None = None,
         query_features: Tensor | None = None,
+        encoder_tokens: Tensor | None = None,
     ) -> tuple[Tensor, PointFeatures | None]:
         """Input embeddings `[B, T, H]` with the clouds' tokens in place, and the features they were made of."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -187,7 +188,7 @@ class PointAlignModel(PointAlignPreTrainedModel):
             return inputs_embeds, None
         if query_features is not None:
             query_features = query_features.to(self.modality_projector[0].weight.dtype)
-            features = PointFeatures(None, query_features, self.modality_projector(query_features))
+            features = PointFeatures(encoder_tokens, query_features, self.modality_projector(query_features))
         else:
             assert point_values is not None
             features = self.encode_point_clouds(point_values, point_lengths)
@@ -221,6 +222,7 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         point_lengths: `[C]` real points per cloud, where they differ.
         point_mask: `[B, T]`, true at the Q places of every cloud.
         query_features: `[C, Q, Dq]` Q-Former outputs computed earlier, in place of `point_values`.
+        encoder_tokens: `[C, T', D]` beside them, where the alignment loss compares with the encoder.
     """
 
     def __init__(self, config: PointAlignConfig, language_model: PreTrainedModel | None = None):
@@ -269,13 +271,14 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         point_lengths: Tensor | None = None,
         point_mask: Tensor | None = None,
         query_features: Tensor | None = None,
+        encoder_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> PointAlignOutput:
         features = None
         if inputs_embeds is None:
             assert input_ids is not None, "either `input_ids` or `inputs_embeds` is needed"
             inputs_embeds, features = self.model.embed(
-                input_ids, point_values, point_lengths, point_mask, query_features
+                input_ids, point_values, point_lengths, point_mask, query_features, encoder_tokens
             )
         if labels is not None and self.training and not self._rescales_logits:
             loss = self._supervised_loss(inputs_embeds, attention_mask, labels, **kwargs)
@@ -312,9 +315,13 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         hidden = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs).last_hidden_state
         following = labels[:, 1:]
         supervised = following != -100
-        logits = self.get_output_embeddings()(hidden[:, :-1][supervised]).float()  # [rows, vocabulary]
-        total = nn.functional.cross_entropy(logits, following[supervised], reduction="sum")
+        total = self.supervised_cross_entropy(hidden[:, :-1][supervised], following[supervised])
         return total / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def supervised_cross_entropy(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """fp32 sum of next-token losses of hidden states `[R, H]` with targets `[R]`."""
+        logits = self.get_output_embeddings()(rows).float()  # [R, vocabulary]
+        return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)

@@ -150,6 +150,7 @@ class PointAlignProcessor(ProcessorMixin):
         truncation: bool = False,
         max_length: int | None = None,
         return_tensors: str | None = "pt",
+        read_clouds: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Chat messages, with `{"type": "point", "path" | "point": ...}` items, as text or tensors.
@@ -160,6 +161,7 @@ class PointAlignProcessor(ProcessorMixin):
             tokenize: return tensors; else the rendered text, `<point>` at the clouds' places.
             return_labels: add `labels`: the tokens of the assistant's turns with their end mark, -100 elsewhere.
             truncation, max_length: cut each row at the right.
+            read_clouds: add the clouds' tensors; without, features computed earlier take their places.
 
         Raises:
             ValueError: a cut would go through a cloud, or leave nothing to learn from.
@@ -173,7 +175,7 @@ class PointAlignProcessor(ProcessorMixin):
             return texts if batched else texts[0]
         rows = [self._encode(parts) for parts, _ in rendered]
         clouds = [cloud for _, found in rendered for cloud in found]
-        batch = self._batch(rows, clouds, padding, truncation, max_length, return_tensors, return_labels)
+        batch = self._batch(rows, clouds, padding, truncation, max_length, return_tensors, return_labels, read_clouds)
         return batch if return_dict else batch["input_ids"]
 
     def _render(
@@ -252,6 +254,7 @@ class PointAlignProcessor(ProcessorMixin):
         max_length: int | None,
         return_tensors: str | None,
         labels: bool,
+        read_clouds: bool = True,
     ) -> BatchFeature:
         assert self.tokenizer is not None and self.feature_extractor is not None
         spans = sum(sum(row["point_mask"]) for row in rows) // self.num_query_tokens
@@ -272,7 +275,7 @@ class PointAlignProcessor(ProcessorMixin):
                 pad = [filler.get(name, 0)] * missing
                 data[name].append(pad + values if left else values + pad)
         batch = BatchFeature(data, tensor_type=return_tensors)
-        if clouds:
+        if clouds and read_clouds:
             batch.update(self.feature_extractor(clouds, return_tensors=return_tensors))
         return batch
 

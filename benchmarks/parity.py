@@ -1,0 +1,228 @@
+"""Validated against plain PyTorch: every operator of the training step, dtype by implementation, against float64.
+
+    python benchmarks/parity.py [--output benchmarks/results]
+
+Each case runs on this machine's device. The error is the relative L2 distance to the same formula in float64 on the
+same (rounded) inputs, the larger of output and gradients. Writes parity_<device>.json and parity_table.md.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import ROOT, device_name, provenance
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pointalign import fused
+from pointalign.models.attention import varlen_attention
+from pointalign_kernels import alignment_loss, fused_available
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+ROWS, WIDTH, INNER, RANK, VOCABULARY = 96, 320, 640, 16, 1000
+LENGTHS = (17, 40, 39)  # of packed samples
+
+Function = Callable[..., Tensor]
+
+
+def seeded(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
+
+
+def cases() -> dict[str, tuple[list[Tensor], Function, dict[str, Function]]]:
+    """Per operator: leaves, the formula in plain PyTorch, and the other implementations."""
+    x, gate, up = seeded(ROWS, WIDTH), seeded(ROWS, INNER, seed=1), seeded(ROWS, INNER, seed=2)
+    weight, bias = seeded(WIDTH, scale=0.3) + 1, seeded(WIDTH, seed=3)
+    return {
+        "tanh-GELU": (
+            [gate],
+            lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+            {"fused": lambda x: functional.gelu(x, approximate="tanh")},
+        ),
+        "silu(gate) * up": (
+            [gate, up],
+            lambda gate, up: functional.silu(gate) * up,
+            {"fused": lambda *given: fused.SiluProduct.apply(*given)},
+        ),
+        "layer norm": (
+            [x],  # the weights of norms are frozen
+            lambda x: (
+                (x - x.mean(1, True)) * (x.var(1, correction=0, keepdim=True) + 1e-5).rsqrt() * weight.to(x)
+                + bias.to(x)
+            ),
+            {"fused": lambda x: functional.layer_norm(x, (WIDTH,), weight.to(x), bias.to(x))},
+        ),
+        "RMS norm": ([x], partial(_rms_norm, weight), {"fused": partial(_lean_rms_norm, weight)} | _liger(weight)),
+        "LoRA linear": _lora(1),
+        "LoRA linear, three merged": _lora(3),
+        "attention, packed": _attention(),
+        "head + cross-entropy": _cross_entropy(),
+        "alignment loss": _alignment(),
+    }
+
+
+def _rms_norm(weight: Tensor, x: Tensor) -> Tensor:
+    return x * (x.pow(2).mean(1, True) + 1e-6).rsqrt() * weight.to(x)
+
+
+def _lean_rms_norm(weight: Tensor, x: Tensor) -> Tensor:
+    return functional.rms_norm(x, weight.shape, weight.to(x), 1e-6)
+
+
+def _liger(weight: Tensor) -> dict[str, Function]:
+    function = fused.liger_rms_norm()
+    if function is None or DEVICE.type != "cuda":
+        return {}
+    return {"liger-kernel": lambda x: function(x, weight.to(x), 1e-6, 0.0, "llama", False)}
+
+
+def _lora(count: int) -> tuple[list[Tensor], Function, dict[str, Function]]:
+    weights = [seeded(INNER, WIDTH, scale=WIDTH**-0.5, seed=i) for i in range(count)]
+    down = [seeded(RANK, WIDTH, scale=WIDTH**-0.5, seed=10 + i) for i in range(count)]
+    up = [seeded(INNER, RANK, scale=0.3, seed=20 + i) for i in range(count)]
+
+    def plain(x: Tensor, *adapters: Tensor) -> Tensor:
+        pairs = zip(weights, adapters[:count], adapters[count:], strict=True)
+        return torch.cat([x @ w.to(x).mT + 0.5 * ((x @ a.mT) @ b.mT) for w, a, b in pairs], dim=1)
+
+    class Group(fused.AdapterGroup):
+        def __init__(self, dtype: torch.dtype):
+            self.bases, self.ranks, self.scales, self.stacked = [], [RANK] * count, [0.5] * count, False
+            for weight in weights:
+                base = nn.Linear(WIDTH, INNER, bias=False)
+                base.weight = nn.Parameter(weight.to(DEVICE, dtype), requires_grad=False)
+                self.bases.append(base)
+
+    def lean(x: Tensor, *adapters: Tensor) -> Tensor:
+        return torch.cat(fused.LoraProducts.apply(x, Group(x.dtype), x.dtype, 0.0, *adapters), dim=1)  # type: ignore[arg-type]
+
+    return [seeded(ROWS, WIDTH, seed=30), *down, *up], plain, {"fused": lean}
+
+
+def _attention() -> tuple[list[Tensor], Function, dict[str, Function]]:
+    heads, groups, width, total = 4, 2, 32, sum(LENGTHS)
+    leaves = [seeded(1, heads, total, width), *(seeded(1, groups, total, width, seed=i) for i in (1, 2))]
+    borders = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+    sample = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    allowed = (sample[:, None] == sample) & torch.ones(total, total).tril().bool()
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (one.repeat_interleave(heads // groups, dim=1) for one in (key, value))
+        scores = query @ key.mT * width**-0.5
+        return scores.masked_fill(~allowed.to(scores.device), -torch.inf).softmax(3) @ value
+
+    def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = allowed.to(query.device)
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+    def varlen(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, _ = varlen_attention(
+            nn.Identity(),
+            query,
+            key,
+            value,
+            None,
+            width**-0.5,
+            cu_seq_lens_q=borders.to(query.device),
+            max_length_q=max(LENGTHS),
+        )
+        return output.transpose(1, 2)
+
+    return leaves, plain, {"sdpa": sdpa, "varlen": varlen}
+
+
+def _cross_entropy() -> tuple[list[Tensor], Function, dict[str, Function]]:
+    weight, bias = seeded(VOCABULARY, WIDTH, scale=WIDTH**-0.5), seeded(VOCABULARY, scale=0.1)
+    targets = torch.randint(0, VOCABULARY, (ROWS,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def plain(rows: Tensor) -> Tensor:
+        logits = rows @ weight.to(rows).mT + bias.to(rows)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return functional.cross_entropy(logits, targets, reduction="sum")
+
+    def lean(rows: Tensor) -> Tensor:
+        return fused.LinearCrossEntropy.apply(rows, weight.to(rows), bias.to(rows), targets)  # type: ignore[return-value]
+
+    return [seeded(ROWS, WIDTH)], plain, {"fused": lean}
+
+
+def _alignment() -> tuple[list[Tensor], Function, dict[str, Function]]:
+    sizes, width = 192, (WIDTH + 192) // 2
+    shapes = ((width, WIDTH), (width, width), (sizes, width))
+    target = seeded(ROWS, sizes)
+    leaves = [seeded(ROWS, WIDTH), *(seeded(*shape, scale=shape[1] ** -0.5) for shape in shapes)]
+    leaves += [seeded(shape[0], scale=0.1, seed=4) for shape in shapes]
+
+    def of(impl: str) -> Function:
+        return lambda hidden, *given: alignment_loss(hidden, target.to(hidden), given[:3], given[3:], impl=impl)
+
+    return leaves, of("reference"), {"fused": of("auto")} if fused_available(DEVICE.type) else {}
+
+
+def outputs(function: Function, leaves: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients of a fixed linear form of it, for the leaves rounded to `dtype`."""
+    given = [leaf.to(DEVICE, dtype).requires_grad_() for leaf in leaves]
+    output = function(*given)
+    form = seeded(*output.shape, seed=7).to(output) if output.ndim else torch.ones_like(output)
+    return [output.detach(), *torch.autograd.grad(output, given, form)]
+
+
+def error(function: Function, leaves: list[Tensor], dtype: torch.dtype, truth: list[Tensor]) -> float:
+    found = outputs(function, leaves, dtype)
+    pairs = zip(found, truth, strict=True)
+    return max(((one.double() - exact).norm() / exact.norm()).item() for one, exact in pairs)
+
+
+def rows() -> list[dict[str, Any]]:
+    found = []
+    for name, (leaves, plain, others) in cases().items():
+        for dtype in DTYPES:
+            rounded = [leaf.to(dtype) for leaf in leaves]
+            truth = outputs(plain, rounded, torch.float64)
+            for implementation, function in ({"plain PyTorch": plain} | others).items():
+                found.append(
+                    {
+                        "operator": name,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "implementation": implementation,
+                        "error": error(function, rounded, dtype, truth),
+                    }
+                )
+    return found
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown: one line per operator and dtype, one column per implementation."""
+    measured = content["rows"]
+    columns = list(dict.fromkeys(row["implementation"] for row in measured))
+    lines = [["operator", "dtype", *columns], ["---", "---", *["---:"] * len(columns)]]
+    for key in dict.fromkeys((row["operator"], row["dtype"]) for row in measured):
+        errors = {row["implementation"]: row["error"] for row in measured if (row["operator"], row["dtype"]) == key}
+        lines.append([*key, *(f"{errors[one]:.1e}" if one in errors else "" for one in columns)])
+    where = content["provenance"]
+    title = (
+        f"Relative L2 error against float64, the larger of output and gradients; {where['device']}, "
+        f"torch {where['torch']}, commit {where['commit']}, {where['date']}."
+    )
+    return title + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    output = parser.parse_args().output
+    output.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": "parity", "provenance": provenance(DEVICE), "rows": rows()}
+    slug = "cpu" if DEVICE.type == "cpu" else re.sub(r"\W+", "_", device_name(DEVICE).lower())
+    (output / f"parity_{slug}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (output / "parity_table.md").write_text(table(content))
+
+
+if __name__ == "__main__":
+    main()

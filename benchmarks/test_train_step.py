@@ -1,0 +1,382 @@
+"""One training step of Phi-2's shape, from the release's way to everything that `--fused` and the recipes offer.
+
+    pytest benchmarks/test_train_step.py --benchmark-only        on CUDA under a cap of 22.5 GB, on a CPU a small shape
+
+Every row trains on the same 16 samples with the same random weights, adapters, dropout and optimizer; speed does not
+depend on the weights. A row is timed only after its loss and gradient norm, without dropout, equal those of the plain
+modules. Rows that run out of memory under the cap are recorded as such.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import synchronize
+from torch import Tensor, nn
+
+from pointalign import fused, memory, quantization, stages
+from pointalign.alignment import AlignmentConfig
+from pointalign.data.packing import pack
+from pointalign.models import PointAlignForConditionalGeneration
+from pointalign.models.attention import choose_attention
+from pointalign.options import ModelOptions
+from pointalign.trainer import AlignedModel
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = DEVICE.type == "cuda"
+CAP_GB = 22.5
+SAMPLES = 16 if CUDA else 4
+SETS = 4 if CUDA else 2  # batches that rotate
+PROMPT = 12  # tokens of the chat template around question and cloud
+
+
+class Row(NamedTuple):
+    """One way to train.
+
+    Attributes:
+        packed: samples end to end; else padded to the longest.
+        groups: micro-batches of samples of like length.
+        online: encode the clouds in every step; else Q-Former features as the cache gives them.
+        full_logits: head and loss over all places, as transformers does it.
+        kbit: norms, embeddings and head in fp32, as peft's prepare_model_for_kbit_training leaves them.
+        note: what a row does less than the others, if it does.
+    """
+
+    name: str
+    attention: str = "sdpa"
+    packed: bool = False
+    groups: int = 1
+    checkpointing: bool = True
+    online: bool = True
+    full_logits: bool = True
+    kbit: bool = True
+    quantization: str = "nf4"
+    dequantize_once: bool = False
+    parts: tuple[str, ...] = ()
+    alignment: str = "reference"
+    compiled: bool = False
+    half: torch.dtype = torch.bfloat16
+    note: str = ""
+
+
+B = Row("b: transformers + peft + bitsandbytes")
+B3 = B._replace(name="b3: b, packed", packed=True)
+D1 = B3._replace(name="d1: b3 + varlen attention", attention="varlen")
+D2 = D1._replace(name="d2: + norms, embeddings and head in bf16", kbit=False)
+D3 = D2._replace(name="d3: + feature cache", online=False, note="the encoder ran once before, outside of the step")
+D4 = D3._replace(name="d4: + loss over supervised rows", full_logits=False, parts=("cross_entropy",))
+D5 = D4._replace(name="d5: + tanh-GELU, lean norms", parts=(*D4.parts, "gelu", "swiglu", "norms"))
+D6 = D5._replace(name="d6: + lean LoRA", parts=(*D5.parts, "lora"))
+D7 = D6._replace(name="d7: + merged products", parts=(*D6.parts, "merged"))
+D8 = D7._replace(name="d8: + no checkpointing", checkpointing=False)
+D9 = D8._replace(name="d9: + dequantised once", dequantize_once=True)
+E = D9._replace(name="e: everything", alignment="auto")
+ROWS = [
+    Row(
+        "a: the release's way",
+        attention="eager",
+        checkpointing=False,
+        kbit=False,
+        quantization="none",
+        half=torch.float16 if CUDA else torch.bfloat16,
+    ),
+    B,
+    B._replace(name="b2: b, batches of like length", groups=2),
+    B3,
+    B3._replace(name="c: b3, torch.compile", compiled=True),
+    *[D1, D2, D3, D4, D5, D6, D7, D8, D9],
+    E,
+]
+
+
+def text_config(architecture: str = "phi-2"):
+    """Phi-2, on a CPU a small model of its kind; or `llama-8b`."""
+    from transformers import LlamaConfig, PhiConfig
+
+    if architecture == "llama-8b":
+        return LlamaConfig(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+        )
+    if CUDA:
+        return PhiConfig(
+            vocab_size=51200,
+            hidden_size=2560,
+            intermediate_size=10240,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            partial_rotary_factor=0.4,
+            resid_pdrop=0.1,
+        )
+    return PhiConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        partial_rotary_factor=0.4,
+        resid_pdrop=0.1,
+    )
+
+
+def lengths(samples: int, seed: int) -> list[tuple[int, int]]:
+    """Tokens of question and answer of each sample: the mix of the training data."""
+    generator = torch.Generator().manual_seed(seed)
+    questions = torch.randint(6, 26, (samples,), generator=generator).tolist()
+    answers = torch.randint(20, 201, (samples,), generator=generator).tolist()
+    return list(zip(questions, answers, strict=True))
+
+
+def make_batch(config: Any, samples: int, seed: int) -> dict[str, Tensor]:
+    """A padded batch: 32 point tokens, question, answer; random ids, clouds and features."""
+    sizes = lengths(samples, seed)
+    queries = config.num_query_tokens
+    total = max(queries + PROMPT + question + answer for question, answer in sizes)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, config.text_config.vocab_size, (samples, total), generator=generator)
+    places = torch.arange(total)[None]
+    end = torch.tensor([queries + PROMPT + question + answer for question, answer in sizes])[:, None]
+    start = torch.tensor([queries + PROMPT + question for question, _ in sizes])[:, None]
+    clouds = torch.randn(samples, 8192 if CUDA else 1024, 6, generator=generator)
+    clouds[..., :3] /= clouds[..., :3].norm(dim=2, keepdim=True).amax(dim=1, keepdim=True)
+    width = config.qformer_config.hidden_size
+    return {
+        "input_ids": ids,
+        "attention_mask": (places < end).long(),
+        "labels": torch.where((places >= start) & (places < end), ids, -100),
+        "point_mask": ((places >= 4) & (places < 4 + queries)).expand(samples, -1).clone(),
+        "point_values": clouds,
+        "query_features": torch.randn(samples, queries, width, generator=generator).half(),
+    }
+
+
+def inputs_of(row: Row, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """The micro-batches that a row reads a batch as."""
+    batch = {name: one for name, one in batch.items() if name != ("query_features" if row.online else "point_values")}
+    order = batch["attention_mask"].sum(1).argsort()
+    found = []
+    for part in order.chunk(row.groups):
+        longest = int(batch["attention_mask"][part].sum(1).max())
+        taken = {
+            name: one[part][:, :longest]
+            if name in ("input_ids", "attention_mask", "labels", "point_mask")
+            else one[part]
+            for name, one in batch.items()
+        }
+        found.append(pack(taken) if row.packed else taken)
+    return [{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in one.items()} for one in found]
+
+
+def build(row: Row, config: Any, rank: int) -> AlignedModel:
+    text = quantization.random_language_model(config, row.quantization, torch.bfloat16, DEVICE)
+    if row.dequantize_once:
+        quantization.dequantize(text)
+    torch.manual_seed(0)
+    model = PointAlignForConditionalGeneration.from_language_model(text, "minigpt3d-phi2" if CUDA else "mini")
+    stages.add_adapters(model, ModelOptions(lora_rank=rank, lora_alpha=16, lora_dropout=0.05))
+    stages.set_trainable(model, ["lora"])
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:  # both halves, or half of the gradients would be zero
+            parameter.data = parameter.data.float()
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    language_model = model.model.language_model
+    if row.kbit:
+        for parameter in language_model.parameters():
+            if parameter.dtype == torch.bfloat16 and not (row.dequantize_once and parameter.ndim == 2):
+                parameter.data = parameter.data.float()
+    aligned = AlignedModel(model, AlignmentConfig(weight=0.1), row.alignment).to(DEVICE)
+    packed_attention = "auto" if row.attention == "sdpa" and row.packed and CUDA else row.attention
+    if packed_attention == "auto":  # what transformers itself offers for packed batches
+        chosen = choose_attention("auto", True, DEVICE.type)
+        packed_attention = chosen if chosen == "flash_attention_2" else "sdpa"
+    language_model.set_attn_implementation(packed_attention)
+    if row.checkpointing:
+        aligned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return aligned.train()
+
+
+def full_logits(model: Any) -> Callable[..., Tensor]:
+    """The loss as transformers computes it, over the logits of all places."""
+
+    def loss(inputs_embeds, attention_mask, labels, num_items_in_batch=None, **kwargs):
+        return model.model.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            labels=labels,
+            num_items_in_batch=num_items_in_batch,
+            **kwargs,
+        ).loss
+
+    return loss
+
+
+@contextmanager
+def prepared(row: Row, config: Any, rank: int) -> Iterator[tuple[AlignedModel, Callable[[dict[str, Tensor]], Tensor]]]:
+    """A row's model, and `loss(batch)` that leaves gradients."""
+    aligned = build(row, config, rank)
+    if row.full_logits:
+        aligned.model.__dict__["_supervised_loss"] = full_logits(aligned.model)
+    with ExitStack() as stack:
+        stack.enter_context(fused.applied(aligned.model, row.parts))
+        if row.compiled:
+            for layer in aligned.model.get_decoder().layers:  # block by block: the hook stays outside
+                layer.__dict__["forward"] = torch.compile(layer.forward, dynamic=True)
+
+        def loss(batch: dict[str, Tensor]) -> Tensor:
+            tokens = (batch["labels"] != -100).sum().to(DEVICE)
+            rows = batch["point_mask"].sum().to(DEVICE)
+            total = torch.zeros((), device=DEVICE)
+            for inputs in inputs_of(row, batch):
+                with torch.autocast(DEVICE.type, row.half):
+                    one = aligned._losses(
+                        inputs.pop("point_mask"),
+                        rows,
+                        inputs | {"num_items_in_batch": tokens, "use_cache": False},
+                    )["loss"]
+                one.backward()
+                total += one.detach()
+            return total
+
+        yield aligned, loss
+
+
+@contextmanager
+def no_dropout(model: nn.Module) -> Iterator[None]:
+    drops = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module, _ in drops:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, share in drops:
+            module.p = share
+
+
+def measured_loss(aligned: AlignedModel, loss: Callable, batch: dict[str, Tensor]) -> tuple[float, float]:
+    """Loss and norm of all gradients, without dropout."""
+    with no_dropout(aligned):
+        aligned.zero_grad()
+        value = loss(batch).item()
+    norms = [p.grad.float().norm() for p in aligned.parameters() if p.grad is not None]
+    norm = torch.stack(norms).norm().item()
+    aligned.zero_grad()
+    return value, norm
+
+
+_truth: dict[tuple[str, bool, bool], tuple[float, float]] = {}
+
+
+def truth(row: Row, config: Any, rank: int, batch: dict[str, Tensor]) -> tuple[float, float]:
+    """Loss and gradient norm of the plain modules on the same inputs and weights: padded, nothing fused."""
+    key = (row.quantization, row.online, row.dequantize_once)
+    if key not in _truth:
+        plain = Row("truth", checkpointing=True, kbit=False, quantization=row.quantization, online=row.online)
+        with prepared(plain, config, rank) as (aligned, loss):
+            _truth[key] = measured_loss(aligned, loss, batch)
+    return _truth[key]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def capped():
+    if CUDA:
+        memory.cap_memory(CAP_GB, DEVICE)
+    yield
+    if CUDA:
+        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+
+
+def run_row(benchmark: Any, row: Row, config: Any, rank: int, samples: int, rounds: int) -> dict[str, Any] | None:
+    """Gate, then time: what a row needs per step; None under --benchmark-disable."""
+    torch.compiler.reset()
+    batches = [make_batch(whole_config(config), samples, seed) for seed in range(SETS)]
+    expected = truth(row, config, rank, batches[0])
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with prepared(row, config, rank) as (aligned, loss):
+        found = measured_loss(aligned, loss, batches[0])
+        errors = [abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True)]
+        assert errors[0] < 1e-2 and errors[1] < 5e-2, f"{row.name}: loss and gradient norm {found}, plain {expected}"
+        optimizer = torch.optim.AdamW([p for p in aligned.parameters() if p.requires_grad], lr=3e-6)
+        state = {"index": 0}
+
+        def step() -> None:
+            loss(batches[state["index"] % SETS])
+            optimizer.step()
+            optimizer.zero_grad()
+            state["index"] += 1
+            synchronize(DEVICE)
+
+        benchmark.pedantic(step, rounds=rounds, warmup_rounds=2 * SETS if CUDA else 1)
+        peak = torch.cuda.max_memory_allocated() if CUDA else None
+        used = memory.device_used_bytes(DEVICE) if CUDA else None
+    if benchmark.stats is None:
+        return None
+    seconds = sorted(benchmark.stats.stats.data)
+    sizes = [lengths(samples, seed) for seed in range(SETS)]
+    supervised = sum(answer for one in sizes for _, answer in one) / SETS
+    real = sum(question + answer + PROMPT + 32 for one in sizes for question, answer in one) / SETS
+    median = seconds[len(seconds) // 2]
+    return {
+        "seconds": {"p20": seconds[len(seconds) // 5], "p50": median, "p80": seconds[4 * len(seconds) // 5]},
+        "steps": len(seconds),
+        "samples": samples,
+        "samples_per_second": samples / median,
+        "supervised_tokens_per_second": supervised / median,
+        "tokens_per_second": real / median,
+        "tokens": real,
+        "peak_gb": None if peak is None else peak / 1e9,
+        "device_gb": None if used is None else used / 1e9,
+        "loss_error": errors[0],
+        "gradient_norm_error": errors[1],
+        "out_of_memory": False,
+    }
+
+
+def whole_config(config: Any) -> Any:
+    from pointalign.models import PointAlignConfig
+
+    return PointAlignConfig.from_preset("minigpt3d-phi2" if CUDA else "mini", type(config)(**config.to_dict()))
+
+
+def described(row: Row) -> dict[str, Any]:
+    return row._asdict() | {"half": str(row.half).removeprefix("torch."), "parts": list(row.parts)}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.partition(":")[0])
+def test_train_step(benchmark, record, row):
+    config, rank = text_config(), 64 if CUDA else 8
+    rounds = (200 if row is E else 20) if CUDA else 5
+    try:
+        result = run_row(benchmark, row, config, rank, SAMPLES, rounds)
+    except torch.OutOfMemoryError:
+        result = {"seconds": None, "samples": SAMPLES, "out_of_memory": True}
+    if result is not None:
+        shape = "Phi-2" if CUDA else "small"
+        record("train_step", {"shape": shape, "rank": rank, "lengths": lengths(SAMPLES, 0), **described(row), **result})
+
+
+@pytest.mark.parametrize("samples", (4, 8, 16, 32) if CUDA else (2, 4, 8))
+def test_cost_is_linear_in_tokens(benchmark, record, samples):
+    _truth.clear()  # of another number of samples
+    result = run_row(benchmark, E, text_config(), 64 if CUDA else 8, samples, 20 if CUDA else 3)
+    _truth.clear()
+    if result is not None:
+        record("train_step_tokens", {"shape": "Phi-2" if CUDA else "small", **described(E), **result})
+
+
+@pytest.mark.skipif(not CUDA, reason="8 billion parameters need a GPU")
+def test_8b_fits_24_gb(benchmark, record):
+    _truth.clear()
+    row = D8._replace(name="8B Llama, 4 bits, everything but dequantised weights", alignment="auto")
+    result = run_row(benchmark, row, text_config("llama-8b"), 16, 4, 20)
+    _truth.clear()
+    if result is not None:
+        record("train_step_8b", {"shape": "Llama 8B", "rank": 16, **described(row), **result})

@@ -1,0 +1,133 @@
+"""The section `train_step` of benchmarks/report.py: rows measured, and predictions beside what was not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+STAGE_SAMPLES = 67_500  # 10,000 steps at batches of 6, 10 and 4, drawn 2:3:3
+
+# Predicted milliseconds of one step of 16 samples (+-40 %), by what bounds them: products, or bytes moved. The two
+# columns of each card are the common stack (row b) and everything (row e).
+PREDICTED = {
+    "frozen products": {"H100": (78, 34), "RTX 4090": (345, 150)},
+    "4-bit dequantisation": {"H100": (8, 0), "RTX 4090": (22, 0)},
+    "LoRA": {"H100": (44, 10), "RTX 4090": (132, 27)},
+    "tanh-GELU": {"H100": (43, 2), "RTX 4090": (128, 7)},
+    "attention, norms, residual, dropout": {"H100": (28, 4), "RTX 4090": (84, 12)},
+    "head and cross-entropy": {"H100": (5, 1), "RTX 4090": (20, 4)},
+    "point encoder": {"H100": (27, 0), "RTX 4090": (36, 0)},
+    "optimizer, projector": {"H100": (3, 1), "RTX 4090": (9, 3)},
+}
+PRODUCTS = ("frozen products", "LoRA", "head and cross-entropy", "point encoder")
+# An RTX 3090 from a 4090: dense bf16 FLOP/s and bytes/s, attainable rates, assumed
+SLOWER_PRODUCTS, SLOWER_BYTES = 165 / 71, 1.0 / 0.94
+
+
+def predicted(card: str, column: int) -> float:
+    """Milliseconds of a step, column 0 the common stack, 1 everything."""
+    if card != "RTX 3090":
+        return sum(part[card][column] for part in PREDICTED.values())
+    return sum(
+        part["RTX 4090"][column] * (SLOWER_PRODUCTS if name in PRODUCTS else SLOWER_BYTES)
+        for name, part in PREDICTED.items()
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _measured(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    baseline = next((row for row in rows if row["name"].startswith("b:") and row["seconds"]), None)
+    lines = []
+    for row in rows:
+        if not row["seconds"]:
+            lines.append([row["name"], *["out of memory"] * 5])
+            continue
+        gain = f"{row['samples_per_second'] / baseline['samples_per_second']:.2f} x" if baseline else ""
+        peak = f"{row['peak_gb']:.1f}" if row["peak_gb"] else "not measured"
+        lines.append(
+            [
+                row["name"],
+                f"{row['samples_per_second']:.1f}",
+                gain,
+                f"{row['supervised_tokens_per_second']:.0f}",
+                f"{row['tokens_per_second']:.0f}",
+                peak,
+            ]
+        )
+    where = result["provenance"]
+    shape, samples = rows[0]["shape"], rows[0]["samples"]
+    sizes = ", ".join(f"{question}+{answer}" for question, answer in rows[0]["lengths"])
+    title = (
+        f"{where['device']}; torch {where['torch']}, commit {where['commit']}, {where['date']}. Shape {shape}, LoRA "
+        f"r = {rows[0]['rank']} on all linear layers, dropout 0.05, {samples} samples a step, question + answer tokens "
+        f"{sizes}."
+    )
+    header = ["row", "samples/s", "against b", "supervised tokens/s", "all tokens/s", "peak GB"]
+    return title + "\n\n" + _table(header, lines) + _stage(rows)
+
+
+def _stage(rows: list[dict[str, Any]]) -> str:
+    last = next((row for row in rows if row["name"].startswith("e:") and row["seconds"]), None)
+    if last is None or last["shape"] != "Phi-2" or last["steps"] < 200:
+        return ""
+    minutes = STAGE_SAMPLES / last["samples_per_second"] / 60
+    return (
+        f"\nThe alignment stage of the paper ({STAGE_SAMPLES:,} samples) at this rate: {minutes:.1f} minutes, from "
+        f"{last['steps']} steps.\n"
+    )
+
+
+def _predictions(results: list[dict[str, Any]]) -> str:
+    lines = []
+    for card in ("H100", "RTX 4090", "RTX 3090"):
+        for column, (letter, what) in enumerate((("b:", "transformers + peft + bitsandbytes"), ("e:", "everything"))):
+            found = [
+                row
+                for result in results
+                if card in result["provenance"]["device"]
+                for row in result["rows"]
+                if row["name"].startswith(letter) and row["seconds"]
+            ]
+            done = f"{1e3 * found[0]['seconds']['p50']:.0f}" if found else "not measured"
+            lines.append([card, what, f"{predicted(card, column):.0f}", done])
+    return "Phi-2, 16 samples a step, milliseconds; predictions are good to 40 %.\n\n" + _table(
+        ["card", "way", "predicted", "measured"], lines
+    )
+
+
+def _plot(results: list[dict[str, Any]]) -> None:
+    from matplotlib import pyplot
+
+    for result in results:
+        points = sorted((row["tokens"], row["seconds"]["p50"] * 1e3) for row in result["rows"] if row["seconds"])
+        figure, axes = pyplot.subplots(figsize=(4.5, 3.5))
+        axes.plot(*zip(*points, strict=True), marker="o")
+        axes.set(xlabel="tokens a step", ylabel="ms a step", xlim=(0, None), ylim=(0, None))
+        axes.set_title(f"{result['provenance']['device']}, {result['rows'][0]['shape']} shape", fontsize=9)
+        figure.tight_layout()
+        figure.savefig(RESULTS / f"{result['file']}.png", dpi=120)
+        pyplot.close(figure)
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    """Result files of a benchmark, one a device."""
+    paths = sorted(RESULTS.glob(f"{name}_*.json"))
+    contents = [json.loads(path.read_text()) | {"file": path.stem} for path in paths]
+    return [content for content in contents if content["benchmark"] == name]
+
+
+def train_step() -> str:
+    results = load("train_step")
+    _plot(load("train_step_tokens"))
+    return "\n".join([*(_measured(result) for result in results), _predictions(results)])
+
+
+def parity() -> str:
+    from parity import table
+
+    return "\n".join(table(content) for content in load("parity"))

@@ -1,0 +1,290 @@
+"""`python -m pointalign.feature_cache RECIPE --data.feature_cache DIR`: frozen point features, computed once.
+
+Takes the options of the training that will read them. The folder holds
+
+    index.json             fingerprint of weights and preprocessing, shapes, objects per shard
+    objects.json           object ids; place i is row i % shard_size of shard i // shard_size
+    queries-00000.npy ...  `[shard_size, Q, Dq]` float16, Q-Former outputs, 49 KB an object at the paper's sizes
+    encoder-00000.npy ...  `[shard_size, T', D]` float16, encoder tokens; only under `--alignment.target encoder`
+
+A shard is renamed into place when complete, so an interrupted run goes on where it stopped; under torchrun each process
+takes every world-th shard. Reading maps the files into memory.
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pointalign import checkpointing
+
+FORMAT = 1
+SHARD_SIZE = 4096
+FROZEN = ("point_encoder", "point_mlp", "qformer")  # and query_tokens, a parameter
+
+
+class StaleCacheError(ValueError):
+    """A cache made with other weights, preprocessing or objects than those at hand."""
+
+
+def fingerprint(model: Any, extractor: Any) -> str:
+    """SHA-256 of the frozen point branch's weights and of the preprocessing.
+
+    Args:
+        model: `PointAlignForConditionalGeneration`.
+        extractor: `PointAlignFeatureExtractor`.
+    """
+    preprocessing = {name: getattr(extractor, name) for name in ("num_points", "min_points", "up_axis", "num_channels")}
+    point = model.config.point_config
+    sizes = {"num_groups": point.num_groups, "group_size": point.group_size, "format": FORMAT}
+    digest = hashlib.sha256(json.dumps([preprocessing, sizes], sort_keys=True).encode())
+    state = {"query_tokens": model.model.query_tokens}
+    for part in FROZEN:
+        state |= {f"{part}.{name}": one for name, one in getattr(model.model, part).state_dict().items()}
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().to("cpu")
+        values = values.float() if values.is_floating_point() else values
+        digest.update(f"{name}{list(values.shape)}".encode() + values.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+class FeatureCache:
+    """Features by object id.
+
+    Args:
+        folder: as `write` left it.
+        fingerprint: of the model and preprocessing at hand, see `fingerprint`.
+        encoder: also give the encoder's tokens.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        StaleCacheError: it was made with other weights or preprocessing.
+        ValueError: it is not complete.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str, encoder: bool = False):
+        self.folder = Path(folder)
+        if not (self.folder / "index.json").exists():
+            raise FileNotFoundError(
+                f"no feature cache in {self.folder}: write it with python -m pointalign.feature_cache, same options"
+            )
+        self.index = json.loads((self.folder / "index.json").read_text())
+        if self.index["format"] != FORMAT or self.index["fingerprint"] != fingerprint:
+            raise StaleCacheError(
+                f"{self.folder} was written with other weights or preprocessing ({self.index['fingerprint'][:12]}, now "
+                f"{fingerprint[:12]}): write another one with python -m pointalign.feature_cache"
+            )
+        self.names = ["queries", *(["encoder"] if encoder else [])]
+        missing = [
+            name for name in self.names for shard in range(self.shards) if not _shard(self.folder, name, shard).exists()
+        ]
+        if missing:
+            raise ValueError(
+                f"{self.folder} is not complete: {len(missing)} of {self.shards * len(self.names)} shards are missing "
+                f"({', '.join(sorted(set(missing)))}); run python -m pointalign.feature_cache again, it goes on"
+            )
+        objects = json.loads((self.folder / "objects.json").read_text())
+        self.places = {object_id: place for place, object_id in enumerate(objects)}
+        self._open: dict[tuple[str, int], np.ndarray] = {}
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.index["objects"] / self.index["shard_size"])
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}  # a pickled memory map would be a copy of the file
+
+    def require(self, object_ids: Iterable[str]) -> None:
+        """Raises KeyError naming the first of `object_ids` that the cache lacks, and how many."""
+        absent = sorted({one for one in object_ids if one not in self.places})
+        if absent:
+            raise ValueError(
+                f"{self.folder} lacks {len(absent)} objects, the first is {absent[0]!r}: write a new cache"
+            )
+
+    def get(self, name: str, object_id: str) -> np.ndarray:
+        """One object's float16 features, `name` as in the file names, mapped."""
+        shard, row = divmod(self.places[object_id], self.index["shard_size"])
+        if (name, shard) not in self._open:
+            self._open[name, shard] = np.load(_shard(self.folder, name, shard), mmap_mode="r")
+        return self._open[name, shard][row]
+
+    def batch(self, object_ids: Sequence[str]) -> dict[str, Tensor]:
+        """Model inputs that stand for the clouds: `query_features [C, Q, Dq]`, and `encoder_tokens` where kept."""
+        if not object_ids:
+            return {}
+        inputs = {"queries": "query_features", "encoder": "encoder_tokens"}
+        return {
+            inputs[name]: torch.from_numpy(np.stack([self.get(name, one) for one in object_ids])) for name in self.names
+        }
+
+
+@contextmanager
+def without_point_branch(model: Any) -> Iterator[None]:
+    """Within the block the frozen point branch is not part of the model: neither moved to a device nor run."""
+    parts = {name: getattr(model.model, name).to("cpu") for name in FROZEN}
+    for name in FROZEN:
+        setattr(model.model, name, nn.Module())
+    try:
+        yield
+    finally:
+        for name, part in parts.items():
+            setattr(model.model, name, part)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write(
+    folder: str | Path,
+    objects: Sequence[str],
+    encode: Callable[[Sequence[str]], dict[str, np.ndarray]],
+    fingerprint: str,
+    names: Sequence[str] = ("queries",),
+    shard_size: int = SHARD_SIZE,
+    batch_size: int = 16,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[int], Any] = lambda objects: None,
+) -> int:
+    """Compute the shards that are missing. Returns how many objects were computed by this process.
+
+    Args:
+        encode: object ids to `{name: [C, ...]}` for every name in `names`.
+        progress: called with the number of objects done, each time.
+
+    Raises:
+        StaleCacheError: the folder holds a cache of other weights, preprocessing or objects.
+        FloatingPointError: a feature is not finite in float16.
+    """
+    folder = Path(folder)
+    objects = list(objects)
+    index = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "objects": len(objects),
+        "objects_sha256": hashlib.sha256("\n".join(objects).encode()).hexdigest(),
+        "shard_size": shard_size,
+    }
+    if (folder / "index.json").exists():
+        found = json.loads((folder / "index.json").read_text())
+        changed = [name for name, value in index.items() if found.get(name) != value]
+        if changed:
+            raise StaleCacheError(
+                f"{folder} holds another cache (its {', '.join(changed)} differ): give an empty folder, or remove it"
+            )
+    elif rank == 0:
+        checkpointing.write_json(folder / "objects.json", objects)
+        checkpointing.write_json(folder / "index.json", index)
+    done = 0
+    for shard in range(rank, math.ceil(len(objects) / shard_size), world):
+        wanted = [name for name in names if not _shard(folder, name, shard).exists()]
+        ids = objects[shard * shard_size : (shard + 1) * shard_size]
+        if not wanted:
+            progress(len(ids))
+            continue
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+        for first in range(0, len(ids), batch_size):
+            batch = ids[first : first + batch_size]
+            features = encode(batch)
+            for name in wanted:
+                half = features[name].astype(np.float16)
+                if not np.isfinite(half).all():
+                    bad = batch[int(np.argwhere(~np.isfinite(half.reshape(len(batch), -1)).all(axis=1))[0, 0])]
+                    raise FloatingPointError(f"object {bad!r}: its {name} features are not finite in float16")
+                rows[name].append(half)
+            progress(len(batch))
+        for name in wanted:
+            with checkpointing.replacing(_shard(folder, name, shard)) as temporary, temporary.open("wb") as file:
+                np.save(file, np.concatenate(rows[name]))
+        done += len(ids)
+    return done
+
+
+def _shard(folder: Path, name: str, shard: int) -> Path:
+    return folder / f"{name}-{shard:05d}.npy"
+
+
+def encoder_of(
+    model: Any, extractor: Any, find: Callable[[str], Path], device: torch.device, encoder: bool
+) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
+    """`encode` for `write`: reads clouds by `find(object_id)` and runs the point branch in float32."""
+
+    model.eval()
+
+    @torch.inference_mode()
+    def encode(object_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        batch = extractor([find(one) for one in object_ids]).to(device)
+        tokens = model.model.get_encoder_tokens(batch["point_values"], batch["point_lengths"])
+        features = {"queries": model.model._query(tokens)} | ({"encoder": tokens} if encoder else {})
+        return {name: one.float().cpu().numpy() for name, one in features.items()}
+
+    return encode
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from pointalign import assets, stages
+    from pointalign.data.conversations import load_conversations
+    from pointalign.data.dataset import find_cloud
+    from pointalign.options import parse
+
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if options.data.feature_cache is None:
+            raise ValueError("expected --data.feature_cache DIR, the folder to write")
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        annotations, clouds = options.data.annotations, options.data.clouds
+        if annotations is None or clouds is None:
+            furniture = assets.furniture()
+            annotations, clouds = furniture / "annotations" / "train.json", furniture / "clouds"
+        conversations = load_conversations(annotations, options.data.types)
+        objects = sorted({one for conversation in conversations for one in conversation.object_ids})
+        model, processor = stages.build(options.model, options.data, point_branch_only=True)
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        name = fingerprint(model, processor.feature_extractor)
+        for part in FROZEN:
+            getattr(model.model, part).to(device)
+        model.model.query_tokens.data = model.model.query_tokens.data.to(device)
+        encoder = options.alignment.target == "encoder"
+        with tqdm(total=len(objects[rank::world]), unit="object", disable=rank != 0) as bar:
+            write(
+                options.data.feature_cache,
+                objects,
+                encoder_of(model, processor.feature_extractor, partial(find_cloud, clouds), device, encoder),
+                name,
+                names=["queries", *(["encoder"] if encoder else [])],
+                rank=rank,
+                world=world,
+                progress=bar.update,
+            )
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if rank == 0:
+        print(f"{len(objects)} objects in {options.data.feature_cache}; now train with the same --data.feature_cache")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The feature cache: resumable, shared among processes, refused when stale, and small in memory at any size."""
+
+import json
+import pickle
+import resource
+
+import numpy as np
+import pytest
+
+from pointalign import feature_cache
+from pointalign.feature_cache import FeatureCache, StaleCacheError, write
+
+OBJECTS = [f"object{i}" for i in range(23)]
+
+
+def encode(object_ids):
+    """Features that tell whose they are."""
+    numbers = np.array([int(one.removeprefix("object")) for one in object_ids], dtype=np.float32)
+    return {
+        "queries": np.broadcast_to(numbers[:, None, None], (len(numbers), 4, 6)),
+        "encoder": np.broadcast_to(-numbers[:, None, None], (len(numbers), 9, 5)),
+    }
+
+
+def test_two_processes_write_what_one_reads(tmp_path):
+    for rank in range(2):
+        write(tmp_path, OBJECTS, encode, "a", ["queries", "encoder"], shard_size=5, batch_size=3, rank=rank, world=2)
+    cache = FeatureCache(tmp_path, "a", encoder=True)
+    batch = cache.batch(["object22", "object0", "object22"])
+    assert batch["query_features"][:, 0, 0].tolist() == [22, 0, 22]
+    assert batch["encoder_tokens"].shape == (3, 9, 5) and batch["encoder_tokens"][0, 0, 0] == -22
+    assert cache.batch([]) == {}
+    with pytest.raises(ValueError, match=r"lacks 1 objects, the first is 'nobody'"):
+        cache.require(["object1", "nobody"])
+    again = pickle.loads(pickle.dumps(cache))
+    assert again.get("queries", "object7")[0, 0] == 7
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    calls = []
+
+    def failing(object_ids):
+        calls.extend(object_ids)
+        if "object12" in object_ids:
+            raise KeyboardInterrupt
+        return encode(object_ids)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, OBJECTS, failing, "a", shard_size=5, batch_size=5)
+    with pytest.raises(ValueError, match="3 of 5 shards are missing"):
+        FeatureCache(tmp_path, "a")
+    assert not list(tmp_path.glob(".*incomplete"))
+    assert write(tmp_path, OBJECTS, encode, "a", shard_size=5) == 13
+    assert FeatureCache(tmp_path, "a").get("queries", "object12")[0, 0] == 12
+    assert write(tmp_path, OBJECTS, encode, "a", shard_size=5) == 0
+
+
+def test_stale_caches_are_refused(tmp_path):
+    write(tmp_path, OBJECTS, encode, "a", shard_size=5)
+    with pytest.raises(StaleCacheError, match="other weights or preprocessing"):
+        FeatureCache(tmp_path, "b")
+    with pytest.raises(StaleCacheError, match="fingerprint differ"):
+        write(tmp_path, OBJECTS, encode, "b", shard_size=5)
+    with pytest.raises(StaleCacheError, match="objects"):
+        write(tmp_path, OBJECTS[:-1], encode, "a", shard_size=5)
+    with pytest.raises(ValueError, match="shards are missing"):
+        FeatureCache(tmp_path, "a", encoder=True)
+    with pytest.raises(FileNotFoundError, match="no feature cache"):
+        FeatureCache(tmp_path / "elsewhere", "a")
+
+
+def test_features_beyond_float16_are_named(tmp_path):
+    def large(object_ids):
+        return {"queries": encode(object_ids)["queries"] * 1e4}
+
+    with pytest.raises(FloatingPointError, match="object7"):
+        write(tmp_path, OBJECTS, large, "a")
+
+
+def test_fingerprint_changes_with_weights_and_preprocessing(processor):
+    from conftest import tiny_model
+
+    model = tiny_model()
+    first = feature_cache.fingerprint(model, processor.feature_extractor)
+    assert feature_cache.fingerprint(tiny_model(), processor.feature_extractor) == first
+    model.model.modality_projector[0].weight.data += 1  # trains, and comes after what is cached
+    assert feature_cache.fingerprint(model, processor.feature_extractor) == first
+    model.model.query_tokens.data[0, 0, 0] += 1e-3
+    changed = feature_cache.fingerprint(model, processor.feature_extractor)
+    assert changed != first
+
+
+def test_660_thousand_objects_are_mapped_not_read(tmp_path):
+    """32 GB of features, in files with holes: the index is the only thing that is read."""
+    count, shard_size, shape = 660_000, 4096, (32, 768)
+    objects = [f"{i:032x}" for i in range(count)]
+    shards = -(-count // shard_size)
+    index = {"format": feature_cache.FORMAT, "fingerprint": "a", "objects": count, "shard_size": shard_size}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    (tmp_path / "objects.json").write_text(json.dumps(objects))
+    for shard in range(shards):
+        rows = min(shard_size, count - shard * shard_size)
+        path = tmp_path / f"queries-{shard:05d}.npy"
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "<f2", "fortran_order": False, "shape": (rows, *shape)}
+            )
+            file.truncate(file.tell() + rows * 2 * shape[0] * shape[1])
+    last = np.load(tmp_path / f"queries-{shards - 1:05d}.npy", mmap_mode="r+")
+    last[-1] = 5
+    last.flush()
+    assert sum(one.stat().st_size for one in tmp_path.glob("*.npy")) > 32e9
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cache = FeatureCache(tmp_path, "a")
+    batch = cache.batch([objects[0], objects[300_000], objects[-1]])["query_features"]
+    assert batch.shape == (3, *shape) and batch.float().sum(dim=(1, 2)).tolist() == [0, 0, 5 * 32 * 768]
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    assert grown < 400 * 1024

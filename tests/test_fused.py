@@ -1,0 +1,252 @@
+"""The lean parts equal the plain modules, each alone and all together."""
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_text_config
+from torch import nn
+from torch.nn import functional
+
+from pointalign import fused, quantization, stages
+from pointalign.options import ModelOptions
+
+
+def adapted(architecture, dropout=0.0, rank=4, model=None):
+    """A tiny model with adapters whose two halves are both random: peft's own start has gradients in one half only."""
+    model = model or tiny_model(architecture)
+    stages.add_adapters(model, ModelOptions(lora_rank=rank, lora_alpha=8, lora_dropout=dropout))
+    stages.set_trainable(model, ["lora"])
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data.normal_(std=0.2, generator=generator)
+    return model.train()
+
+
+def step(model, dtype=None, **inputs):
+    """Loss, gradients of the adapters, and of the embeddings: what every layer hands down."""
+    ids = torch.randint(0, 250, (2, 30), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    labels[:, :10] = -100
+    model.zero_grad()
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = model(inputs_embeds=embeds, labels=labels, use_cache=False, **inputs).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients | {"embeddings": embeds.grad.clone()}
+
+
+def assert_equal(found, expected, tolerance):
+    assert found[0] == pytest.approx(expected[0].item(), rel=tolerance)
+    assert found[1].keys() == expected[1].keys() and len(expected[1]) > 1
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= tolerance * 10 * gradient.norm() + 1e-9, name
+
+
+USED = {
+    "phi": {"lora": 24, "merged": 4, "gelu": 4, "swiglu": 0, "norms": 5, "cross_entropy": 1},
+    "llama": {"lora": 28, "merged": 8, "gelu": 0, "swiglu": 4, "norms": 9, "cross_entropy": 1},
+    "qwen3": {"lora": 28, "merged": 8, "gelu": 0, "swiglu": 4, "norms": 17, "cross_entropy": 1},
+}
+
+
+@pytest.mark.parametrize("architecture", ["phi", "llama", "qwen3"])
+def test_all_parts_equal_the_plain_modules(architecture):
+    model = adapted(architecture)
+    names = [name for name, _ in model.named_parameters()]
+    expected = step(model)
+    with fused.applied(model) as used:
+        found = step(model)
+    assert used == USED[architecture]
+    assert_equal(found, expected, 1e-5)
+    assert_equal(step(model), expected, 1e-7)  # all undone
+    assert names == [name for name, _ in model.named_parameters()]
+    storages = [p.untyped_storage().data_ptr() for p in model.model.language_model.get_decoder().parameters()]
+    assert len(storages) == len(set(storages))
+
+
+@pytest.mark.parametrize("part", fused.PARTS)
+def test_each_part_alone(part):
+    for architecture in ("phi", "llama"):
+        model = adapted(architecture)
+        expected = step(model)
+        with fused.applied(model, ["lora", "merged"] if part == "merged" else [part]):
+            assert_equal(step(model), expected, 1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["phi", "llama"])
+def test_mixed_precision_is_as_exact_as_the_plain_way(architecture):
+    exact = step(adapted(architecture).double())
+    model = adapted(architecture)
+    model.model.language_model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    plain = step(model, torch.bfloat16)
+    with fused.applied(model):
+        lean = step(model, torch.bfloat16)
+
+    def errors(found):
+        return {
+            name: ((found[1][name].double() - truth).norm() / truth.norm()).item() for name, truth in exact[1].items()
+        }
+
+    theirs, ours = errors(plain), errors(lean)
+    assert max(ours.values()) < 0.2
+    assert sum(ours.values()) <= 1.2 * sum(theirs.values())
+
+
+def test_checkpointing_under_the_fused_parts():
+    model = adapted("phi")
+    expected = step(model)
+    with fused.applied(model):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        assert_equal(step(model), expected, 1e-5)
+
+
+def test_4_bits_under_the_fused_parts():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from pointalign.models import PointAlignForConditionalGeneration
+
+    config = tiny_text_config("llama")
+    config.hidden_size, config.intermediate_size = 64, 128
+    text = quantization.random_language_model(config, "nf4", torch.float32, torch.device("cpu"))
+    model = adapted("llama", model=PointAlignForConditionalGeneration.from_language_model(text, "mini"))
+    expected = step(model)
+    with fused.applied(model) as used:
+        assert used["lora"] == 28 and used["merged"] == 8
+        assert_equal(step(model), expected, 1e-5)
+
+
+def test_dropout_drops_for_every_adapter_by_itself():
+    """Against the same masks, drawn again from the same seed."""
+    torch.manual_seed(0)
+    model = adapted("phi", dropout=0.5)
+    block = model.model.language_model.get_decoder().layers[0]
+    names = [f"self_attn.{one}_proj" for one in "qkv"]
+    layers = [block.get_submodule(name) for name in names] + [block.mlp.fc1]
+    x = torch.randn(1, 9, 32, requires_grad=True)
+    torch.manual_seed(3)
+    masks = [torch.native_dropout(x.detach()[0], 0.5, True)[1] for _ in layers]
+    assert not torch.equal(masks[0], masks[1])
+    expected = [
+        layer.base_layer(x)
+        + functional.linear(
+            functional.linear(x * mask * 2, layer.lora_A["default"].weight), layer.lora_B["default"].weight
+        )
+        * layer.scaling["default"]
+        for layer, mask in zip(layers, masks, strict=True)
+    ]
+    wanted = [*(layer.lora_A["default"].weight for layer in layers), x]
+    truth = torch.autograd.grad(sum(one.square().sum() for one in expected), wanted)
+    with fused.applied(model):
+        torch.manual_seed(3)
+        found = [layer(x) for layer in layers]
+        gradients = torch.autograd.grad(sum(one.square().sum() for one in found), wanted)
+        model.eval()
+        calm = layers[0](x)
+    for one, other in zip([*found, *gradients], [*expected, *truth], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(calm, layers[0].eval()(x))
+
+
+def test_products_by_finite_differences():
+    model = adapted("llama").double()
+    block = model.model.language_model.get_decoder().layers[0]
+    group = fused.AdapterGroup([block.mlp.gate_proj, block.mlp.up_proj])
+    x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
+    adapters = [layer.lora_A["default"].weight for layer in group.modules]
+    adapters += [layer.lora_B["default"].weight for layer in group.modules]
+    assert torch.autograd.gradcheck(
+        lambda x, *given: fused.LoraProducts.apply(x, group, torch.float64, 0.0, *given),
+        (x, *adapters),
+        atol=1e-6,
+        fast_mode=True,
+    )
+    group.unstack()
+    assert torch.autograd.gradcheck(fused.SiluProduct.apply, (x, x.detach().clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_cross_entropy_in_pieces(monkeypatch, bias):
+    monkeypatch.setattr(fused, "ROWS_AT_ONCE", 7)
+    torch.manual_seed(0)
+    head = nn.Linear(16, 101, bias=bias).requires_grad_(False)
+    rows = torch.randn(23, 16, requires_grad=True)
+    targets = torch.randint(0, 101, (23,))
+    expected = functional.cross_entropy(head(rows), targets, reduction="sum")
+    found = fused.head_cross_entropy(head, rows, targets)
+    torch.testing.assert_close(found, expected)
+    truth, gradient = (torch.autograd.grad(one * 0.3, rows)[0] for one in (expected, found))
+    torch.testing.assert_close(gradient, truth)
+
+
+def test_fewer_bytes_are_kept():
+    """What the parts are for, counted: bf16, adapters in fp32 with dropout, as the recipes have it."""
+    from pointalign.memory import saved_bytes
+
+    model = adapted("phi", dropout=0.05)
+    model.model.language_model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    ids = torch.randint(0, 250, (2, 60))
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    plain = saved_bytes(run)
+    with fused.applied(model):
+        lean = saved_bytes(run)
+    assert lean < 0.6 * plain
+
+
+def test_refusals():
+    model = adapted("llama")
+    with pytest.raises(ValueError, match="unknown part 'rope'"), fused.applied(model, ["rope"]):
+        pass
+    with pytest.raises(ValueError, match="name both"), fused.applied(model, ["merged"]):
+        pass
+
+
+def test_layers_that_train_are_left_alone():
+    model = adapted("llama")
+    block = model.model.language_model.get_decoder().layers[0]
+    block.mlp.up_proj.base_layer.weight.requires_grad_(True)
+    expected = step(model)
+    with fused.applied(model) as used:
+        assert used["lora"] == 27 and used["merged"] == 7
+        assert_equal(step(model), expected, 1e-5)
+
+
+def test_liger_takes_over_on_cuda_only(monkeypatch):
+    import sys
+    import types
+
+    calls = []
+
+    class Function:
+        @staticmethod
+        def apply(x, weight, epsilon, offset, mode, in_place):
+            calls.append((epsilon, offset, mode, in_place))
+            return x
+
+    module = types.ModuleType("liger_kernel.ops.rms_norm")
+    module.LigerRMSNormFunction = Function
+    for name in ("liger_kernel", "liger_kernel.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", module)
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    model = adapted("llama")
+    norm = model.model.language_model.get_decoder().norm
+    with fused.applied(model, ["norms"]):
+        norm(torch.randn(1, 2, 32))
+        assert not calls
+        norm(torch.randn(1, 2, 32).as_subclass(OnCuda))
+    assert calls == [(norm.variance_epsilon, 0.0, "llama", False)]
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
+    assert fused.liger_rms_norm() is None

@@ -1,0 +1,128 @@
+"""Through the real command line: what saves memory and time changes no loss."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLOUDS, tiny_text_config
+from test_train import TINY
+from transformers import AutoModelForCausalLM
+
+from pointalign import feature_cache, memory, train
+from pointalign.models import configuration
+
+
+@pytest.fixture(autouse=True)
+def tiny_preset(monkeypatch):
+    monkeypatch.setitem(configuration.PRESETS, "mini", TINY)
+
+
+@pytest.fixture(scope="module", params=["phi"])
+def language_model(request, tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("llm")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_text_config(request.param)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, language_model):
+    """`run(name, *options)` trains three steps and returns the last log, of loss, its parts and the gradient norm."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+model: {{llm: {language_model}, train: [modality_projector, lora], lora_rank: 4, lora_dropout: 0.0, dtype: float32}}
+data: {{annotations: {CLOUDS / "annotations.json"}, clouds: {CLOUDS}, num_points: 256}}
+alignment: {{weight: 0.5}}
+training: {{max_steps: 3, logging_steps: 3, save_strategy: 'no', report_to: none, use_cpu: true, disable_tqdm: true,
+            learning_rate: 1.0e-2, per_device_train_batch_size: 4}}
+"""
+    )
+
+    def go(name, *options):
+        assert train.main([str(recipe), "--training.output_dir", str(tmp_path / name), *options]) == 0
+        return json.loads((tmp_path / name / "stage.json").read_text())["last_log"]
+
+    go.recipe = str(recipe)
+    return go
+
+
+def assert_same(one, other, tolerance=2e-4):
+    for name in ("loss", "ntp_loss", "alignment_loss", "grad_norm"):
+        assert one[name] == pytest.approx(other[name], rel=tolerance), name
+
+
+def test_packed_and_fused_runs_equal_the_plain_one(run, capsys):
+    plain = run("plain")
+    assert "memory of a training step" in capsys.readouterr().out
+    assert_same(run("packed", "--data.packing", "true"), plain)
+    assert_same(run("fused", "--data.packing", "true", "--fused"), plain)
+    assert "fused: lora (24), merged (4), gelu (4)" in capsys.readouterr().out
+    assert_same(run("parts", "--fused", "--fused_parts", "[gelu,norms]"), plain)
+    assert "fused: gelu (4), norms (5)\n" in capsys.readouterr().out
+    assert_same(run("checkpointed", "--fused", "--training.gradient_checkpointing", "true"), plain)
+
+
+def test_auto_batch_splits_the_batch_and_keeps_the_training(run, capsys, monkeypatch):
+    plain = run("plain")
+    found = []
+    budget = memory.budget
+
+    def small(*arguments):
+        found.append(budget(*arguments))
+        found[-1].limit = round(found[-1].of(1).total / memory.MARGIN)  # room for the two samples that were measured
+        return found[-1]
+
+    monkeypatch.setattr(memory, "budget", small)
+    split = run("split", "--training.auto_batch", "true")
+    assert "auto_batch: 2 samples at a time, 2 times for a step" in capsys.readouterr().out
+    assert_same(split, plain)
+    assert found[0].activations > 0 and found[0].trained > 0
+
+
+def test_token_budget_through_the_command_line(run):
+    log = run("tokens", "--data.packing", "true", "--data.pack_tokens", "300")
+    assert np.isfinite(log["loss"])
+
+
+def test_cached_features_stand_for_the_clouds(run, tmp_path, capsys, monkeypatch):
+    cache = ["--data.feature_cache", str(tmp_path / "cache")]
+    plain = run("plain")
+    assert feature_cache.main([run.recipe, *cache]) == 0
+    from pointalign.models.point_encoder import PointBertModel
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PointBertModel, "forward", lambda *_: pytest.fail("the point encoder ran"))
+        cached = run("cached", *cache, "--data.packing", "true", "--fused")
+    assert_same(cached, plain, tolerance=2e-3)  # features were rounded to fp16
+
+    assert (
+        train.main([run.recipe, *cache, "--data.num_points", "128", "--training.output_dir", str(tmp_path / "x")]) == 1
+    )
+    assert "other weights or preprocessing" in capsys.readouterr().err
+    assert train.main([run.recipe, *cache, "--model.seed", "1", "--training.output_dir", str(tmp_path / "y")]) == 1
+    assert "other weights or preprocessing" in capsys.readouterr().err
+    trains = ["--model.train", "[qformer,lora]", "--training.output_dir", str(tmp_path / "z")]
+    assert train.main([run.recipe, *cache, *trains]) == 1
+    assert "model.train has qformer" in capsys.readouterr().err
+
+
+def test_cached_encoder_tokens(run, tmp_path):
+    options = ["--data.feature_cache", str(tmp_path / "cache"), "--alignment.target", "encoder"]
+    assert feature_cache.main([run.recipe, *options]) == 0
+    assert_same(run("cached", *options), run("plain", "--alignment.target", "encoder"), tolerance=2e-3)
+
+
+def test_impossible_options_are_named(run, tmp_path, capsys):
+    folder = ["--training.output_dir", str(tmp_path / "x")]
+    for options, named in [
+        (["--model.attention", "flash_attention_2", "--data.packing", "true"], "flash-attn"),
+        (["--model.attention", "varlen"], "data.packing"),
+        (["--training.memory_limit_gb", "22.5"], "caps the CUDA allocator"),
+        (["--data.feature_cache", str(tmp_path / "none")], "no feature cache"),
+        (["--fused", "--fused_parts", "[rope]"], "unknown part 'rope'"),
+    ]:
+        assert train.main([run.recipe, *folder, *options]) == 1
+        assert named in capsys.readouterr().err

@@ -1,0 +1,204 @@
+"""Packed samples: nothing lost, nothing shared, the same losses and gradients as one by one."""
+
+import pytest
+import torch
+from conftest import assistant, tiny_model, user
+
+from pointalign.alignment import AlignmentConfig
+from pointalign.data.packing import IGNORED, TokenBudgetSampler, pack, token_counts
+from pointalign.models.attention import choose_attention
+from pointalign.trainer import AlignedModel
+
+
+def collate(processor, conversations):
+    return dict(
+        processor.apply_chat_template(
+            conversations, tokenize=True, return_labels=True, truncation=True, max_length=400, padding=True
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def conversations(clouds):
+    """One cloud, two clouds, several turns, none at all; unequal lengths."""
+    small = [cloud[:40] for cloud in clouds]
+    return [
+        [user("What is it?", small[0]), assistant("A bench.")],
+        [user("Which is taller, the first or the second?", small[1], small[2]), assistant("The first.")],
+        [user("Name it.", small[3]), assistant("A lamp."), user("Colour?"), assistant("Red, with a black foot.")],
+        [user("Hello"), assistant("Hi")],
+    ]
+
+
+def gradients(aligned, batches, tokens, rows):
+    aligned.zero_grad()
+    totals = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        losses = aligned(**batch, num_point_rows=rows, num_items_in_batch=tokens)
+        losses["loss"].backward()
+        totals += torch.stack([losses[name].detach().double() for name in ("loss", "ntp_loss", "alignment_loss")])
+    return totals, {name: p.grad.clone() for name, p in aligned.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["varlen", "sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["llama", "phi", "qwen3"])
+def test_packed_equals_one_by_one(processor, conversations, architecture, attention):
+    if attention == "eager" and architecture != "llama":
+        pytest.skip("eager attention packs by transformers' own masks: one architecture is enough")
+    aligned = AlignedModel(tiny_model(architecture), AlignmentConfig(weight=0.5, layer=[2]))
+    for part in ("point_encoder", "point_mlp", "qformer"):  # frozen, as in the alignment stage
+        getattr(aligned.model.model, part).requires_grad_(False)
+    aligned.train()
+    language_model = aligned.model.model.language_model
+    batch = collate(processor, conversations)
+    tokens, rows = (batch["labels"] != IGNORED).sum(), batch["point_mask"].sum()
+    single = [collate(processor, [one]) for one in conversations]
+    language_model.set_attn_implementation("sdpa")
+    expected, expected_gradients = gradients(aligned, single, tokens, rows)
+
+    language_model.set_attn_implementation(attention)
+    packed = pack(batch)
+    assert packed["input_ids"].shape == (1, sum(one["input_ids"].shape[1] for one in single))
+    found, found_gradients = gradients(aligned, [packed], tokens, rows)
+
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, expected_gradient in expected_gradients.items():
+        difference = (found_gradients[name] - expected_gradient).norm() / expected_gradient.norm().clamp_min(1e-9)
+        assert difference < 1e-4 or (found_gradients[name] - expected_gradient).abs().max() < 1e-7, name
+
+
+def test_packing_with_an_attention_mask_would_leak(processor, conversations):
+    """The guard that the test above depends on: seeing the neighbours does change the losses."""
+    aligned = AlignedModel(tiny_model(), AlignmentConfig(weight=0.0)).eval()
+    packed = pack(collate(processor, conversations))
+    apart = aligned(**packed)["loss"]
+    together = aligned(**{name: one for name, one in packed.items() if name != "position_ids"})["loss"]
+    assert abs(apart - together) > 1e-4
+
+
+def test_pack_keeps_every_token_and_label(processor, conversations):
+    batch = collate(processor, conversations)
+    real = batch["attention_mask"].bool()
+    packed = pack(batch)
+    assert packed["input_ids"][0].tolist() == batch["input_ids"][real].tolist()
+    assert (packed["labels"] != IGNORED).sum() == (batch["labels"] != IGNORED).sum()
+    assert int(packed["point_mask"].sum()) == 4 * len(batch["point_values"])
+    assert packed["cu_seq_lens_q"].tolist() == [0, *real.sum(1).cumsum(0).tolist()]
+    starts = packed["cu_seq_lens_q"][:-1].long()
+    assert (packed["position_ids"][0, starts] == 0).all() and (packed["labels"][0, starts] == IGNORED).all()
+    assert int(packed["position_ids"].max()) + 1 == packed["max_length_q"]
+
+
+def test_varlen_refuses_padded_batches(processor, conversations):
+    model = tiny_model()
+    model.model.language_model.set_attn_implementation("varlen")
+    with pytest.raises(ValueError, match="packed batches only"):
+        model(**collate(processor, conversations))
+
+
+def test_choose_attention(monkeypatch):
+    from pointalign.models import attention
+
+    assert choose_attention("auto", True, "cpu") == "varlen"
+    assert choose_attention("auto", False, "cpu") == "sdpa"
+    with pytest.raises(ValueError, match=r"pointalign\[flash-attn\]"):
+        choose_attention("flash_attention_2", True, "cpu")
+    with pytest.raises(ValueError, match="packed"):
+        choose_attention("varlen", False, "cuda")
+    with pytest.raises(ValueError, match="expected one of"):
+        choose_attention("flash", True, "cuda")
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
+    assert choose_attention("auto", True, "cuda") == "varlen"
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    assert choose_attention("auto", True, "cuda") == "flash_attention_2"
+    assert choose_attention("flash_attention_2", True, "cuda") == "flash_attention_2"
+
+
+def test_flash_attention_gets_the_sample_borders(processor, conversations, monkeypatch):
+    """transformers' own flash_attention_2 takes the same arguments: checked with its kernel replaced by ours."""
+    from transformers import AttentionInterface
+
+    from pointalign.models.attention import varlen_attention
+
+    seen = {}
+
+    def kernel(module, query, key, value, attention_mask, **kwargs):
+        seen.update(kwargs)
+        return varlen_attention(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", kernel)
+    model = tiny_model()
+    packed = pack(collate(processor, conversations))
+    expected = model(**packed, use_cache=False).loss
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    torch.testing.assert_close(model(**packed, use_cache=False).loss, expected)
+    assert {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"} <= seen.keys()
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_cuda_kernel_call(monkeypatch, grouped):
+    """The arguments handed to PyTorch's kernel, which runs on CUDA alone; before 2.12 it had no `enable_gqa`."""
+    import torch.nn.attention.varlen as varlen
+
+    from pointalign.models.attention import varlen_attention
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    called = {}
+
+    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+        called.update(shapes=[tuple(one.shape) for one in (query, key, value)], scale=scale, window_size=window_size)
+        return torch.zeros(query.shape)
+
+    def new(*tensors, scale, window_size, enable_gqa):
+        called.update(enable_gqa=enable_gqa)
+        return old(*tensors, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", new if grouped else old)
+    query = torch.zeros(1, 4, 6, 8, dtype=torch.bfloat16).as_subclass(OnCuda)
+    key = torch.zeros(1, 2, 6, 8, dtype=torch.bfloat16)
+    borders = torch.tensor([0, 2, 6], dtype=torch.int32)
+    output, _ = varlen_attention(
+        torch.nn.Identity(), query, key, key, None, scaling=0.5, cu_seq_lens_q=borders, max_length_q=4
+    )
+    heads = 2 if grouped else 4
+    assert output.shape == (1, 6, 4, 8)
+    assert called["shapes"] == [(6, 4, 8), (6, heads, 8), (6, heads, 8)]
+    assert called["window_size"] == (-1, 0) and called["scale"] == 0.5 and called.get("enable_gqa", False) == grouped
+    with pytest.raises(ValueError, match="no dropout"):
+        varlen_attention(torch.nn.Identity(), query, key, key, None, dropout=0.1, cu_seq_lens_q=borders, max_length_q=4)
+    with pytest.raises(ValueError, match="sliding window"):
+        varlen_attention(
+            torch.nn.Identity(), query, key, key, None, sliding_window=3, cu_seq_lens_q=borders, max_length_q=4
+        )
+
+
+def test_token_budget(processor):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(40, 200, (500,), generator=generator).tolist()
+    budget = 1600
+    samplers = [TokenBudgetSampler(lengths, budget, seed=1, rank=rank, world=2) for rank in range(2)]
+    batches = [list(sampler) for sampler in samplers]
+    assert len(batches[0]) == len(batches[1]) == len(samplers[0])
+    together = [sample for half in batches for batch in half for sample in batch]
+    assert len(together) == len(set(together)) and len(together) >= 500 - budget // 40
+    sizes = [sum(lengths[sample] for sample in batch) for half in batches for batch in half]
+    assert max(sizes) <= budget and sum(sizes) / len(sizes) > 0.85 * budget
+    samplers[0].set_epoch(1)
+    assert list(samplers[0]) != batches[0]
+    with pytest.raises(ValueError, match="the budget is"):
+        TokenBudgetSampler([10, 2000], budget)
+
+
+def test_token_counts(processor, clouds):
+    from pointalign.data.conversations import Conversation
+
+    one = Conversation(
+        ("a", "b"), "comparison", (("user", "<point><point>\nWhich is taller?"), ("assistant", "The first."))
+    )
+    messages = [user("Which is taller?", clouds[0], clouds[1]), assistant("The first.")]
+    expected = collate(processor, [messages])["input_ids"].shape[1]
+    assert token_counts(processor, [one], 400) == [expected]
+    assert token_counts(processor, [one], 20) == [20]

@@ -1,0 +1,117 @@
+"""4 bits on a CPU: loaded, trained, dequantised to the same numbers, exported as a plain model."""
+
+import pytest
+import torch
+from conftest import tiny_text_config
+from torch import nn
+
+from pointalign import quantization, stages
+from pointalign.options import ModelOptions
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A language model on disk whose widths fill NF4's blocks of 64."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_text_config("phi")
+    config.hidden_size, config.intermediate_size = 64, 128
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("llm")
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def build(folder, **options):
+    from pointalign.options import DataOptions
+
+    chosen = ModelOptions(llm=str(folder), dtype="float32", lora_dropout=0.0, lora_rank=4, **options)
+    return stages.build(chosen, DataOptions(num_points=256))
+
+
+def losses(model, steps=1):
+    """Next-token losses over a few LoRA updates, the first on untouched weights."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 250, (2, 24))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    found = []
+    for _ in range(steps):
+        loss = model.train()(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_nf4_trains_and_equals_its_dequantised_twin(folder):
+    model, _ = build(folder, quantization="nf4")
+    layers = model.model.language_model.get_decoder().layers
+    assert quantization.is_4bit(layers[0].self_attn.q_proj.base_layer)
+    assert not quantization.is_4bit(model.get_output_embeddings())
+    twin, _ = build(folder, quantization="nf4", dequantize_once=True)
+    twin_layers = twin.model.language_model.get_decoder().layers
+    assert type(twin_layers[0].self_attn.q_proj.base_layer) is nn.Linear
+    assert torch.equal(quantization.full_weight(layers[0].mlp.fc1.base_layer), twin_layers[0].mlp.fc1.base_layer.weight)
+    full, _ = build(folder)
+    four, once, plain = (losses(one, steps=4) for one in (model, twin, full))
+    assert four == pytest.approx(once, rel=1e-5)
+    assert abs(four[0] - plain[0]) > 1e-5  # 4 bits are not the weights
+    assert four[-1] < four[0]
+
+
+@pytest.mark.parametrize("options", [{"quantization": "nf4"}, {"quantization": "nf4", "dequantize_once": True}])
+def test_quantised_models_are_exported_plain(folder, tmp_path, options):
+    from pointalign.models import PointAlignForConditionalGeneration
+
+    model, processor = build(folder, **options)
+    losses(model, steps=2)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+    stages.export(model, processor, tmp_path / "model")
+    again = PointAlignForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    assert getattr(again.config.text_config, "quantization_config", None) is None
+    assert not any(quantization.is_4bit(module) for module in again.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["phi", "llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_random_language_model(architecture, kind):
+    config = tiny_text_config(architecture)
+    config.hidden_size, config.intermediate_size = 64, 128
+    model = quantization.random_language_model(config, kind, torch.float32, torch.device("cpu"))
+    assert not any(one.is_meta for one in [*model.parameters(), *model.buffers()])
+    assert quantization.is_4bit(model.get_decoder().layers[0].self_attn.v_proj) == (kind == "nf4")
+    ids = torch.arange(12)[None]
+    loss = model(input_ids=ids, labels=ids).loss
+    assert 4 < loss.item() < 7  # near log(259): a uniform guess
+    from transformers import AutoModelForCausalLM
+
+    usual = AutoModelForCausalLM.from_config(config)
+    for (name, mine), (_, theirs) in zip(model.named_buffers(), usual.named_buffers(), strict=False):
+        if "inv_freq" in name:
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_nf4_without_bitsandbytes(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"pointalign\[cuda\]"):
+        quantization.quantization_config("nf4", torch.bfloat16)
+
+
+def test_sharded_storage():
+    config = quantization.quantization_config("nf4", torch.bfloat16, sharded=True)
+    assert config.bnb_4bit_quant_storage == torch.bfloat16 and config.bnb_4bit_use_double_quant
+    assert quantization.quantization_config("none", torch.bfloat16) is None
+
+
+def test_unknown_quantization():
+    with pytest.raises(ValueError, match="none or nf4"):
+        ModelOptions(quantization="int8")

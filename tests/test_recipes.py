@@ -1,0 +1,24 @@
+"""Every shipped recipe is a valid set of options, and the paper's values stand where they should."""
+
+import pytest
+
+from pointalign.options import RECIPES, parse
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_parse_and_open_with_their_command(path):
+    # `use_cpu` keeps the options from looking for devices
+    options = parse([path.stem, "--training.use_cpu", "true"])
+    assert options.training.output_dir.startswith("runs/")
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and "pointalign.train" in first and (path.stem in first or path.stem == "demo")
+
+
+def test_the_papers_values():
+    options = parse(["align_24gb", "--training.use_cpu", "true"])
+    model, alignment, training = options.model, options.alignment, options.training
+    assert (model.lora_rank, model.lora_alpha, model.lora_dropout) == (64, 16, 0.05)
+    assert (alignment.weight, alignment.layer, alignment.target) == (0.1, [15], "qformer")
+    assert (training.max_steps, training.learning_rate, training.warmup_steps) == (10000, 3e-6, 1000)
+    assert (training.weight_decay, training.max_grad_norm, training.seed) == (0.05, 0.0, 42)
+    assert model.quantization == "nf4" and options.data.packing and not training.gradient_checkpointing
