@@ -13,7 +13,9 @@ from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, Pre
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from pointalign.models import adapters
 from pointalign.models.configuration import PointAlignConfig
+from pointalign.models.query_experts import QueryExperts
 
 POINT_INPUTS = ("point_values", "point_lengths", "point_mask", "query_features")
 
@@ -53,12 +55,21 @@ class PointAlignPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ("past_key_values",)
     # Sampling and neighbours are exact in fp32 only, and the alignment target should not move with the LLM's dtype.
-    _keep_in_fp32_modules_strict = {"point_encoder", "point_mlp", "query_tokens", "qformer", "modality_projector"}
+    _keep_in_fp32_modules_strict = {
+        "point_encoder",
+        "point_mlp",
+        "query_tokens",
+        "query_experts",
+        "qformer",
+        "modality_projector",
+    }
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, PointAlignModel):
+        if isinstance(module, PointAlignModel) and module.query_experts is None:
             nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
+        elif isinstance(module, QueryExperts):
+            nn.init.normal_(module.queries, std=self.config.initializer_range)
 
 
 class PointAlignModel(PointAlignPreTrainedModel):
@@ -73,6 +84,9 @@ class PointAlignModel(PointAlignPreTrainedModel):
             nn.Linear(config.point_config.hidden_size, width), nn.GELU(), nn.Linear(width, qformer.encoder_hidden_size)
         )
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
+        self.query_experts: QueryExperts | None = None
+        if config.num_query_experts:
+            self.add_query_experts(config.num_query_experts, config.query_routing, config.query_top_k)
         self.qformer = Blip2QFormerModel(qformer)
         self.modality_projector = nn.Sequential(
             nn.Linear(width, config.projector_hidden_size),
@@ -80,6 +94,15 @@ class PointAlignModel(PointAlignPreTrainedModel):
         )
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
+
+    def add_query_experts(self, num_experts: int, routing: str = "sparse", top_k: int = 2) -> None:
+        """Replace the queries by experts that start as copies of them, and a new router."""
+        width = self.config.point_config.hidden_size
+        with self.query_tokens.device:
+            self.query_experts = QueryExperts(self.query_tokens, num_experts, width, routing, top_k)
+        self.query_tokens = None
+        config = self.config
+        config.num_query_experts, config.query_routing, config.query_top_k = num_experts, routing, top_k
 
     @property
     def point_branch(self) -> list[nn.Module]:
@@ -124,8 +147,14 @@ class PointAlignModel(PointAlignPreTrainedModel):
         return self._query(self.get_encoder_tokens(point_values, point_lengths))
 
     def _query(self, tokens: Tensor) -> Tensor:
-        queries = self.query_tokens.expand(len(tokens), -1, -1)
-        return self.qformer(query_embeds=queries, encoder_hidden_states=self.point_mlp(tokens)).last_hidden_state
+        keys = self.point_mlp(tokens)
+        if self.query_experts is None:
+            queries = self.query_tokens.expand(len(tokens), -1, -1)
+            return self.qformer(query_embeds=queries, encoder_hidden_states=keys).last_hidden_state
+        queries, weights = self.query_experts(tokens)  # [C, K, Q, Dq], [C, K]
+        keys = keys.repeat_interleave(queries.shape[1], dim=0)
+        outputs = self.qformer(query_embeds=queries.flatten(0, 1), encoder_hidden_states=keys).last_hidden_state
+        return torch.einsum("ckqd,ck->cqd", outputs.unflatten(0, queries.shape[:2]), weights.to(outputs))
 
     def encode_point_clouds(self, points: Tensor, point_lengths: Tensor | None = None) -> PointFeatures:
         """Every stage of the point branch for clouds `[C, N, 3 + F]`, normalised as the feature extractor does."""
@@ -218,6 +247,22 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         if language_model.can_generate():
             model.generation_config = language_model.generation_config
         return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
+        """As in transformers; adapters that the folder keeps apart are put on the language model and the Q-Former."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.adapters:
+            adapters.load(model, pretrained_model_name_or_path)
+        return loaded
+
+    def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
+        if self.config.adapters:
+            kwargs["state_dict"] = adapters.base_state(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.config.adapters:
+            adapters.save(self, save_directory)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
