@@ -32,7 +32,7 @@ def _unpickled(path: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
         )
     except pickle.UnpicklingError as error:
         raise ConversionError(f"{path}: refused, it holds more than tensors and plain values: {error}") from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ConversionError(f"{path}: truncated or not written by torch.save: {error}") from error
     if not keys:
         return content
@@ -62,6 +62,8 @@ class Source:
     def _find(self) -> list[Path]:
         if self.path.is_file():
             return [self.path]
+        if not self.path.exists():
+            raise ConversionError(f"{self.path}: no such file or folder")
         for pattern in ("*.safetensors", "pytorch_model*.bin"):
             if files := sorted(self.path.glob(pattern)):
                 return files

@@ -17,6 +17,7 @@ from pointalign.models import adapters
 from pointalign.models.configuration import PointAlignConfig
 from pointalign.models.query_experts import QueryExperts
 
+LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 POINT_INPUTS = ("point_values", "point_lengths", "point_mask", "query_features")
 
 
@@ -250,12 +251,19 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
-        """As in transformers; adapters that the folder keeps apart are put on the language model and the Q-Former."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        """As in transformers, but all or nothing; adapters that the folder keeps apart are put on.
+
+        Raises: ValueError: weights are missing, unexpected or of another shape.
+        """
+        wanted = kwargs.pop("output_loading_info", False)
+        folder = pretrained_model_name_or_path
+        model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        problems = [f"{kind.removesuffix('_keys')} {key}" for kind in LOADING_PROBLEMS for key in sorted(info[kind], key=str)]
+        if problems:
+            raise ValueError(f"{folder} does not fit its model ({len(problems)} problems): {', '.join(problems[:5])}")
         if model.config.adapters:
-            adapters.load(model, pretrained_model_name_or_path)
-        return loaded
+            adapters.load(model, folder)
+        return (model, info) if wanted else model
 
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
         if self.config.adapters:
