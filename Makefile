@@ -9,7 +9,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test check setup assets benchmark clean
+.PHONY: train test check setup assets benchmark alignment-check report clean
 
 train: assets
 	$(BIN)/python -m pointalign.train $(ARGS)
@@ -24,6 +24,12 @@ check: setup
 
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+alignment-check: assets
+	$(BIN)/python -m pointalign.evaluation.alignment_check $(ARGS)
+
+report: setup
+	$(BIN)/python benchmarks/report.py
 
 setup: $(VENV)/.complete
 

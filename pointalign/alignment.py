@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from pointalign_kernels import alignment_loss
 from torch import Tensor, nn
+
+from pointalign_kernels import alignment_loss
 
 TARGETS = ("qformer", "encoder", "llm:<layer>")
 
@@ -59,7 +60,8 @@ class AlignmentConfig:
     def layers(self, num_layers: int) -> list[int]:
         """The layers to align in a language model of `num_layers`, checked."""
         layers = self.layer or [max(1, (num_layers - 1) // 2)]
-        for layer in [*layers, *([self.target_layer()] if self.target_layer() else [])]:
+        target = self.target_layer()
+        for layer in [*layers, *([] if target is None else [target])]:
             if not 1 <= layer <= num_layers:
                 raise ValueError(f"alignment layer {layer}: the language model has layers 1 to {num_layers}")
         return layers

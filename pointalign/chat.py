@@ -1,6 +1,7 @@
 """`python -m pointalign.chat FILE [FILE ...]`: talk about one or several clouds in the terminal."""
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advertises another package
     try:
         return chat(options)
     except (ValueError, OSError) as error:
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def chat(options: argparse.Namespace) -> int:
-    from pointalign.data.point_cloud import load_point_cloud
+    from pointalign.data.point_cloud import PointCloudError, load_point_cloud
 
     clouds = [load_point_cloud(path, up_axis=options.up_axis) for path in options.files]
     import torch
@@ -40,6 +42,10 @@ def chat(options: argparse.Namespace) -> int:
 
     model, processor = load_for_inference(options.model)
     for path, cloud in zip(options.files, clouds, strict=True):
+        try:
+            processor.feature_extractor.prepare(cloud)
+        except PointCloudError as error:
+            raise PointCloudError(f"{path}: {error}") from error
         print(f"{Path(path).name}: {len(cloud)} points")
     messages: list[dict] = []
     opening: list[dict] = [{"type": "point", "point": cloud} for cloud in clouds]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,8 +25,13 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+            previous = target.with_name(f".{target.name}.previous")  # a folder cannot be renamed over another
+            _remove(previous)
+            os.replace(target, previous)
+            os.replace(temporary, target)
+            _remove(previous)
+        else:
+            os.replace(temporary, target)
     except BaseException:
         _remove(temporary)
         raise
@@ -52,11 +58,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def stage_state(model: nn.Module) -> dict[str, Tensor]:
-    """All that a stage hands to the next: everything but the language model's own weights."""
+    """All that a stage hands to the next: everything but the language model's own weights.
+
+    Norms that the published stages train beside the adapters count among what is handed on (`trained_norms` of the class).
+    """
+    norms = getattr(model.get_submodule("model.language_model"), "trained_norms", ())
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if ".language_model." not in f".{name}" or ".lora_" in name
+        if ".language_model." not in f".{name}" or ".lora_" in name or name.endswith(tuple(f"{n}.weight" for n in norms))
     }
 
 
@@ -77,7 +87,10 @@ def load_state(model: nn.Module, path: Path, expected: set[str]) -> None:
     """
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    state = load_file(path)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     problems = [f"missing {key}" for key in sorted(expected - state.keys())]
     problems += [f"unexpected {key}" for key in sorted(state.keys() - expected)]
     own = model.state_dict(keep_vars=True)

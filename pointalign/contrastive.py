@@ -81,7 +81,7 @@ def warm_up(
             order = np.concatenate([order, rng.permutation(len(data.clouds))])
         chosen, order = order[:batch_size], order[batch_size:]
         size = int(rng.integers(2048, 4097))  # one size a batch, so that clouds need no padding
-        clouds = [augment(data.clouds[i], rng)[:size] for i in chosen]
+        clouds = [augment(data.clouds[i], rng, fewest=processor.feature_extractor.min_points)[:size] for i in chosen]
         smallest = min(len(cloud) for cloud in clouds)
         points = np.stack([processor.feature_extractor.prepare(cloud[:smallest]) for cloud in clouds])
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):

@@ -7,7 +7,17 @@ from transformers import TrainingArguments
 
 from pointalign.alignment import AlignmentConfig
 
-PARTS = ("point_encoder", "point_mlp", "qformer", "modality_projector", "lora")
+PARTS = (
+    "point_encoder",
+    "point_mlp",
+    "qformer",
+    "qformer_lora",
+    "query_tokens",
+    "query_experts",
+    "modality_projector",
+    "lora",
+    "llm_norms",
+)
 RECIPES = Path(__file__).parent / "recipes"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
@@ -17,13 +27,18 @@ class ModelOptions:
     """What is trained (`--model.*`).
 
     Attributes:
-        llm: folder of a causal language model, or `smollm2`, the embedded one.
+        llm: folder of a causal language model, `smollm2`, the embedded one, or a folder that `pointalign.convert` wrote,
+            which brings point branch and adapters along.
         preset: sizes of the point branch, `mini` or `minigpt3d-phi2`.
         checkpoint: point branch and adapters to start from: a stage file (.safetensors), a run's folder, or the name of
             a shipped one. None draws them at random.
-        train: parts that train, of point_encoder, point_mlp, qformer, modality_projector, lora.
+        train: parts that train, of point_encoder, point_mlp, qformer (its queries included), qformer_lora (and the
+            Q-Former's norms), query_tokens, query_experts, modality_projector, lora, llm_norms (of the published Phi).
         dtype: of the language model's own weights; `auto` is bfloat16 where the hardware computes in it.
         lora_rank, lora_alpha, lora_dropout, lora_targets: adapters, as in peft.
+        qformer_lora_rank: of adapters on the Q-Former, with twice the rank as alpha; 0 for none.
+        query_experts: sets of queries, which start as copies of the one; 0 keeps the one.
+        query_routing: of query experts: sparse, soft or constant.
         seed: of a point branch drawn at random.
     """
 
@@ -36,6 +51,9 @@ class ModelOptions:
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     lora_targets: str | list[str] = "all-linear"
+    qformer_lora_rank: int = 0
+    query_experts: int = 0
+    query_routing: str = "sparse"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,12 +65,31 @@ class ModelOptions:
 
 
 @dataclass
+class MixturePart:
+    """One part of a mixture: conversations of some types, how often a batch is drawn from them, and its size.
+
+    Attributes:
+        types: conversation types; None keeps all.
+        ratio: weight of this part among all.
+        batch_size: samples per batch.
+        annotations: file of this part, by default `data.annotations`.
+    """
+
+    types: list[str] | None = None
+    ratio: float = 1.0
+    batch_size: int = 8
+    annotations: str | None = None
+
+
+@dataclass
 class DataOptions:
     """What it is trained on (`--data.*`). Without paths, the embedded objects.
 
     Attributes:
         annotations: training conversations, JSON in the PointLLM schema.
-        clouds: folder of `{object_id}_8192.npy` or other point and mesh files.
+        clouds: folder of `{object_id}_8192.npy` or other point and mesh files, or several.
+        mixture: parts that every batch is drawn from, one part a batch; needs `training.max_steps` and
+            `training.per_device_train_batch_size=1`, the batch of a step being one part's.
         types: conversation types to keep; all by default.
         up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z.
         num_points: the most points kept of a cloud.
@@ -64,7 +101,8 @@ class DataOptions:
     """
 
     annotations: str | None = None
-    clouds: str | None = None
+    clouds: str | list[str] | None = None
+    mixture: list[MixturePart] = field(default_factory=list)
     types: list[str] | None = None
     up_axis: str = "y"
     num_points: int = 8192
@@ -75,7 +113,9 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if (self.annotations is None) != (self.clouds is None):
-            raise ValueError("data.annotations and data.clouds belong together: give both, or neither for the embedded set")
+            raise ValueError(
+                "data.annotations and data.clouds belong together: both, or neither for the embedded set"
+            )
         if self.evaluate not in ("none", "validation", "test"):
             raise ValueError(f"data.evaluate={self.evaluate!r}: expected none, validation or test")
 
@@ -88,6 +128,8 @@ class TrainingOptions(TrainingArguments):
         contrastive_steps: steps that teach encoder and Q-Former the objects' names, before the language model joins.
         contrastive_batch_size, contrastive_learning_rate: of those steps.
         point_learning_rate: for the point branch where it trains; `learning_rate` is the adapters' and projectors'.
+        warmup_learning_rate, minimum_learning_rate: where the linear warm-up starts and the cosine over the whole run
+            ends, as in the published runs (see `pointalign.schedule`); None for the scheduler of transformers.
     """
 
     output_dir: str | None = "runs/align"
@@ -110,6 +152,8 @@ class TrainingOptions(TrainingArguments):
     contrastive_batch_size: int = 48
     contrastive_learning_rate: float = 1e-3
     point_learning_rate: float | None = None
+    warmup_learning_rate: float | None = None
+    minimum_learning_rate: float | None = None
 
 
 @dataclass
@@ -126,32 +170,35 @@ class Options:
 def parse(arguments: list[str]) -> Options:
     """Options from `[RECIPE] [--section.name value ...] [--fused]`.
 
-    RECIPE is a YAML file or the name of a shipped recipe, `demo` by default. An unknown option or a recipe that does not
-    fit ends the program with a message that names the key.
+    RECIPE is a YAML file or the name of a shipped recipe, `demo` by default. An unknown option or a recipe that does
+    not fit ends the program with a message that names the key.
     """
     from jsonargparse import ArgumentParser
 
     recipe = "demo"
+    shipped = ", ".join(sorted(one.stem for one in RECIPES.glob("*.yaml")))
     if arguments and not arguments[0].startswith("-"):
         recipe, arguments = arguments[0], arguments[1:]
     parser = ArgumentParser(
         prog="python -m pointalign.train",
         usage="python -m pointalign.train [RECIPE.yaml] [--model.* --data.* --alignment.* --training.*] [--fused]",
-        description="Train with the alignment loss. RECIPE is a YAML file or one of: "
-        + ", ".join(sorted(one.stem for one in RECIPES.glob("*.yaml")))
-        + " (default: demo).",
+        description=f"Train with the alignment loss. RECIPE is a YAML file or one of: {shipped} (default: demo).",
     )
     parser.add_argument("--config", action="config", help="the recipe, if not given first")
     parser.add_class_arguments(ModelOptions, "model")
     parser.add_class_arguments(DataOptions, "data")
     parser.add_class_arguments(AlignmentConfig, "alignment")
     parser.add_class_arguments(TrainingOptions, "training")
-    parser.add_argument("--fused", action="store_true", help="fused kernels where the device has them; nothing else changes")
+    parser.add_argument(
+        "--fused", action="store_true", help="fused kernels where they run; nothing else changes"
+    )
     path = Path(recipe)
     if not path.suffix:
         path = RECIPES / f"{recipe}.yaml"
     if not path.exists():
-        parser.error(f"no recipe {recipe!r}: expected a YAML file or one of {', '.join(p.stem for p in RECIPES.glob('*.yaml'))}")
+        parser.error(
+            f"no recipe {recipe!r}: expected a YAML file or one of {', '.join(p.stem for p in RECIPES.glob('*.yaml'))}"
+        )
     parsed = parser.parse_args(["--config", str(path), *arguments])
     try:
         built = parser.instantiate(parsed)

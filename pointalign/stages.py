@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from pointalign import checkpointing
-from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration, PointAlignProcessor
+from pointalign import checkpointing, published
+from pointalign.models import (
+    PointAlignFeatureExtractor,
+    PointAlignForConditionalGeneration,
+    PointAlignProcessor,
+    adapters,
+)
+from pointalign.models.modeling import LOADING_PROBLEMS
 from pointalign.options import CHECKPOINTS, DataOptions, ModelOptions
 
 STAGE_FILE = "stage.safetensors"
+EXPERTS = "model.query_experts.queries"
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -39,12 +46,24 @@ def build(options: ModelOptions, data: DataOptions) -> tuple[PointAlignForCondit
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"model.llm={options.llm!r}: no language model in {folder} (config.json is missing)")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(options.dtype))
-    torch.manual_seed(options.seed)
-    model = PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
+    dtype = resolve_dtype(options.dtype)
+    if is_converted(folder):
+        model = PointAlignForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        torch.manual_seed(options.seed)
+    else:
+        language_model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        if problems := [str(key) for kind in LOADING_PROBLEMS for key in info[kind]]:
+            raise ValueError(
+                f"model.llm={options.llm!r}: the weights do not fit the configuration, {len(problems)} are missing or "
+                f"unexpected: {', '.join(sorted(problems)[:3])}; Phi-2 in its old format goes through pointalign.convert"
+            )
+        torch.manual_seed(options.seed)
+        model = PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
     add_adapters(model, options)
     if options.checkpoint is not None:
         load_stage(model, find_stage(options.checkpoint))
+    if options.query_experts and model.model.query_experts is None:
+        model.model.add_query_experts(options.query_experts, options.query_routing)
     set_trainable(model, options.train)
     point = model.config.point_config
     extractor = PointAlignFeatureExtractor(
@@ -56,34 +75,63 @@ def build(options: ModelOptions, data: DataOptions) -> tuple[PointAlignForCondit
         num_query_tokens=model.config.num_query_tokens,
         point_token_id=model.config.point_token_id,
     )
+    if processor.ends_in_mark:
+        model.generation_config.eos_token_id = processor.end_token_ids()
     return model, processor
 
 
-def add_adapters(model: PointAlignForConditionalGeneration, options: ModelOptions) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds a whole model, as `pointalign.convert` writes it, and not a language model alone."""
+    return json.loads((folder / "config.json").read_text()).get("model_type") == "pointalign"
 
-    config = LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=options.lora_targets,
-    )
-    inject_adapter_in_model(config, model.model.language_model)
+
+def add_adapters(model: PointAlignForConditionalGeneration, options: ModelOptions) -> None:
+    """Put the options' adapters on the parts that came without."""
+    present = model.config.adapters or {}
+    if options.lora_rank and "language_model" not in present:
+        adapters.add(
+            model,
+            "language_model",
+            r=options.lora_rank,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            target_modules=options.lora_targets,
+        )
+    if options.qformer_lora_rank and "qformer" not in present:
+        rank, dropout = options.qformer_lora_rank, published.QFORMER_DROPOUT
+        targets = published.QFORMER_TARGETS
+        adapters.add(model, "qformer", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets)
 
 
 def set_trainable(model: PointAlignForConditionalGeneration, parts: list[str]) -> None:
-    """Freeze everything, then thaw `parts`; the Q-Former's queries belong to it."""
+    """Freeze everything, then thaw `parts`, and nothing that is not named.
+
+    Raises: ValueError: the model has no such part.
+    """
     model.requires_grad_(False)
+    thawed = set()
     for name, parameter in model.named_parameters():
-        if ".language_model." in name:
-            parameter.requires_grad_("lora" in parts and ".lora_" in name)
-        else:
-            part = name.removeprefix("model.").partition(".")[0].replace("query_tokens", "qformer")
-            parameter.requires_grad_(part in parts)
+        here = _parts_of(name) & set(parts)
+        parameter.requires_grad_(bool(here))
+        thawed |= here
+    if missing := sorted(set(parts) - thawed):
+        raise ValueError(f"model.train: this model has no {missing[0]}")
+
+
+def _parts_of(name: str) -> set[str]:
+    """The parts, as `model.train` names them, that a parameter belongs to."""
+    if ".language_model." in name:
+        return {"lora"} if ".lora_" in name else {"llm_norms"} if published.is_llm_norm(name) else set()
+    part = name.removeprefix("model.").partition(".")[0]
+    if part == "query_tokens":
+        return {"qformer", "query_tokens"}
+    if part == "qformer" and (".lora_" in name or published.is_qformer_norm(name)):
+        return {"qformer", "qformer_lora"}
+    return {part}
 
 
 def merge_adapters(model: PointAlignForConditionalGeneration) -> None:
-    """Fold LoRA into the language model's own weights and remove it, in place."""
+    """Fold LoRA into the weights they adapt and remove it, in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
@@ -91,8 +139,10 @@ def merge_adapters(model: PointAlignForConditionalGeneration) -> None:
             module.merge(safe_merge=True)
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, module.get_base_layer())
-    if hasattr(model.model.language_model, "peft_config"):
-        del model.model.language_model.peft_config
+    for part in (model.model.language_model, model.model.qformer):
+        if hasattr(part, "peft_config"):
+            del part.peft_config
+    model.config.adapters = None
 
 
 def export(model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, folder: Path) -> None:
@@ -131,9 +181,12 @@ def fingerprint(language_model: nn.Module) -> str:
 
 
 def save_stage(model: PointAlignForConditionalGeneration, path: Path, description: dict[str, Any]) -> None:
-    """Write a stage file in bfloat16, and `description` beside it as JSON."""
+    """Write a stage file, matrices in bfloat16, and `description` beside it as JSON.
+
+    Vectors stay in fp32: a norm's weights are near 1, where bfloat16 would round away what training changed.
+    """
     state = {
-        name: one.to(torch.bfloat16) if one.is_floating_point() else one
+        name: one.to(torch.bfloat16) if one.is_floating_point() and one.ndim > 1 else one
         for name, one in checkpointing.stage_state(model).items()
     }
     checkpointing.write_tensors(path, state, {"language_model": fingerprint(model.model.language_model)})
@@ -155,12 +208,19 @@ def find_stage(checkpoint: str) -> Path:
 
 
 def load_stage(model: PointAlignForConditionalGeneration, path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        trained_with = (file.metadata() or {}).get("language_model")
+    try:
+        with safe_open(path, framework="pt") as file:
+            trained_with = (file.metadata() or {}).get("language_model")
+            names = set(file.keys())
+            experts = len(file.get_slice(EXPERTS)[:]) if EXPERTS in names else 0
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     own = fingerprint(model.model.language_model)
     if trained_with != own:
         raise ValueError(
             f"{path} was trained with the language model {trained_with}, this one is {own}: its adapters would only "
             f"disturb it"
         )
+    if experts and model.model.query_experts is None:
+        model.model.add_query_experts(experts, model.config.query_routing)
     checkpointing.load_state(model, path, set(checkpointing.stage_state(model)))

@@ -5,21 +5,27 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pointalign.options import Options, parse
+if TYPE_CHECKING:
+    from pointalign.options import Options
 
 
 def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advertises another package
+    from pointalign.options import parse
+
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return run(options)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was complete is in {options.training.output_dir}", file=sys.stderr)
+        return 130
 
 
 def keep_freed_memory() -> None:
@@ -35,28 +41,18 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def run(options: Options) -> int:
+def run(options: "Options") -> int:
     """Train as the options say. Returns the exit status: 0, or 130 after Ctrl-C."""
-    from pointalign import assets, checkpointing, stages
-    from pointalign.data.check import check
-    from pointalign.data.collator import ConversationCollator
-    from pointalign.data.dataset import ConversationDataset
-    from pointalign.trainer import AlignedModel, PointAlignTrainer, checkpoints
+    from pointalign import checkpointing, stages
+    from pointalign.evaluation.plots import loss_curves
+    from pointalign.trainer import checkpoints
 
     folder = run_folder(options)
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    impl = choose_impl(options.fused)
-    annotations, clouds = options.data.annotations, options.data.clouds
-    if annotations is None or clouds is None:
-        furniture = assets.furniture()
-        annotations, clouds = furniture / "annotations" / "train.json", furniture / "clouds"
-    dataset = ConversationDataset(annotations, clouds, options.data.types, options.data.up_axis)
-    model, processor = stages.build(options.model, options.data)
-    report = check(dataset, processor.feature_extractor.min_points, options.data.skip_bad)
-    if main_process:
-        print(report)
-        checkpointing.write_json(folder / "options.json", describe(options))
     resume = options.training.resume_from_checkpoint
+    trainer, model, processor = make_trainer(options)
+    main_process = trainer.is_world_process_zero()
+    if main_process:
+        checkpointing.write_json(folder / "options.json", describe(options))
     evaluation = None
     if options.data.evaluate != "none" and main_process:
         evaluation = Evaluation(options.data.evaluate, folder)
@@ -66,30 +62,21 @@ def run(options: Options) -> int:
     elif evaluation is not None and options.model.checkpoint is not None:
         evaluation.before(model, processor)
 
-    if not any(parameter.requires_grad for parameter in model.parameters()) and options.alignment.weight == 0:
-        raise ValueError("nothing trains: model.train is empty and alignment.weight is 0")
-    trainer = PointAlignTrainer(
-        model=AlignedModel(model, options.alignment, impl),
-        args=options.training,
-        train_dataset=dataset,
-        data_collator=ConversationCollator(processor, options.data.max_length, options.data.augmentation),
-        point_learning_rate=options.training.point_learning_rate,
-    )
     trainer.train(resume_from_checkpoint=resume)
-    if not trainer.is_world_process_zero():
+    if not main_process:
         return 0
     if trainer.stop.interrupted:
         last = checkpoints(folder)[-1]
-        print(f"\nstopped at step {trainer.state.global_step}; saved in {last}; go on with "
-              f"--training.resume_from_checkpoint {last}")
+        print(
+            f"\nstopped at step {trainer.state.global_step}; saved in {last}\n"
+            f"go on with --training.resume_from_checkpoint {last}"
+        )
         return 130
 
-    from pointalign.evaluation.plots import loss_curves
-
     loss_curves(trainer.state.log_history, folder / "loss.png", options.alignment.weight)
-    last = next(entry for entry in reversed(trainer.state.log_history) if "ntp_loss" in entry)
-    description = describe(options) | {"steps": trainer.state.global_step, "data_sha256": file_hash(annotations)}
-    stages.save_stage(model, folder / stages.STAGE_FILE, description | {"last_log": last})
+    last = next((entry for entry in reversed(trainer.state.log_history) if "ntp_loss" in entry), None)
+    description = describe(options) | {"steps": trainer.state.global_step, "last_log": last}
+    stages.save_stage(model, folder / stages.STAGE_FILE, description)
     stages.export(model, processor, folder / "model")
     written = {"loss curves": "loss.png", "stage checkpoint": stages.STAGE_FILE, "model": "model"}
     if evaluation is not None:
@@ -102,7 +89,42 @@ def run(options: Options) -> int:
     return 0
 
 
-def run_folder(options: Options) -> Path:
+def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
+    """Trainer, model and processor for the options; the data is checked first, so that nothing bad is found later."""
+    from pointalign import stages
+    from pointalign.data.check import check
+    from pointalign.data.collator import ConversationCollator
+    from pointalign.data.dataset import ConversationDataset
+    from pointalign.trainer import AlignedModel, PointAlignTrainer
+
+    dataset = ConversationDataset(*data_paths(options), options.data.types, options.data.up_axis)
+    model, processor = stages.build(options.model, options.data)
+    report = check(dataset, processor.feature_extractor.min_points, options.data.skip_bad)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(report)
+    if not options.model.train and options.alignment.weight == 0:
+        raise ValueError("nothing trains: model.train is empty and alignment.weight is 0")
+    trainer = PointAlignTrainer(
+        model=AlignedModel(model, options.alignment, choose_impl(options.fused)),
+        args=options.training,
+        train_dataset=dataset,
+        data_collator=ConversationCollator(processor, options.data.max_length, options.data.augmentation),
+        point_learning_rate=options.training.point_learning_rate,
+    )
+    return trainer, model, processor
+
+
+def data_paths(options: "Options") -> tuple[Path, Path]:
+    """Annotation file and folder of clouds: the user's, or the embedded objects'."""
+    if options.data.annotations is not None and options.data.clouds is not None:
+        return Path(options.data.annotations), Path(options.data.clouds)
+    from pointalign import assets
+
+    furniture = assets.furniture()
+    return furniture / "annotations" / "train.json", furniture / "clouds"
+
+
+def run_folder(options: "Options") -> Path:
     """The run's folder; a finished run is never overwritten: a free number is appended."""
     folder = Path(options.training.output_dir or "runs/align")
     if options.training.resume_from_checkpoint is None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -121,6 +143,7 @@ def choose_impl(fused: bool) -> str:
     if not fused:
         return "reference"
     import torch
+
     from pointalign_kernels import fused_available
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,19 +153,19 @@ def choose_impl(fused: bool) -> str:
     return "reference"
 
 
-def describe(options: Options) -> dict[str, Any]:
+def describe(options: "Options") -> dict[str, Any]:
     """The options as JSON values, with the versions they ran under."""
     import platform
     import subprocess
-    from dataclasses import asdict
+    from dataclasses import asdict, fields
 
     import torch
     import transformers
 
-    training = options.training.to_dict()
-    defaults = type(options.training)().to_dict()
-    changed = {name: value for name, value in training.items() if value != defaults.get(name)}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    values = {one.name: (getattr(options.training, one.name), one.default) for one in fields(options.training)}
+    changed = {name: value for name, (value, default) in values.items() if value != default}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["transformers"] = transformers.__version__
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
@@ -153,24 +176,27 @@ def describe(options: Options) -> dict[str, Any]:
         "training": changed,
         "fused": options.fused,
         "versions": versions,
+        "data_sha256": file_hash(data_paths(options)[0]),
         "commit": git.stdout.strip() or None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
     }
     return json.loads(json.dumps(described, default=str))
 
 
-def file_hash(path: Path | str) -> str:
+def file_hash(path: Path) -> str:
     import hashlib
 
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def warm_up(model: Any, processor: Any, options: Options) -> None:
+def warm_up(model: Any, processor: Any, options: "Options") -> None:
     from pointalign import assets, contrastive
     from pointalign.evaluation.naming import load_objects
 
     if options.data.annotations is not None:
-        raise ValueError("training.contrastive_steps needs the names of the embedded objects: leave data.annotations out")
+        raise ValueError(
+            "training.contrastive_steps needs the names of the embedded objects: leave data.annotations out"
+        )
     objects = load_objects(assets.furniture(), "train")
     named = contrastive.NamedClouds(objects.clouds, [record["name"] for record in objects.records])
     contrastive.warm_up(

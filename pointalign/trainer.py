@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from pointalign import checkpointing
 from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
-
+from pointalign.schedule import published_schedule
 
 # What a point branch learns before the projectors: these parameters may have a learning rate of their own.
 POINT_PARTS = tuple(f"model.model.{part}" for part in ("point_encoder", "point_mlp", "qformer", "query_tokens"))
@@ -59,9 +59,7 @@ class AlignedModel(nn.Module):
         assert features.encoder is not None, "encoder targets need the clouds themselves, not cached Q-Former features"
         return pool_tokens(features.encoder.detach(), self.config.num_query_tokens).flatten(0, 1)
 
-    def forward(
-        self, point_mask: Tensor, num_point_rows: Tensor | None = None, **inputs: Any
-    ) -> dict[str, Tensor]:
+    def forward(self, point_mask: Tensor, num_point_rows: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
         """Losses of one batch.
 
         Args:
@@ -73,7 +71,7 @@ class AlignedModel(nn.Module):
         Returns:
             `loss`, and detached `ntp_loss` and `alignment_loss`, each this batch's share of the global mean.
         """
-        # Mixed precision follows the language model: fp32 adapters and point branch compute in bf16 beside bf16 weights.
+        # Mixed precision follows the language model: beside bf16 weights, fp32 ones compute in bf16.
         dtype = self.model.model.language_model.dtype
         with torch.autocast(point_mask.device.type, dtype, enabled=dtype == torch.bfloat16):
             return self._losses(point_mask, num_point_rows, inputs | {"use_cache": False})
@@ -119,13 +117,15 @@ class PointAlignTrainer(Trainer):
         self.point_learning_rate = point_learning_rate
         self.stop = StopOnInterrupt()
         self.add_callback(self.stop)
+        self.add_callback(TellEpoch(self.train_dataset))
         self._parts = {"ntp_loss": 0.0, "alignment_loss": 0.0}
         self._tokens = 0
-        self._steps_at_log, self._time_at_log = 0, time.perf_counter()
+        self._steps_at_log: int | None = None
+        self._time_at_log = time.perf_counter()
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.point_learning_rate is None or self.optimizer is not None:
-            return super().create_optimizer(model)
+            return super().create_optimizer(*args, **kwargs)
         groups: dict[bool, list] = {True: [], False: []}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -142,8 +142,24 @@ class PointAlignTrainer(Trainer):
         )
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        args = self.args
+        if self.lr_scheduler is None and args.minimum_learning_rate is not None:
+            warmup = args.learning_rate if args.warmup_learning_rate is None else args.warmup_learning_rate
+            self.lr_scheduler = published_schedule(
+                optimizer or self.optimizer,
+                num_training_steps,
+                args.get_warmup_steps(num_training_steps),
+                warmup,
+                args.learning_rate,
+                args.minimum_learning_rate,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._steps_at_log is None:
+            self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
         if batches:
             rows = torch.stack([batch["point_mask"].sum() for batch in batches]).sum().to(device)
             if self.args.world_size > 1:
@@ -168,7 +184,7 @@ class PointAlignTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        steps = self.state.global_step - self._steps_at_log
+        steps = self.state.global_step - (self._steps_at_log or 0)
         if "loss" in logs and steps > 0:
             elapsed = time.perf_counter() - self._time_at_log
             for name, value in self._parts.items():
@@ -183,7 +199,7 @@ class PointAlignTrainer(Trainer):
             self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
         super().log(logs, start_time)
 
-    # -- checkpoints: complete or absent, safetensors and JSON -----------------------------------------------------------
+    # -- checkpoints: complete or absent, safetensors and JSON ---------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         run = Path(self.args.output_dir)
@@ -198,7 +214,9 @@ class PointAlignTrainer(Trainer):
                 (unfinished / name).rename(run / name)
         except OSError as error:
             complete = ", ".join(str(one) for one in checkpoints(run)) or "none"
-            raise OSError(f"checkpoint {name} could not be written: {error}; complete checkpoints: {complete}") from error
+            raise OSError(
+                f"checkpoint {name} could not be written: {error}; complete checkpoints: {complete}"
+            ) from error
         finally:
             self._unfinished = None
             if self.args.should_save:
@@ -276,6 +294,17 @@ class StopOnInterrupt(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
+
+
+class TellEpoch(TrainerCallback):
+    """Tells the data set which epoch it is in; after a resume the data loader alone would not."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int(state.epoch or 0))
 
 
 def peak_memory_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Small real parts: a tokenizer, language models of three architectures and the committed clouds, all made on the spot."""
+"""Small real parts: a tokenizer, language models of three architectures and the committed clouds."""
 
 import os
 from pathlib import Path
@@ -112,8 +112,42 @@ def clouds() -> list[np.ndarray]:
 
 def user(text: str, *given) -> dict:
     """A user's message with clouds before the text."""
-    return {"role": "user", "content": [*({"type": "point", "point": one} for one in given), {"type": "text", "text": text}]}
+    return {
+        "role": "user",
+        "content": [*({"type": "point", "point": one} for one in given), {"type": "text", "text": text}],
+    }
 
 
 def assistant(text: str) -> dict:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def lively(model, seed: int = 0):
+    """Weights large enough that every cloud and every word moves the answers; batch statistics away from 0 and 1."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point() and tensor.ndim > 1:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 2 / tensor.shape[-1] ** 0.5)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 2)
+                module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+            elif isinstance(module, torch.nn.Linear) and module.bias is not None:
+                module.bias.copy_(torch.randn(module.bias.shape, generator=generator) / 5)
+    return model
+
+
+def without_dropout(model):
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def point_inputs(batch: dict) -> dict:
+    return {name: value for name, value in batch.items() if name.startswith("point_") and name != "point_mask"}

@@ -1,30 +1,188 @@
-"""Farthest-point sampling, nearest neighbours and grouping: one function per op, `impl` chooses how it runs."""
+"""Farthest-point sampling, nearest neighbours and grouping: one function per op, `impl` chooses how it runs.
 
+`impl="native"` is the compiled library of `csrc/` (CPU and, where it was built with CUDA, NVIDIA GPUs),
+`impl="reference"` the plain PyTorch of `reference.py`, and `impl="auto"` native where that can run. Both give the same
+indices, bit for bit, on every device, batch size and thread count.
+"""
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
 from torch import Tensor
 
 from pointalign_kernels import reference
 
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "reference", "native")
+GROUP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+logger = logging.getLogger(__name__)
 
 
-def _check(impl: str) -> None:
+def _load_library() -> str | None:
+    """Loads the compiled ops from beside this file; returns the reason where that is not possible."""
+    libraries = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not libraries:
+        return "pointalign_kernels was installed without its compiled library"
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        return f"the compiled library does not load ({error.__cause__ or error})"
+    return None
+
+
+_load_error = _load_library()
+_ops = torch.ops.pointalign_kernels
+NATIVE_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda")
+    if _load_error is None
+    and torch._C._dispatch_has_kernel_for_dispatch_key("pointalign_kernels::group_points", device.upper())
+)
+
+if _load_error is None:
+
+    @torch.library.register_fake("pointalign_kernels::farthest_point_sample")
+    def _(points, num_samples, start_index, lengths):
+        return points.new_empty((points.shape[0], num_samples), dtype=torch.int64)
+
+    @torch.library.register_fake("pointalign_kernels::knn")
+    def _(query, points, k, lengths):
+        shape = (*query.shape[:2], k)
+        return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+
+    @torch.library.register_fake("pointalign_kernels::group_points")
+    def _(points, centre_index, k, lengths, dtype):
+        return points.new_empty((*centre_index.shape, k, points.shape[2]), dtype=dtype)
+
+
+@functools.cache
+def _announce(device: str, text: str) -> None:
+    logger.warning("point ops on %s run as plain PyTorch, which is slow: %s", device, text)
+
+
+def _runs_native(impl: str, points: Tensor, *others: Tensor) -> bool:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "reference":
+        return False
+    device = points.device.type
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (points, *others)):
+        if impl == "native":
+            raise ValueError("impl='native' has no gradient: detach the points or ask for impl='reference'")
+        return False
+    if device in NATIVE_DEVICES:
+        return True
+    reason = _load_error or f"the compiled library was built without {device}"
+    if impl == "native":
+        raise RuntimeError(f"impl='native' cannot run on {device}: {reason}; build it with POINTALIGN_BUILD={device}")
+    if not torch.compiler.is_compiling():
+        _announce(device, f"{reason} (POINTALIGN_BUILD={device} builds it)")
+    return False
 
 
-def farthest_point_sample(points: Tensor, num_samples: int, start_index: int = 0, impl: str = "auto") -> Tensor:
-    """See `pointalign_kernels.reference.farthest_point_sample`."""
-    _check(impl)
-    return reference.farthest_point_sample(points, num_samples, start_index)
+def _check_finite(check_finite: bool, native: bool, points: Tensor, lengths: Tensor | None, name: str = "points"):
+    # The native CPU ops check by themselves; a CUDA check synchronises, so that it has to be asked for.
+    cpu_reference = points.device.type == "cpu" and not native and not torch.compiler.is_compiling()
+    if cpu_reference or (check_finite and points.device.type != "cpu"):
+        reference.require_finite(points, lengths, name)
 
 
-def knn(query: Tensor, points: Tensor, k: int, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """See `pointalign_kernels.reference.knn`."""
-    _check(impl)
-    return reference.knn(query, points, k)
+def farthest_point_sample(
+    points: Tensor,
+    num_samples: int,
+    start_index: int = 0,
+    lengths: Tensor | None = None,
+    impl: str = "auto",
+    check_finite: bool = False,
+) -> Tensor:
+    """Greedy farthest-point sampling: each new sample is the point farthest from all samples so far.
+
+    Args:
+        points: `[B, N, 3 + F]`, xyz first; computed in fp32.
+        num_samples: K, at least 1.
+        start_index: the first sample of every cloud (the last point where a cloud is shorter).
+        lengths: `[B]` int64, the number of points of each cloud, 1 to N; None means N.
+        impl: "auto", "reference" or "native".
+        check_finite: also on CUDA, where it synchronises, raise on NaN or infinite coordinates. CPU always raises.
+
+    Returns:
+        `[B, K]` int64. Ties go to the lowest index; duplicates are allowed; places at or past the length of a cloud
+        repeat its last sample.
+
+    Raises:
+        ValueError: a shape, an index or a coordinate is not usable; the message names the first bad point.
+        RuntimeError: `impl="native"` where the compiled library cannot run.
+    """
+    native = _runs_native(impl, points)
+    _check_finite(check_finite, native, points, lengths)
+    if native:
+        return _ops.farthest_point_sample(points.float(), num_samples, start_index, lengths)
+    return reference.farthest_point_sample(points, num_samples, start_index, lengths)
 
 
-def group_points(points: Tensor, centre_index: Tensor, k: int, impl: str = "auto") -> Tensor:
-    """See `pointalign_kernels.reference.group_points`."""
-    _check(impl)
-    return reference.group_points(points, centre_index, k)
+def knn(
+    query: Tensor,
+    points: Tensor,
+    k: int,
+    lengths: Tensor | None = None,
+    impl: str = "auto",
+    check_finite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The k nearest points of every query.
+
+    Args:
+        query: `[B, Q, 3]`.
+        points: `[B, N, 3 + F]`, xyz first; distances are direct fp32 differences, never an expanded square.
+        k: neighbours per query, at least 1.
+        lengths, impl, check_finite: as in `farthest_point_sample`.
+
+    Returns:
+        squared distance `[B, Q, k]` fp32 and index `[B, Q, k]` int64, sorted by (distance, index). Places at or past
+        the length of a cloud repeat the last neighbour.
+
+    Raises:
+        ValueError, RuntimeError: as `farthest_point_sample`.
+    """
+    native = _runs_native(impl, points, query)
+    _check_finite(check_finite, native, points, lengths)
+    _check_finite(check_finite, native, query, None, "query")
+    if native:
+        return _ops.knn(query.float(), points.float(), k, lengths)
+    return reference.knn(query, points, k, lengths)
+
+
+def group_points(
+    points: Tensor,
+    centre_index: Tensor,
+    k: int,
+    lengths: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+    check_finite: bool = False,
+) -> Tensor:
+    """The neighbourhoods of chosen centres, gathered and centred.
+
+    Args:
+        points: `[B, N, 3 + F]`, xyz first.
+        centre_index: `[B, G]` int64, rows of `points`.
+        k: neighbours per centre, at least 1.
+        dtype: of the result: float32, float16 or bfloat16; None means that of `points`. Differences are fp32.
+        lengths, impl, check_finite: as in `farthest_point_sample`.
+
+    Returns:
+        `[B, G, k, 3 + F]`: the k nearest points of each centre in the order of `knn`, xyz relative to the centre,
+        features as they are.
+
+    Raises:
+        ValueError, RuntimeError: as `farthest_point_sample`.
+    """
+    dtype = points.dtype if dtype is None else dtype
+    if dtype not in GROUP_DTYPES:
+        raise ValueError(f"dtype={dtype}: expected one of {', '.join(str(choice) for choice in GROUP_DTYPES)}")
+    native = _runs_native(impl, points)
+    _check_finite(check_finite, native, points, lengths)
+    if native:
+        return _ops.group_points(points.float(), centre_index, k, lengths, dtype)
+    return reference.group_points(points, centre_index, k, lengths, dtype)

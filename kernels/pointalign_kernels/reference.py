@@ -14,100 +14,135 @@ EPSILON = 1e-8  # norms are clamped at this value, as torch.nn.functional.cosine
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     """Squared distances of broadcast points `[..., 3]` as `(dx*dx + dy*dy) + dz*dz` in fp32, without contraction."""
-    dx, dy, dz = (a.float() - b.float()).unbind(-1)
+    dx, dy, dz = (a[..., axis].float() - b[..., axis].float() for axis in range(3))
     return (dx * dx + dy * dy) + dz * dz
 
 
-def farthest_point_sample(points: Tensor, num_samples: int, start_index: int = 0) -> Tensor:
-    """Greedy farthest-point sampling: each new sample is the point farthest from all samples so far.
+def require_finite(points: Tensor, lengths: Tensor | None = None, name: str = "points") -> None:
+    """Raises ValueError with the place of the first of `points` `[B, N, 3 + F]` whose xyz is NaN or infinite."""
+    bad = ~points[..., :3].isfinite().all(dim=-1)
+    bad &= torch.arange(points.shape[1], device=points.device) < _lengths(points, lengths)[:, None]
+    if bad.any():
+        cloud, point = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name}[{cloud}, {point}]: a coordinate is NaN or infinite; remove such points first")
 
-    Args:
-        points: `[B, N, 3]` coordinates.
-        num_samples: K. With K > N the last index is repeated.
-        start_index: the first sample, so that one cloud always gives the same answer.
 
-    Returns:
-        `[B, K]` int64 indices. Ties go to the lowest index.
-    """
-    batch, num_points, _ = points.shape
-    rows = torch.arange(batch, device=points.device)
-    index = torch.full((batch, num_samples), start_index, dtype=torch.int64, device=points.device)
-    nearest = torch.full((batch, num_points), float("inf"), device=points.device)  # [B, N] to the chosen set
+def _lengths(points: Tensor, lengths: Tensor | None) -> Tensor:
+    """`[B]` point counts, N where none are given."""
+    batch, num_points = points.shape[:2]
+    if num_points == 0:
+        raise ValueError("points: expected at least one point in every cloud, got N = 0")
+    if lengths is None:
+        return torch.full((batch,), num_points, device=points.device)
+    if lengths.shape != (batch,) or lengths.dtype != torch.int64:
+        raise ValueError(f"lengths: expected int64 [B] with B = {batch}, got {lengths.dtype} {list(lengths.shape)}")
+    if lengths.device.type == "cpu" and not ((lengths >= 1) & (lengths <= num_points)).all():
+        raise ValueError(f"lengths: expected 1 to {num_points}, got {lengths.tolist()}")
+    return lengths.clamp(1, num_points)
+
+
+def farthest_point_sample(
+    points: Tensor, num_samples: int, start_index: int = 0, lengths: Tensor | None = None
+) -> Tensor:
+    """See `pointalign_kernels.point_ops.farthest_point_sample`."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+    lengths = _lengths(points, lengths)
+    num_points = points.shape[1]
+    if not 0 <= start_index < num_points:
+        raise ValueError(f"start_index: expected 0 to {num_points - 1}, got {start_index}")
+    rows = torch.arange(points.shape[0], device=points.device)
+    valid = torch.arange(num_points, device=points.device) < lengths[:, None]  # [B, N]
+    xyz = points[..., :3].float().masked_fill(~valid[..., None], 0)
+    nearest = torch.where(valid, float("inf"), -1.0)  # [B, N] to the chosen set
+    newest = lengths.sub(1).clamp(max=start_index)
+    index = [newest]
     for step in range(1, num_samples):
-        if step >= num_points:
-            index[:, step] = index[:, step - 1]
-            continue
-        newest = points[rows, index[:, step - 1]]  # [B, 3]
-        nearest = torch.minimum(nearest, squared_distance(points, newest[:, None]))
-        index[:, step] = nearest.argmax(dim=1)  # the first maximum: ties to the lowest index
-    return index
+        if step < num_points:
+            nearest = torch.minimum(nearest, squared_distance(xyz, xyz[rows, newest][:, None]))
+            farthest = nearest.argmax(dim=1)  # the first maximum: ties to the lowest index
+            newest = torch.where(step < lengths, farthest, newest)
+        index.append(newest)
+    return torch.stack(index, dim=1)
 
 
-def knn(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest `points` `[B, N, 3]` of every `query` `[B, Q, 3]`.
-
-    Returns:
-        squared distance `[B, Q, k]` fp32 and index `[B, Q, k]` int64, sorted by (distance, index). Places past N
-        repeat the last neighbour.
-    """
+def knn(query: Tensor, points: Tensor, k: int, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `pointalign_kernels.point_ops.knn`."""
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
+    if query.shape[0] != points.shape[0]:
+        raise ValueError(f"query: expected a batch of {points.shape[0]}, got {query.shape[0]}")
+    lengths = _lengths(points, lengths)
+    num_points = points.shape[1]
     distance = squared_distance(query[:, :, None], points[:, None])  # [B, Q, N]
-    available = min(k, points.shape[1])
-    if available < points.shape[1]:
+    places = torch.arange(num_points, device=points.device)
+    # Infinite, and after every real neighbour in a stable order, even one whose distance overflowed.
+    distance = distance.masked_fill((places >= lengths[:, None])[:, None], float("inf"))
+    available = min(k, num_points)
+    if available < num_points:
         # topk orders ties arbitrarily, so it only gives the bound; what lies within it is sorted stably.
         bound = distance.topk(available, dim=-1, largest=False).values[..., -1:]
-        width = int((distance <= bound).sum(dim=-1).max())
-        order = torch.arange(points.shape[1], device=points.device).expand_as(distance)
-        order = order.masked_fill(distance > bound, points.shape[1]).topk(width, dim=-1, largest=False, sorted=True)
-        candidate = order.values.clamp(max=points.shape[1] - 1)
-        kept = distance.gather(-1, candidate).masked_fill(order.values == points.shape[1], float("inf"))
+        width = int((distance <= bound).sum(dim=-1).max()) if distance.numel() else available
+        order = places.expand_as(distance).masked_fill(distance > bound, num_points)
+        order = order.topk(width, dim=-1, largest=False, sorted=True).values
+        candidate = order.clamp(max=num_points - 1)
+        kept = distance.gather(-1, candidate).masked_fill(order == num_points, float("inf"))
         place = kept.sort(dim=-1, stable=True).indices[..., :available]
         index = candidate.gather(-1, place)
     else:
         index = distance.sort(dim=-1, stable=True).indices
-    if k > available:
-        index = torch.cat([index, index[..., -1:].expand(*index.shape[:-1], k - available)], dim=-1)
+    repeated = torch.arange(k, device=points.device).expand(*index.shape[:2], k).minimum(lengths[:, None, None] - 1)
+    index = index.gather(-1, repeated)
     return distance.gather(-1, index), index
 
 
-def group_points(points: Tensor, centre_index: Tensor, k: int) -> Tensor:
-    """Neighbourhoods of chosen centres.
-
-    Args:
-        points: `[B, N, 3 + F]`, xyz first.
-        centre_index: `[B, G]` int64.
-        k: neighbours per centre.
-
-    Returns:
-        `[B, G, k, 3 + F]`: the k nearest points of each centre, xyz relative to the centre, features as they are.
-    """
+def group_points(
+    points: Tensor, centre_index: Tensor, k: int, lengths: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """See `pointalign_kernels.point_ops.group_points`."""
+    valid = _lengths(points, lengths)
+    if centre_index.device.type == "cpu" and not ((centre_index >= 0) & (centre_index < valid[:, None])).all():
+        raise ValueError(f"centre_index: expected 0 to {valid.tolist()} (exclusive), got {centre_index.tolist()}")
     batch = torch.arange(points.shape[0], device=points.device)[:, None]
-    centres = points[batch, centre_index][..., :3]  # [B, G, 3]
-    _, index = knn(centres, points[..., :3], k)
+    centres = points[batch, centre_index][..., :3].float()  # [B, G, 3]
+    _, index = knn(centres, points, k, lengths)
     groups = points[batch[..., None], index]  # [B, G, k, 3 + F]
-    return torch.cat([groups[..., :3] - centres[:, :, None], groups[..., 3:]], dim=-1)
+    xyz = groups[..., :3].float() - centres[:, :, None]
+    return torch.cat([xyz, groups[..., 3:].float()], dim=-1).to(dtype or points.dtype)
 
 
 def cosine_alignment(projected: Tensor, target: Tensor) -> Tensor:
-    """`1 - mean cos(projected, target)` over rows `[M, D]`, fp32 scalar; 0 for M = 0. No gradient to the target."""
-    if projected.shape[0] == 0:
-        return projected.float().sum()
-    return 1 - functional.cosine_similarity(projected.float(), target.detach().float(), dim=-1, eps=EPSILON).mean()
+    """`1 - mean cos(projected, target)` over the rows of `projected` `[M, D]` or, per layer, `[L, M, D]`.
+
+    Computed in fp32 (fp64 inputs stay fp64), norms clamped at `EPSILON`. No gradient to `target` `[M, D]`.
+
+    Returns:
+        scalar or `[L]`; 0 for M = 0.
+    """
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    if projected.shape[-2] == 0:
+        return projected.to(dtype).sum(dim=(-2, -1))
+    target = target.detach().to(dtype).expand_as(projected)
+    return 1 - functional.cosine_similarity(projected.to(dtype), target, dim=-1, eps=EPSILON).mean(dim=-1)
 
 
 def alignment_loss(hidden: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """The paper's alignment term: a three-layer SiLU projector on hidden states, compared with frozen features.
 
     Args:
-        hidden: `[M, C]` hidden states of the point tokens.
+        hidden: `[M, C]` hidden states of the point tokens, or `[L, M, C]` of L tapped layers.
         target: `[M, D]` features to stay close to; no gradient flows into them.
-        weights: `[H, C]`, `[H, H]`, `[D, H]`.
-        biases: `[H]`, `[H]`, `[D]`.
+        weights: `[H, C]`, `[H, H]`, `[D, H]`; with L layers also `[L, H, C]`..., one projector per layer.
+        biases: `[H]`, `[H]`, `[D]`, or `[L, H]`...
 
     Returns:
-        fp32 scalar `1 - mean cos`.
+        `1 - mean cos`, fp32: a scalar, or `[L]`, one per layer.
     """
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        hidden = functional.linear(hidden, weight, bias)
+        if weight.dim() == 3:
+            hidden = torch.baddbmm(bias[:, None], hidden, weight.mT)
+        else:
+            hidden = functional.linear(hidden, weight, bias)
         if layer < len(weights) - 1:
             hidden = functional.silu(hidden)
     return cosine_alignment(hidden, target)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pointalign.data.augment import augment
@@ -17,8 +16,8 @@ class ConversationCollator:
     Args:
         processor: a `PointAlignProcessor`.
         max_length: the most tokens of a sample; a longer one is cut at the right, never through a cloud.
-        augmentation: show every cloud differently each time, with randomness from PyTorch's global generator, so that
-            a resumed run continues it.
+        augmentation: show every cloud differently in every epoch. What it draws depends on the sample and the epoch
+            only, so that a resumed run continues exactly.
     """
 
     def __init__(self, processor: Any, max_length: int, augmentation: bool = False):
@@ -27,23 +26,21 @@ class ConversationCollator:
         self.augmentation = augmentation
 
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
-        conversations = [sample["messages"] for sample in samples]
-        if self.augmentation:
-            rng = np.random.default_rng(int(torch.randint(2**62, (1,))))
-            conversations = [
-                [self._augmented(message, rng, sample["conversation_type"] == POSE_FREE) for message in conversation]
-                for conversation, sample in zip(conversations, samples, strict=True)
-            ]
+        conversations = [self._augmented(sample) if self.augmentation else sample["messages"] for sample in samples]
         return dict(
             self.processor.apply_chat_template(
                 conversations, tokenize=True, return_labels=True, truncation=True, max_length=self.max_length
             )
         )
 
-    @staticmethod
-    def _augmented(message: dict, rng: np.random.Generator, pose_free: bool) -> dict:
-        content = [
-            item | {"point": augment(item["point"], rng, pose_free)} if item["type"] == "point" else item
-            for item in message["content"]
-        ]
-        return message | {"content": content}
+    def _augmented(self, sample: dict) -> list[dict]:
+        rng = np.random.default_rng(sample["draw"])
+        pose_free = sample["conversation_type"] == POSE_FREE
+        fewest = self.processor.feature_extractor.min_points
+
+        def view(item: dict) -> dict:
+            if item["type"] != "point":
+                return item
+            return item | {"point": augment(item["point"], rng, pose_free, fewest)}
+
+        return [message | {"content": [view(item) for item in message["content"]]} for message in sample["messages"]]

@@ -50,6 +50,11 @@ class ConversationDataset(Dataset):
         self.up_axis = up_axis
         self.conversations: list[Conversation] = load_conversations(annotation, types)
 
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
     def __len__(self) -> int:
         return len(self.conversations)
 
@@ -60,4 +65,5 @@ class ConversationDataset(Dataset):
             "messages": to_messages(conversation, clouds),
             "object_ids": conversation.object_ids,
             "conversation_type": conversation.conversation_type,
+            "draw": (self.epoch, index),  # seeds the augmentation
         }

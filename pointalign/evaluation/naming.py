@@ -133,7 +133,9 @@ def controls(held_out: Objects, training: Objects, seed: int = 0) -> dict[str, n
     return {name: (guess == np.array(held_out.nouns)).astype(float) for name, guess in guesses.items()}
 
 
-def report(results: dict[str, np.ndarray], held_out: Objects, training: Objects, pairs: list[tuple[str, str]]) -> NamingReport:
+def report(
+    results: dict[str, np.ndarray], held_out: Objects, training: Objects, pairs: list[tuple[str, str]]
+) -> NamingReport:
     """Summarise `[N]` correctness per method; `pairs` name the methods to test against each other."""
     known = np.isin(held_out.nouns, list(set(training.nouns)))
     families = np.array(held_out.families)

@@ -10,7 +10,7 @@ from pointalign.models import PointAlignForConditionalGeneration, PointAlignProc
 def ask_ten(
     model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, objects: Objects, seed: int = 0
 ) -> str:
-    """A Markdown table; objects drawn at random from different families, every other question about geometry or colour."""
+    """A Markdown table; objects from different families, every other one asked about geometry or colour."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(objects.records))
     _, first = np.unique([objects.families[i] for i in order], return_index=True)

@@ -1,4 +1,4 @@
-"""LoRA on the language model and the Q-Former: put on, merged, or kept in a file of its own beside the weights.
+"""LoRA on the language model and the Q-Former: put on, or kept in a file of its own beside the weights.
 
 The adapters' file is apart so that the weights can be loaded in any precision, 4-bit included, before peft wraps them.
 Loading is all or nothing: without its adapters a model trained with them answers garbage.
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 ADAPTER_FILE = "adapters.safetensors"
-PARTS = ("language_model", "qformer")
 
 
 def add(model: nn.Module, part: str, **options: Any) -> None:
@@ -61,17 +60,3 @@ def load(model: nn.Module, folder: str | Path) -> None:
         for name, parameter in own.items():
             parameter.data = values[name].to(parameter.device, torch.float32)
 
-
-def merge(model: nn.Module) -> None:
-    """Fold the adapters into the weights and remove them, in place."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, module.get_base_layer())
-    for part in PARTS:
-        if hasattr(getattr(model.model, part), "peft_config"):
-            del getattr(model.model, part).peft_config
-    model.config.adapters = None

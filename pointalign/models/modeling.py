@@ -4,6 +4,7 @@ Shape legend: B rows of text, T tokens per row, C clouds in the whole batch (row
 Q query tokens per cloud, H width of the language model.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,11 @@ class PointAlignPreTrainedModel(PreTrainedModel):
         "qformer",
         "modality_projector",
     }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the language model, and so what `save_pretrained` records: the point branch is fp32 beside any."""
+        return self.base_model.language_model.dtype
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -181,6 +187,11 @@ class PointAlignModel(PointAlignPreTrainedModel):
                 f"{num_clouds} clouds need {expected} places in a point_mask of shape {list(input_ids.shape)}, "
                 f"got {int(point_mask.sum())} places in shape {list(point_mask.shape)}"
             )
+        if bool((point_mask.sum(dim=1) % self.config.num_query_tokens).any()):
+            raise ValueError(
+                f"every row needs a multiple of {self.config.num_query_tokens} places for point tokens, "
+                f"got {point_mask.sum(dim=1).tolist()} in the rows of point_mask"
+            )
         return point_mask
 
     def embed(
@@ -243,7 +254,8 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
     @classmethod
     def from_language_model(cls, language_model: PreTrainedModel, preset: str, **overrides: Any):
         """A new point branch, drawn from the global generator, in front of a language model that is kept as it is."""
-        config = PointAlignConfig.from_preset(preset, language_model.config, **overrides)
+        # A copy: a new outer configuration resets what its parts had chosen, the attention implementation among it.
+        config = PointAlignConfig.from_preset(preset, deepcopy(language_model.config), **overrides)
         model = cls(config, language_model)
         if language_model.can_generate():
             model.generation_config = language_model.generation_config

@@ -5,12 +5,13 @@ Parameter names are those of the published checkpoints (PointBERT, PointLLM, Min
 """
 
 import torch
-from pointalign_kernels import farthest_point_sample, group_points
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from pointalign.models.configuration import PointBertConfig
+from pointalign.models.folded_pointnet import fold_pointnet
+from pointalign_kernels import farthest_point_sample, group_points
 
 
 class MiniPointNet(nn.Module):
@@ -27,7 +28,10 @@ class MiniPointNet(nn.Module):
 
     def forward(self, groups: Tensor) -> Tensor:
         """The convolutions as matrix products over all points at once; the second one splits `[global, local]` in two,
-        so that its global half runs once per group and nothing is concatenated."""
+        so that its global half runs once per group and nothing is concatenated. A frozen one is folded further."""
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        if not self.training and not learns:
+            return fold_pointnet(self.first_conv, self.second_conv).forward(groups)
         batch, num_groups, size, channels = groups.shape
         first, norm, act, second = self.first_conv
         x = act(norm(functional.linear(groups.reshape(-1, channels), first.weight[..., 0], first.bias)))

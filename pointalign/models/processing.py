@@ -59,6 +59,9 @@ class PointAlignFeatureExtractor(FeatureExtractionMixin):
         if not np.isfinite(points).all():
             first = int(np.argwhere(~np.isfinite(points).all(axis=1))[0, 0])
             raise PointCloudError(f"point {first} of the cloud is NaN or infinite: {points[first].tolist()}")
+        if self.num_channels == 6 and (points[:, 3:].min(initial=0) < 0 or points[:, 3:].max(initial=0) > 1):
+            low, high = points[:, 3:].min(), points[:, 3:].max()
+            raise PointCloudError(f"expected colours in 0..1, got {low:g} to {high:g}: divide 8-bit colours by 255")
         if len(points) < self.min_points:
             raise PointCloudError(
                 f"the cloud has {len(points)} points, the point encoder needs at least {self.min_points}"
@@ -130,7 +133,7 @@ class PointAlignProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         rows = [self._encode([(part, False) for part in _split(one, POINT_MARKER)]) for one in texts]
-        return self._batch(rows, list(points or []), padding, truncation, max_length, return_tensors, labels=False)
+        return self._batch(rows, [] if points is None else list(points), padding, truncation, max_length, return_tensors, labels=False)
 
     # -- chat messages -----------------------------------------------------------------------------------------------
 
@@ -288,19 +291,19 @@ class PointAlignProcessor(ProcessorMixin):
     def answers(self, generated: Tensor, prompt_length: int) -> list[str]:
         """The new text of `generate`'s output `[B, T]`, without special tokens and whatever follows an end mark."""
         texts = self.tokenizer.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)
-        if self._ends_in_mark:
+        if self.ends_in_mark:
             texts = [text.partition(END_MARK)[0] for text in texts]
         return [text.strip() for text in texts]
 
     @property
-    def _ends_in_mark(self) -> bool:
+    def ends_in_mark(self) -> bool:
         return self.chat_template == PLAIN_CHAT_TEMPLATE
 
     def end_token_ids(self) -> list[int]:
         """Ids that end an answer, for `generation_config.eos_token_id`: EOS, and tokens that hold the end mark."""
         assert self.tokenizer is not None
         ends = [self.tokenizer.eos_token_id]
-        if self._ends_in_mark:
+        if self.ends_in_mark:
             ends += sorted(id for token, id in self.tokenizer.get_vocab().items() if END_MARK in token)
         return [one for one in ends if one is not None]
 

@@ -1,0 +1,118 @@
+"""Compile the alignment kernels ahead of time for every supported card, without one, and report what they need.
+
+    python benchmarks/compile_alignment.py [--tiles all] [--output benchmarks/results/alignment_resources.json]
+
+Each row: kernel, compute capability, tile, registers per thread, stack and local bytes (spills), shared memory.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from provenance import provenance
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pointalign_kernels import alignment_triton as kernels
+
+SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most that one block may have
+DOT = {"PRECISION": "ieee"}
+INTEGERS = ("num_rows", "M", "R", "N", "K", "D", "part_size", "dx_tiles", "dw_tiles")
+
+
+def cases(capability: int, every_tile: bool) -> list[tuple[str, object, dict, dict]]:
+    """(name, kernel, constants, pointer types that are not bf16) of what a training step in bf16 launches."""
+    tiles = kernels.TILES[capability]
+    rows = []
+    for tile in tiles if every_tile else tiles[:1]:
+        options = kernels._options(tile)
+        linear = {"EVEN": True, **DOT, **options}
+        backward = {"EVEN_N": True, "EVEN_R": True, **DOT, **options}
+        rows += [
+            ("linear+silu", kernels.linear_kernel, {"SILU": True, **linear}, {"b_ptr": "fp32"}),
+            ("linear split-K", kernels.linear_kernel, {"SILU": False, **linear}, {"b_ptr": "fp32", "z_ptr": "fp32"}),
+            (
+                "backward",
+                kernels.backward_kernel,
+                {"DSILU": True, "SCALE": True, **backward, "EVEN_R": False},
+                {"upstream_ptr": "fp32", "dw_ptr": "fp32", "db_ptr": "fp32"},
+            ),
+        ]
+    options = {"EPS": 1e-8, "PARTS": 2, "BIAS": True, "LIMIT": 0.0, "ROWS": 1, "num_stages": 3}
+    for width in (768, 2560):
+        block = triton.next_power_of_2(width)
+        constants = {**options, "BLOCK": block, "num_warps": max(1, block // 256)}
+        pointers = {"y_ptr": "fp32", "b_ptr": "fp32", "cos_ptr": "fp32"}
+        rows.append((f"cosine D={width}", kernels.cosine_kernel, constants, pointers))
+    if every_tile:
+        fp32 = {name: "fp32" for name in kernels.backward_kernel.arg_names if name.endswith("_ptr")}
+        for tile in kernels.FLOAT32_TILES:
+            constants = {"DSILU": True, "SCALE": True, "EVEN_N": True, "EVEN_R": False, **DOT, **kernels._options(tile)}
+            rows.append(("backward fp32", kernels.backward_kernel, constants, fp32))
+        pointers = {"cos_ptr": "fp32", "loss_ptr": "fp32"}
+        rows.append(("mean", kernels.mean_kernel, {"BLOCK": 1024, "num_warps": 4, "num_stages": 3}, pointers))
+    return rows
+
+
+def compile_case(capability: int, kernel, constants: dict, pointers: dict) -> dict:
+    constants = dict(constants)
+    options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = "i32" if name in INTEGERS else "*" + pointers.get(name, "bf16")
+        if name not in ("dx_tiles", "dw_tiles"):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    ptx = compiled.asm["ptx"]
+    tile = [constants[key] for key in ("ROWS", "COLS", "DEPTH") if "DEPTH" in constants]
+    return {
+        "capability": capability,
+        "tile": tile,
+        **options,
+        "registers": int(found["REG"]),
+        "stack_bytes": int(found["STACK"]),
+        "local_bytes": int(found["LOCAL"]),
+        "shared_kib": compiled.metadata.shared / 1024,
+        "shared_limit_kib": SHARED_MEMORY_KIB[capability],
+        "matrix_instruction": next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), None),
+        "asynchronous_copy": "cp.async" in ptx,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiles", choices=("largest", "all"), default="largest", help="which rows of the tile table")
+    parser.add_argument("--output", type=Path, help="JSON file to write; standard output when missing")
+    options = parser.parse_args()
+    rows = [
+        {"kernel": name, **compile_case(capability, kernel, constants, pointers)}
+        for capability in kernels.TILES
+        for name, kernel, constants, pointers in cases(capability, options.tiles == "all")
+    ]
+    content = {"provenance": provenance(torch.device("cpu")), "tiles": options.tiles, "rows": rows}
+    text = json.dumps(content, indent=1) + "\n"
+    if options.output:
+        options.output.write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+// Launchers of the CUDA point ops: raw pointers, a stream, and a cudaError_t as the result (0 is success). No kernel
+// synchronises with the host, and whatever the coordinates, lengths or indices hold, nothing is read or written outside
+// the arrays.
+#pragma once
+
+#include <cstdint>
+
+namespace pointalign {
+
+enum class GroupType { kFloat, kHalf, kBFloat16 };
+
+struct Points {               // xyz of point i of cloud b at data + b * cloud_stride + i * row_stride
+  const float* data;
+  int64_t cloud_stride;
+  int64_t row_stride;
+  int count;                  // N
+  int columns;                // 3 + features
+  const int64_t* lengths;     // [clouds], clamped to 1..N; null means N
+};
+
+// Clouds above this many points need `workspace`, 4 floats per point of every cloud.
+constexpr int kRegisterPoints = 8192;
+
+int launch_farthest_point_sample(const Points& points, int clouds, int num_samples, int start_index, float* workspace,
+                                 int64_t* index, void* stream);
+
+int launch_knn(const Points& points, const Points& query, int clouds, int k, float* distance, int64_t* index,
+               void* stream);
+
+// centre_index [clouds, centres], clamped to the cloud; out [clouds, centres, k, columns].
+int launch_group_points(const Points& points, const int64_t* centre_index, int clouds, int centres, int k,
+                        GroupType type, void* out, void* stream);
+
+const char* cuda_error_text(int error);
+
+}  // namespace pointalign

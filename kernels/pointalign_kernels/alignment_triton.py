@@ -1,0 +1,375 @@
+"""Triton kernels of the alignment loss and their launches: eight for a whole forward and backward.
+
+    F1, F2  z = x W^T + b, a = silu(z)                 `linear_kernel`, activation in the epilogue
+    F3      y = a W^T in K-slices                      `linear_kernel`, fp32 partial sums (split-K)
+    L       y summed + b; cos, d(1 - cos)/dy per row   `cosine_kernel`
+    S       1 - mean cos                               `mean_kernel`, fixed order, no atomics
+    B3..B1  dx = dz W * silu'(z), dW = dz^T x, db      `backward_kernel`, one launch per linear
+
+L runs before the upstream gradient is known, so it writes the gradient of a single row's `1 - cos`; B3 multiplies its
+fp32 accumulators by upstream / M, read on the device. Running dgrad and wgrad of one linear in the same launch lets
+the many short wgrad tiles fill the multiprocessors that the few long dgrad tiles leave idle.
+
+Shape legend: L tapped layers, M rows of point tokens, C hidden size, H projector width, D target width; G projectors
+(L when stacked, 1 when shared) with R rows each (G * R = L * M); a linear maps K inputs to N outputs.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# (Triton types a launch as a plain call of the kernel)
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pointalign_kernels.reference import EPSILON
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Tile(NamedTuple):
+    """Output rows and columns of one program, depth of one step, warps and pipeline stages."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Largest first; the first tile whose programs occupy FILL of the card is taken. These are predictions (from shared
+# memory, registers and the number of programs) until a benchmark on the card says otherwise; POINTALIGN_AUTOTUNE=1
+# times all of them instead.
+TILES = {
+    80: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4)),
+    86: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
+    89: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
+    90: (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5), Tile(64, 32, 128, 4, 4)),
+    100: (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 8, 4), Tile(64, 32, 128, 4, 4)),
+    120: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
+}
+FLOAT32_TILES = (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2))  # fp32 without tf32 runs on the ordinary cores
+INTERPRETER_TILES = (Tile(128, 256, 256, 4, 1),)  # few, large steps: each one is a numpy call
+FILL = 0.75
+MAX_PARTS = 4  # K-slices of the last linear
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _product(
+    a_ptr, a_row, a_depth, b_ptr, b_depth, b_col, rows, cols, num_rows, num_cols, first, last,
+    DEPTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """fp32 tile `[rows, cols]` of a @ b over the depth range [first, last); EVEN: the range is a multiple of DEPTH."""
+    depth = first + tl.arange(0, DEPTH)
+    a_ptrs = a_ptr + rows[:, None] * a_row + depth[None, :] * a_depth
+    b_ptrs = b_ptr + depth[:, None] * b_depth + cols[None, :] * b_col
+    row_mask = rows[:, None] < num_rows
+    col_mask = cols[None, :] < num_cols
+    total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    for start in range(first, last, DEPTH):
+        if EVEN:
+            a = tl.load(a_ptrs, mask=row_mask, other=0.0)
+            b = tl.load(b_ptrs, mask=col_mask, other=0.0)
+        else:
+            left = last - start
+            a = tl.load(a_ptrs, mask=row_mask & (tl.arange(0, DEPTH)[None, :] < left), other=0.0)
+            b = tl.load(b_ptrs, mask=col_mask & (tl.arange(0, DEPTH)[:, None] < left), other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        a_ptrs += DEPTH * a_depth
+        b_ptrs += DEPTH * b_depth
+    return total
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,  # [G, R, K]
+    w_ptr,  # [G, N, K]
+    b_ptr,  # [G, N]
+    z_ptr,  # [G, R, N], or fp32 partial sums [parts, G, R, N] where SILU is off
+    a_ptr,  # [G, R, N]
+    R, N, K, part_size,
+    SILU: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
+    row_tiles = tl.cdiv(R, ROWS)
+    # Neighbouring programs share a weight tile, the larger operand, so it comes from device memory once.
+    rows = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) // row_tiles * COLS + tl.arange(0, COLS)
+    first = part * part_size
+    z = _product(
+        x_ptr + group * R * K, K, 1, w_ptr + group * N * K, 1, K,
+        rows, cols, R, N, first, tl.minimum(first + part_size, K), DEPTH, EVEN, PRECISION,
+    )  # fmt: skip
+    mask = (rows[:, None] < R) & (cols[None, :] < N)
+    place = rows[:, None] * N + cols[None, :]
+    if SILU:
+        z += tl.load(b_ptr + group * N + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        tl.store(z_ptr + group * R * N + place, z.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(a_ptr + group * R * N + place, (z * tl.sigmoid(z)).to(a_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(z_ptr + (part * tl.num_programs(1) + group) * R * N + place, z, mask=mask)
+
+
+@triton.jit
+def cosine_kernel(
+    y_ptr,  # [PARTS, rows, D] partial sums
+    b_ptr,  # [G, D]
+    t_ptr,  # [M, D]
+    cos_ptr,  # [rows] fp32
+    dy_ptr,  # [rows, D] gradient of each row's own 1 - cos
+    num_rows, M, R, D, EPS: tl.constexpr,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (cols < D)
+    y = tl.zeros((ROWS, BLOCK), tl.float32)
+    for part in tl.static_range(PARTS):
+        y += tl.load(y_ptr + (part * num_rows + rows) * D + cols, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        y += tl.load(b_ptr + rows // R * D + cols, mask=mask, other=0.0).to(tl.float32)
+    t = tl.load(t_ptr + rows % M * D + cols, mask=mask, other=0.0).to(tl.float32)
+    y_norm = tl.sqrt(tl.sum(y * y, 1, keep_dims=True))
+    y_bound = tl.maximum(y_norm, EPS)
+    t_unit = t / tl.maximum(tl.sqrt(tl.sum(t * t, 1, keep_dims=True)), EPS)
+    cos = tl.sum(y / y_bound * t_unit, 1, keep_dims=True)
+    tl.store(cos_ptr + rows, cos, mask=rows < num_rows)
+    # Below the clamp the norm is still differentiated, as aten does; of a zero row it has no direction.
+    along = tl.where(y_norm > 0, y / tl.where(y_norm > 0, y_norm, 1.0), 0.0)
+    dy = (cos * along - t_unit) / y_bound
+    if LIMIT > 0:  # a row of (nearly) zero length would overflow fp16 to infinity
+        dy = tl.where(dy > LIMIT, LIMIT, tl.where(dy < -LIMIT, -LIMIT, dy))
+    tl.store(dy_ptr + rows * D + cols, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def mean_kernel(cos_ptr, loss_ptr, M, BLOCK: tl.constexpr):
+    layer = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, M, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        total += tl.load(cos_ptr + layer * M + rows, mask=rows < M, other=0.0)
+    tl.store(loss_ptr + layer, 1 - tl.sum(total, 0) / M)
+
+
+@triton.jit
+def _input_gradient(
+    tile, dz_ptr, w_ptr, z_ptr, dx_ptr, scale, R, N, K, DSILU: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(R, ROWS)
+    rows = tile % row_tiles * ROWS + tl.arange(0, ROWS)
+    cols = tile // row_tiles * COLS + tl.arange(0, COLS)
+    dx = _product(dz_ptr, N, 1, w_ptr, K, 1, rows, cols, R, K, 0, N, DEPTH, EVEN, PRECISION)
+    mask = (rows[:, None] < R) & (cols[None, :] < K)
+    place = rows[:, None] * K + cols[None, :]
+    if DSILU:
+        z = tl.load(z_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(z)
+        dx *= gate * (1 + z * (1 - gate))
+    tl.store(dx_ptr + place, (dx * scale).to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_gradient(
+    tile, dz_ptr, x_ptr, dw_ptr, scale, R, N, K, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    col_tiles = tl.cdiv(K, COLS)
+    rows = tile // col_tiles * ROWS + tl.arange(0, ROWS)
+    cols = tile % col_tiles * COLS + tl.arange(0, COLS)
+    dw = _product(dz_ptr, 1, N, x_ptr, K, 1, rows, cols, N, K, 0, R, DEPTH, EVEN, PRECISION)
+    mask = (rows[:, None] < N) & (cols[None, :] < K)
+    tl.store(dw_ptr + rows[:, None] * K + cols[None, :], (dw * scale).to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bias_gradient(tile, dz_ptr, db_ptr, scale, R, N, COLS: tl.constexpr, DEPTH: tl.constexpr):
+    cols = tile * COLS + tl.arange(0, COLS)
+    total = tl.zeros((DEPTH, COLS), tl.float32)
+    for start in range(0, R, DEPTH):
+        rows = start + tl.arange(0, DEPTH)
+        mask = (rows[:, None] < R) & (cols[None, :] < N)
+        total += tl.load(dz_ptr + rows[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(db_ptr + cols, (tl.sum(total, 0) * scale).to(db_ptr.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
+def backward_kernel(
+    dz_ptr,  # [G, R, N]
+    w_ptr,  # [G, N, K]
+    x_ptr,  # [G, R, K] input of this linear
+    z_ptr,  # [G, R, K] what SiLU turned into x, where DSILU
+    upstream_ptr,  # [G] fp32 gradient of each loss, where SCALE
+    dx_ptr,  # [G, R, K]
+    dw_ptr,  # [G, N, K]
+    db_ptr,  # [G, N]
+    R, N, K, dx_tiles, dw_tiles,
+    DSILU: tl.constexpr, SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_R: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Programs in this order: tiles of dx (the longest first), tiles of dW, column blocks of db."""
+    tile = tl.program_id(0)
+    group = tl.program_id(1).to(tl.int64)
+    dz_ptr += group * R * N
+    scale = 1.0
+    if SCALE:
+        scale = tl.load(upstream_ptr + group) / R
+    if tile < dx_tiles:
+        _input_gradient(
+            tile, dz_ptr, w_ptr + group * N * K, z_ptr + group * R * K, dx_ptr + group * R * K, scale, R, N, K,
+            DSILU, EVEN_N, PRECISION, ROWS, COLS, DEPTH,
+        )  # fmt: skip
+    elif tile < dx_tiles + dw_tiles:
+        _weight_gradient(
+            tile - dx_tiles, dz_ptr, x_ptr + group * R * K, dw_ptr + group * N * K, scale, R, N, K,
+            EVEN_R, PRECISION, ROWS, COLS, DEPTH,
+        )  # fmt: skip
+    else:
+        _bias_gradient(tile - dx_tiles - dw_tiles, dz_ptr, db_ptr + group * N, scale, R, N, COLS, DEPTH)
+
+
+# ---------------------------------------------------------------- launches
+
+
+def _tiles(device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:
+    if INTERPRETED:
+        return INTERPRETER_TILES
+    if dtype == torch.float32:
+        return FLOAT32_TILES
+    return TILES[max(capability for capability in TILES if capability <= _capability(device))]
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_tuned: dict[tuple, Tile] = {}
+
+
+def _ceil(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _choose(key: tuple, device: torch.device, dtype: torch.dtype, programs: Callable, launch: Callable) -> Tile:
+    """The largest tile whose `programs(tile)` fill the card; under POINTALIGN_AUTOTUNE=1 the fastest `launch(tile)`."""
+    tiles = _tiles(device, dtype)
+    if os.environ.get("POINTALIGN_AUTOTUNE") == "1" and not INTERPRETED:
+        key = (*key, dtype, device)
+        if key not in _tuned:
+            _tuned[key] = min(
+                tiles, key=lambda tile: triton.testing.do_bench(lambda: launch(tile), return_mode="median")
+            )
+        return _tuned[key]
+    return next((tile for tile in tiles if programs(tile) >= FILL * _multiprocessors(device)), tiles[-1])
+
+
+def _precision(dtype: torch.dtype) -> str:
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return {
+        "ROWS": tile.rows,
+        "COLS": tile.cols,
+        "DEPTH": tile.depth,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: Tensor | None) -> Tensor:
+    """`z = x W^T + b` and `a = silu(z)` into z and a; without them, fp32 slices `[parts, G, R, N]` of `x W^T`."""
+    groups, rows, inputs = x.shape
+    outputs = weight.shape[1]
+    sliced = z is None
+
+    def tiles(tile: Tile) -> int:
+        return _ceil(rows, tile.rows) * _ceil(outputs, tile.cols)
+
+    def launch(tile: Tile) -> Tensor:
+        steps = _ceil(inputs, tile.depth)
+        room = _multiprocessors(x.device) // (tiles(tile) * groups)
+        parts = max(1, min(MAX_PARTS, steps, room)) if sliced else 1
+        out = x.new_empty((parts, groups, rows, outputs), dtype=torch.float32) if z is None else z
+        linear_kernel[(tiles(tile), groups, parts)](
+            x, weight, bias, out, a, rows, outputs, inputs, _ceil(steps, parts) * tile.depth,
+            SILU=not sliced, EVEN=inputs % tile.depth == 0, PRECISION=_precision(x.dtype), **_options(tile),
+        )  # fmt: skip
+        return out
+
+    def programs(tile: Tile) -> int:
+        return tiles(tile) * groups * (MAX_PARTS if sliced else 1)
+
+    key = ("linear", groups, rows, outputs, inputs, sliced)
+    return launch(_choose(key, x.device, x.dtype, programs, launch))
+
+
+def cosine(partial: Tensor, bias: Tensor | None, target: Tensor, rows_per_group: int, dy: Tensor) -> Tensor:
+    """Per-row gradients of `1 - cos` into `dy` `[L * M, D]`; returns the `[L]` losses."""
+    rows, width = dy.shape
+    num_rows = target.shape[0]
+    per_row = torch.empty(rows, device=dy.device, dtype=torch.float32)
+    loss = torch.empty(rows // num_rows, device=dy.device, dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    rows_per_program = 64 if INTERPRETED else 1
+    cosine_kernel[(_ceil(rows, rows_per_program),)](
+        partial, bias, target, per_row, dy, rows, num_rows, rows_per_group, width, EPS=EPSILON,
+        PARTS=partial.numel() // dy.numel(), BIAS=bias is not None,
+        LIMIT=torch.finfo(dy.dtype).max if dy.dtype == torch.float16 else 0.0,
+        ROWS=rows_per_program, BLOCK=block, num_warps=min(16, max(1, block // 256)),
+    )  # fmt: skip
+    mean_kernel[(loss.numel(),)](per_row, loss, num_rows, BLOCK=1024, num_warps=4)
+    return loss
+
+
+def backward(
+    dz: Tensor, weight: Tensor, x: Tensor, z: Tensor | None, upstream: Tensor | None,
+    dx: Tensor | None, dw: Tensor | None, db: Tensor | None,
+) -> None:  # fmt: skip
+    """Gradients of one linear into those of `dx`, `dw`, `db` that are wanted."""
+    groups, rows, outputs = dz.shape
+    inputs = x.shape[2]
+
+    def counts(tile: Tile) -> tuple[int, int, int]:
+        cols = _ceil(inputs, tile.cols)
+        return (
+            _ceil(rows, tile.rows) * cols if dx is not None else 0,
+            _ceil(outputs, tile.rows) * cols if dw is not None else 0,
+            _ceil(outputs, tile.cols) if db is not None else 0,
+        )
+
+    def launch(tile: Tile) -> None:
+        dx_tiles, dw_tiles, db_tiles = counts(tile)
+        backward_kernel[(dx_tiles + dw_tiles + db_tiles, groups)](
+            dz, weight, x, *(dz if tensor is None else tensor for tensor in (z, upstream, dx, dw, db)),
+            rows, outputs, inputs, dx_tiles, dw_tiles,
+            DSILU=z is not None, SCALE=upstream is not None, EVEN_N=outputs % tile.depth == 0,
+            EVEN_R=rows % tile.depth == 0, PRECISION=_precision(dz.dtype), **_options(tile),
+        )  # fmt: skip
+
+    def programs(tile: Tile) -> int:
+        # A dgrad tile is several times as long as a wgrad tile: it alone must spread over half of the card.
+        dx_tiles, dw_tiles, _ = counts(tile)
+        return groups * (2 * dx_tiles if dx_tiles else dw_tiles)
+
+    key = ("backward", groups, rows, outputs, inputs, dx is None, dw is None)
+    launch(_choose(key, dz.device, dz.dtype, programs, launch))

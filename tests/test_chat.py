@@ -1,0 +1,93 @@
+"""The command line, through a tiny exported model."""
+
+import numpy as np
+import pytest
+from conftest import lively, tiny_model
+
+from pointalign import chat
+from pointalign.models import PointAlignProcessor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, processor):
+    path = tmp_path_factory.mktemp("exported")
+    lively(tiny_model()).save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path, clouds):
+    paths = [str(tmp_path / f"{i}.npy") for i in range(3)]
+    for path, cloud in zip(paths, clouds, strict=False):
+        np.save(path, cloud[:300])
+    return paths
+
+
+def run(folder, *arguments) -> int:
+    return chat.main([*arguments, "--model", str(folder), "--max-new-tokens", "3"])
+
+
+@pytest.fixture
+def talks(monkeypatch):
+    """What the template is given, as (role, clouds, text)."""
+    seen = []
+    original = PointAlignProcessor.apply_chat_template
+
+    def spy(self, messages, **options):
+        rows = []
+        for one in messages:
+            content = one["content"]
+            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            number = sum(item["type"] == "point" for item in items)
+            rows.append((one["role"], number, "".join(item.get("text", "") for item in items)))
+        seen.append(rows)
+        return original(self, messages, **options)
+
+    monkeypatch.setattr(PointAlignProcessor, "apply_chat_template", spy)
+    return seen
+
+
+def test_two_questions_about_several_files_in_one_talk(folder, files, talks, capsys):
+    assert run(folder, *files, "--question", "Which is taller?", "--question", "Why?") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [f"{i}.npy: 300 points" for i in range(3)]
+    assert "> Which is taller?" in lines and "> Why?" in lines
+    first, second = talks
+    assert first == [("user", 3, "Which is taller?")]
+    assert second[:1] == first and second[1][:2] == ("assistant", 0) and second[2] == ("user", 0, "Why?")
+
+
+def test_a_talk_at_the_prompt_ends_with_an_empty_line_or_the_end_of_input(folder, files, talks, monkeypatch):
+    lines = iter(["What is this?", "  "])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert run(folder, files[0]) == 0
+    assert talks == [[("user", 1, "What is this?")]]
+
+    def end(_):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    assert run(folder, files[0]) == 0
+
+
+@pytest.mark.parametrize("kind", ["missing", "nan", "few", "columns", "format"])
+def test_a_bad_file_is_named(kind, folder, files, clouds, tmp_path, capsys):
+    path = tmp_path / ("bad.xyz" if kind == "format" else "bad.npy")
+    spoiled = {"nan": np.full((300, 6), np.nan), "few": clouds[0][:7], "columns": clouds[0][:300, :4]}
+    if kind in spoiled:
+        np.save(path, spoiled[kind])
+    elif kind == "format":
+        path.write_text("1 2 3")
+    assert run(folder, files[0], str(path), "--question", "What?") == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ") and str(path) in shown.err and "Traceback" not in shown.err
+
+
+def test_a_missing_model_and_a_wrong_axis_are_errors(folder, files, capsys):
+    assert run(folder / "nowhere", files[0], "--question", "What?") == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert run(folder, files[0], "--question", "What?", "--up-axis", "w") == 1
+    assert "up_axis must be one of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        chat.main([])

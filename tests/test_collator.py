@@ -1,0 +1,71 @@
+"""Samples to padded batches, with and without augmentation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pointalign.data.collator import ConversationCollator
+from pointalign.data.dataset import ConversationDataset
+
+CLOUDS = Path(__file__).parent / "clouds"
+
+
+@pytest.fixture(scope="module")
+def samples():
+    dataset = ConversationDataset(CLOUDS / "annotations.json", CLOUDS)
+    kinds = {}
+    for i, conversation in enumerate(dataset.conversations):
+        kinds.setdefault(conversation.conversation_type, dataset[i])
+    return [kinds[name] for name in ("simple_description", "detailed_description", "multi_round")]
+
+
+def test_a_batch_has_labels_on_every_answer(samples, processor):
+    batch = ConversationCollator(processor, max_length=512)(samples)
+    assert type(batch) is dict and all(isinstance(one, torch.Tensor) for one in batch.values())
+    assert batch["point_values"].shape == (3, 256, 6)
+    for row, sample in enumerate(samples):
+        labels = batch["labels"][row]
+        text = processor.tokenizer.decode(labels[labels != -100])
+        spoken = [m["content"][0]["text"] for m in sample["messages"] if m["role"] == "assistant"]
+        assert text == "".join(f"{one}<|im_end|>" for one in spoken)
+
+
+def test_without_augmentation_no_random_number_is_drawn(samples, processor):
+    collate = ConversationCollator(processor, max_length=512)
+    state = torch.get_rng_state()
+    first, second = collate(samples), collate(samples)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_augmentation_depends_on_epoch_and_sample_only(samples, processor):
+    collate = ConversationCollator(processor, max_length=512, augmentation=True)
+    epochs = (0, 0, 1)
+    batches = [collate([sample | {"draw": (epoch, 5)} for sample in samples]) for epoch in epochs]
+    assert torch.equal(batches[0]["point_values"], batches[1]["point_values"])
+    assert not torch.equal(batches[0]["point_values"], batches[2]["point_values"])
+    assert torch.equal(batches[0]["input_ids"], batches[2]["input_ids"])
+
+
+def test_only_what_does_not_speak_of_pose_is_turned(samples, processor, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "pointalign.data.collator.augment", lambda points, rng, free, fewest: seen.append((free, fewest)) or points
+    )
+    ConversationCollator(processor, max_length=512, augmentation=True)(samples)
+    assert seen == [(True, 8), (False, 8), (False, 8)]
+
+
+def test_small_clouds_survive_augmentation(samples, processor):
+    content = samples[0]["messages"][0]["content"]
+    few = [item | {"point": item["point"][:9]} if item["type"] == "point" else item for item in content]
+    sample = samples[0] | {"messages": [samples[0]["messages"][0] | {"content": few}, *samples[0]["messages"][1:]]}
+    collate = ConversationCollator(processor, max_length=512, augmentation=True)
+    for _ in range(10):
+        assert 8 <= collate([sample])["point_values"].shape[1] <= 9
+
+
+def test_a_sample_that_does_not_fit_is_an_error(samples, processor):
+    with pytest.raises(ValueError, match="would cut through a point cloud"):
+        ConversationCollator(processor, max_length=26)(samples)

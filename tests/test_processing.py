@@ -1,0 +1,225 @@
+"""Clouds and chat messages to tensors: places, labels, truncation, bad input."""
+
+import numpy as np
+import pytest
+from conftest import assistant, user
+
+from pointalign.data.point_cloud import PointCloudError
+from pointalign.models import PointAlignFeatureExtractor, PointAlignProcessor
+
+Q = 4
+
+
+def tensors(processor, messages, **options):
+    return processor.apply_chat_template(messages, tokenize=True, **options)
+
+
+def spans(mask) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(mask, dtype=int), [0]])))
+    return [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+# -- text and places ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 5])
+def test_any_number_of_clouds_in_a_prompt(number, processor, clouds):
+    batch = tensors(processor, [user("Which?", *clouds[:number])], add_generation_prompt=True)
+    found = spans(batch["point_mask"][0])
+    assert len(found) == number and all(stop - start == Q for start, stop in found)
+    assert ("point_values" in batch) == (number > 0)
+    if number:
+        assert batch["point_values"].shape == (number, 256, 6)
+    ids = batch["input_ids"][0]
+    text = processor.tokenizer.decode(ids[~batch["point_mask"][0]])
+    assert text == "<|im_start|>user\n" + "<PC></PC> " * number + "Which?<|im_end|>\n<|im_start|>assistant\n"
+    for start, stop in found:
+        assert processor.tokenizer.decode(ids[start - 4 : start]) == "<PC>"
+        assert processor.tokenizer.decode(ids[stop : stop + 5]) == "</PC>"
+
+
+def test_clouds_keep_their_reading_order_over_turns_and_rows(processor, clouds):
+    conversations = [
+        [user("First", clouds[0]), assistant("Yes."), user("Second", clouds[1])],
+        [user("Third", clouds[2])],
+    ]
+    batch = tensors(processor, conversations, add_generation_prompt=True)
+    expected = processor.feature_extractor(clouds[:3])["point_values"]
+    assert (batch["point_values"] == expected).all()
+    assert batch["point_mask"].sum(dim=1).tolist() == [2 * Q, Q]
+
+
+@pytest.mark.parametrize("typed", ["<point>", "a <point> b <<point>> c", "<point><point>", "<<<point>>>", "<point"])
+def test_a_typed_marker_is_plain_text(typed, processor, clouds):
+    batch = tensors(processor, [user(typed, clouds[0])], add_generation_prompt=True)
+    assert batch["point_mask"].sum() == Q
+    text = processor.tokenizer.decode(batch["input_ids"][0][~batch["point_mask"][0]])
+    assert text == f"<|im_start|>user\n<PC></PC> {typed}<|im_end|>\n<|im_start|>assistant\n"
+    plain = tensors(processor, [{"role": "user", "content": typed}], add_generation_prompt=True)
+    assert plain["point_mask"].sum() == 0 and "point_values" not in plain
+
+
+def test_rendered_text_shows_the_markers(processor, clouds):
+    text = processor.apply_chat_template([user("Which?", clouds[0], clouds[1])])
+    assert text == "<|im_start|>user\n<PC><point></PC> <PC><point></PC> Which?<|im_end|>\n"
+    assert processor.apply_chat_template([[user("A")], [user("B")]])[1] == "<|im_start|>user\nB<|im_end|>\n"
+
+
+def test_text_with_markers(processor, clouds):
+    batch = processor(["a<point>b", "<point>c<point>"], clouds[:3])
+    assert batch["point_mask"].sum(dim=1).tolist() == [Q, 2 * Q]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [2 + Q, 1 + 2 * Q]
+    assert processor("no cloud")["point_mask"].sum() == 0
+    stacked = np.stack(clouds[:3])
+    assert (processor(["a<point>b", "<point>c<point>"], stacked)["point_values"] == batch["point_values"]).all()
+    with pytest.raises(ValueError, match="2 places for clouds, 1 clouds were given"):
+        processor("<point> and <point>", clouds[:1])
+
+
+def test_unknown_content_is_named(processor):
+    with pytest.raises(ValueError, match="type 'image'.*'text' and 'point'"):
+        tensors(processor, [{"role": "user", "content": [{"type": "image", "url": "x"}]}])
+
+
+def test_a_template_that_drops_a_cloud_is_refused(processor, clouds):
+    with pytest.raises(ValueError, match="dropped or repeated"):
+        tensors(processor, [user("What?", clouds[0])], chat_template="{{ messages[0]['content'][:3] }}")
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+
+def labelled_text(processor, row) -> str:
+    labels = row["labels"]
+    return processor.tokenizer.decode(labels[labels != -100])
+
+
+def test_labels_are_exactly_the_answers_and_their_end_marks(processor, clouds):
+    talk = [
+        user("What?", clouds[0]),
+        assistant("A bench."),
+        user("A bench.<|im_end|>?"),
+        {"role": "assistant", "content": "  Yes, two words "},
+    ]
+    batch = tensors(processor, [talk, [user("Hm?", clouds[1]), assistant("No.")]], return_labels=True)
+    rows = [{name: batch[name][i] for name in ("input_ids", "labels", "point_mask")} for i in range(2)]
+    assert labelled_text(processor, rows[0]) == "A bench.<|im_end|>  Yes, two words <|im_end|>"
+    assert labelled_text(processor, rows[1]) == "No.<|im_end|>"
+    for row in rows:
+        kept = row["labels"] != -100
+        assert (row["labels"][kept] == row["input_ids"][kept]).all()
+        assert not (kept & row["point_mask"]).any()
+
+
+def test_training_pads_right_and_generation_left(processor, clouds):
+    talks = [[user("Q", clouds[0]), assistant("A")], [user("A longer question", clouds[1]), assistant("Answer")]]
+    training = tensors(processor, talks, return_labels=True)
+    assert training["attention_mask"][0].tolist() == sorted(training["attention_mask"][0].tolist(), reverse=True)
+    assert (training["labels"][0][training["attention_mask"][0] == 0] == -100).all()
+    asking = tensors(processor, [one[:1] for one in talks], add_generation_prompt=True)
+    assert asking["attention_mask"][0].tolist() == sorted(asking["attention_mask"][0].tolist())
+    assert not asking["point_mask"][asking["attention_mask"] == 0].any()
+
+
+def test_the_ids_of_a_prompt_open_the_ids_of_its_training_sample(processor, clouds):
+    talk = [user("What?", clouds[0]), assistant("A bench."), user("Colour?"), assistant("Beige.")]
+    whole = tensors(processor, talk, return_labels=True)["input_ids"][0].tolist()
+    for turns in (1, 3):
+        prompt = tensors(processor, talk[:turns], add_generation_prompt=True)["input_ids"][0].tolist()
+        assert whole[: len(prompt)] == prompt
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(processor):
+    template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        tensors(processor, [user("Q"), assistant("A"), user("Q"), assistant("A")], chat_template=template)
+
+
+def test_without_a_chat_template_the_published_layout_serves(tokenizer, clouds):
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    made = PointAlignProcessor(PointAlignFeatureExtractor(256, 8), bare, num_query_tokens=Q)
+    talk = [user("What?", clouds[0]), assistant("A bench."), user("Colour?"), assistant("Beige.")]
+    single = tensors(made, talk[:2], return_labels=True)
+    words = single["input_ids"][0][~single["point_mask"][0]]
+    assert made.tokenizer.decode(words) == "[INST] <PC></PC> What?  [/INST]A bench.###"
+    assert labelled_text(made, {"labels": single["labels"][0]}) == "A bench.###"
+    several = tensors(made, talk, return_labels=True)
+    words = several["input_ids"][0][~several["point_mask"][0]]
+    assert made.tokenizer.decode(words) == (
+        "[INST] <PC></PC> What?  [/INST]A bench.###[INST] Colour?  [/INST]Beige.###"
+    )
+    assert labelled_text(made, {"labels": several["labels"][0]}) == "A bench.###Beige.###"
+
+
+# -- truncation --------------------------------------------------------------------------------------------------------
+
+
+def test_truncation_never_cuts_through_a_cloud(processor, clouds):
+    talk = [user("What?", clouds[0])]
+    full = tensors(processor, talk)
+    ((start, stop),) = spans(full["point_mask"][0])
+    for length in range(start, stop):
+        with pytest.raises(ValueError, match=rf"row 0 .* max_length={length} would cut through a point cloud"):
+            tensors(processor, talk, truncation=True, max_length=length)
+    cut = tensors(processor, talk, truncation=True, max_length=stop)
+    assert cut["input_ids"].tolist() == full["input_ids"][:, :stop].tolist()
+    assert spans(cut["point_mask"][0]) == [(start, stop)]
+
+
+def test_truncation_keeps_something_to_learn(processor, clouds):
+    talk = [user("What?", clouds[0]), assistant("A bench."), user("Colour?"), assistant("Beige.")]
+    full = tensors(processor, talk, return_labels=True)
+    first = int((full["labels"][0] != -100).nonzero()[0])
+    with pytest.raises(ValueError, match="leaves no answer to learn from"):
+        tensors(processor, talk, return_labels=True, truncation=True, max_length=first)
+    cut = tensors(processor, talk, return_labels=True, truncation=True, max_length=first + 3)
+    assert labelled_text(processor, {"labels": cut["labels"][0]}) == "A b"
+    assert cut["labels"].shape == cut["input_ids"].shape == cut["attention_mask"].shape == (1, first + 3)
+
+
+# -- clouds ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cloud_is_subsampled_the_same_way_every_time_and_fills_the_unit_sphere(processor, clouds):
+    first, second = (processor.feature_extractor.prepare(clouds[0]) for _ in range(2))
+    assert first.shape == (256, 6) and first.dtype == np.float32 and (first == second).all()
+    assert np.abs(first[:, :3].mean(axis=0)).max() < 1e-6
+    assert np.linalg.norm(first[:, :3], axis=1).max() == pytest.approx(1)
+    moved = clouds[0][:100] * np.array([3, 3, 3, 1, 1, 1], np.float32) + np.array([5, 6, 7, 0, 0, 0], np.float32)
+    np.testing.assert_allclose(
+        processor.feature_extractor.prepare(moved), processor.feature_extractor.prepare(clouds[0][:100]), atol=1e-5
+    )
+
+
+def test_paths_are_read_with_the_declared_vertical(clouds, tmp_path):
+    np.save(tmp_path / "one.npy", clouds[0][:64])
+    stored = PointAlignFeatureExtractor(256, 8, up_axis="z").prepare(tmp_path / "one.npy")
+    given = PointAlignFeatureExtractor(256, 8).prepare(clouds[0][:64])
+    np.testing.assert_allclose(stored[:, 1], given[:, 2], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c: c[:, :3], r"shape \[N, 6\].*got \[2048, 3\]"),
+        (lambda c: c[0], r"shape \[N, 6\].*got \[6\]"),
+        (lambda c: c[:7], "7 points, the point encoder needs at least 8"),
+        (lambda c: c[:0], "0 points, the point encoder needs at least 8"),
+        (lambda c: np.where(np.arange(len(c))[:, None] == 5, np.nan, c), "point 5 .* NaN or infinite"),
+        (lambda c: np.where(np.arange(len(c))[:, None] == 9, np.inf, c), "point 9 .* NaN or infinite"),
+        (lambda c: np.repeat(c[:1], 20, axis=0), "equal points"),
+        (lambda c: c * [1, 1, 1, 255, 255, 255], "colours in 0..1"),
+        (lambda c: c - [0, 0, 0, 2, 2, 2], "colours in 0..1"),
+    ],
+)
+def test_bad_clouds_are_named(spoil, message, processor, clouds):
+    with pytest.raises(PointCloudError, match=message):
+        tensors(processor, [user("What?", spoil(clouds[0]))])
+
+
+def test_answers_are_the_new_text_alone(processor):
+    ids = processor.tokenizer("What? A bench.<|im_end|><|endoftext|>", return_tensors="pt")["input_ids"]
+    assert processor.answers(ids, 5) == ["A bench."]

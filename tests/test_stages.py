@@ -1,0 +1,189 @@
+"""Put together, handed on, refused where it does not fit, merged and exported."""
+
+import json
+
+import pytest
+import torch
+from conftest import lively, tiny_text_config, user
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pointalign import checkpointing, stages
+from pointalign.options import PARTS, DataOptions, ModelOptions
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A tiny language model on disk."""
+    path = tmp_path_factory.mktemp("llm")
+    torch.manual_seed(0)
+    lively(AutoModelForCausalLM.from_config(tiny_text_config())).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def options(folder, **changes) -> ModelOptions:
+    return ModelOptions(**{"llm": str(folder), "dtype": "float32", "lora_rank": 4} | changes)
+
+
+def build(folder, **changes):
+    return stages.build(options(folder, **changes), DataOptions(num_points=256))
+
+
+def shaken(model, seed: int = 0):
+    """Adapters and point branch away from their first values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            if ".lora_" in name or ".language_model." not in name:
+                one.add_(torch.randn(one.shape, generator=generator) / 10)
+    return model.eval()
+
+
+def logits(model, processor, clouds):
+    batch = processor.apply_chat_template([user("What?", clouds[0])], tokenize=True, add_generation_prompt=True)
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def test_the_seed_fixes_a_new_point_branch(folder):
+    one, same, other = (build(folder, seed=seed)[0].state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["model.query_tokens"], other["model.query_tokens"])
+
+
+def test_the_processor_fits_the_model(folder):
+    model, processor = build(folder)
+    assert processor.num_query_tokens == model.config.num_query_tokens == 32
+    assert processor.feature_extractor.min_points == 128 and processor.feature_extractor.num_points == 256
+    _, other = stages.build(options(folder), DataOptions(up_axis="z"))
+    assert (other.feature_extractor.up_axis, other.feature_extractor.num_points) == ("z", 8192)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_exactly_the_named_part_trains(part, folder):
+    model, _ = build(folder, train=[part])
+    trained = {name for name, one in model.named_parameters() if one.requires_grad}
+    prefixes = {"qformer": ("model.qformer.", "model.query_tokens")}.get(part, (f"model.{part}.",))
+    if part == "lora":
+        expected = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    else:
+        expected = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+    assert trained == expected != set()
+
+
+def test_a_missing_language_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model\.llm=.*config.json is missing"):
+        build(tmp_path)
+
+
+def test_dtypes():
+    assert stages.resolve_dtype("float32") == torch.float32 and stages.resolve_dtype("bfloat16") == torch.bfloat16
+    assert stages.resolve_dtype("auto") in (torch.float32, torch.bfloat16)
+
+
+def test_a_stage_hands_on_everything_but_the_language_model(folder, tmp_path, clouds):
+    model, processor = build(folder)
+    shaken(model)
+    path = tmp_path / "run" / stages.STAGE_FILE
+    stages.save_stage(model, path, {"seed": 0})
+    assert json.loads(path.with_suffix(".json").read_text()) == {"seed": 0}
+    state = load_file(path)
+    assert all(one.dtype == torch.bfloat16 for one in state.values() if one.ndim > 1)
+    assert {name for name in model.state_dict() if ".language_model." not in name or ".lora_" in name} == set(state)
+    for checkpoint in (path, path.parent):
+        loaded, _ = build(folder, checkpoint=str(checkpoint), seed=7)
+        for name, one in loaded.state_dict().items():
+            expected = model.state_dict()[name]
+            rounded = name in state and expected.ndim > 1
+            assert torch.equal(one, expected.to(torch.bfloat16).to(one.dtype) if rounded else expected), name
+    torch.testing.assert_close(
+        logits(loaded.eval(), processor, clouds), logits(model, processor, clouds), atol=0.5, rtol=0.1
+    )
+
+
+def test_another_language_model_is_refused(folder, tmp_path, tokenizer):
+    model, _ = build(folder)
+    path = tmp_path / stages.STAGE_FILE
+    stages.save_stage(model, path, {})
+    torch.manual_seed(5)
+    other = AutoModelForCausalLM.from_config(tiny_text_config())
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="was trained with the language model"):
+        build(tmp_path / "other", checkpoint=str(path))
+    save_file(load_file(path), tmp_path / "nameless.safetensors")
+    with pytest.raises(ValueError, match="was trained with the language model None"):
+        build(folder, checkpoint=str(tmp_path / "nameless.safetensors"))
+
+
+def test_the_fingerprint_does_not_depend_on_the_dtype(folder):
+    single, half = (AutoModelForCausalLM.from_pretrained(folder, dtype=d) for d in (torch.float32, torch.bfloat16))
+    assert stages.fingerprint(single) == stages.fingerprint(half)
+
+
+@pytest.mark.parametrize("changes", [{"lora_rank": 8}, {"lora_targets": ["q_proj"]}])
+def test_other_adapters_are_refused(changes, folder, tmp_path):
+    model, _ = build(folder)
+    stages.save_stage(model, tmp_path / stages.STAGE_FILE, {})
+    with pytest.raises(ValueError, match="does not fit this model"):
+        build(folder, checkpoint=str(tmp_path), **changes)
+
+
+def test_a_partial_or_truncated_stage_is_refused(folder, tmp_path):
+    model, _ = build(folder)
+    path = tmp_path / stages.STAGE_FILE
+    stages.save_stage(model, path, {})
+    state = load_file(path)
+    del state["model.query_tokens"]
+    checkpointing.write_tensors(
+        path, state, {"language_model": stages.fingerprint(model.model.language_model)}
+    )
+    with pytest.raises(ValueError, match="missing model.query_tokens"):
+        build(folder, checkpoint=str(path))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        build(folder, checkpoint=str(path))
+
+
+def test_an_unknown_checkpoint_is_named(folder):
+    with pytest.raises(FileNotFoundError, match=r"model\.checkpoint='nowhere'"):
+        build(folder, checkpoint="nowhere")
+
+
+def test_merged_adapters_answer_alike_and_leave_the_plain_layout(folder, clouds):
+    model, processor = build(folder)
+    shaken(model)
+    before = logits(model, processor, clouds)
+    with_adapters = {name for name in model.state_dict() if ".lora_" not in name}
+    stages.merge_adapters(model)
+    torch.testing.assert_close(logits(model, processor, clouds), before, atol=1e-4, rtol=1e-4)
+    plain = stages.PointAlignForConditionalGeneration(model.config)
+    assert set(model.state_dict()) == set(plain.state_dict()) == {n.replace(".base_layer", "") for n in with_adapters}
+    unmoved, _ = build(folder)
+    stages.merge_adapters(unmoved)
+    assert not torch.allclose(logits(unmoved.eval(), processor, clouds), before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_exported_model_answers_as_the_one_in_training(dtype, folder, clouds, tmp_path):
+    model, processor = build(folder, dtype=dtype)
+    shaken(model)
+    stages.export(model, processor, tmp_path / "model")
+    loaded, again = stages.load_for_inference(tmp_path / "model")
+    loaded.to("cpu")
+    assert not loaded.training
+    assert loaded.model.language_model.dtype == getattr(torch, dtype)
+    assert loaded.model.point_encoder.dtype == torch.float32
+    talk = [user("What is this?", clouds[0], clouds[1])]
+    ours, theirs = (
+        p.apply_chat_template(talk, tokenize=True, add_generation_prompt=True) for p in (processor, again)
+    )
+    first, second = (
+        m.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        for m, inputs in ((model, ours), (loaded, theirs))
+    )
+    assert torch.equal(first, second)
+    names = {one.name for one in (tmp_path / "model").iterdir()}
+    assert "model.safetensors" in names and not any("alignment" in one or "adapter" in one for one in names)
+    assert not any("alignment" in name or "lora" in name for name in load_file(tmp_path / "model" / "model.safetensors"))

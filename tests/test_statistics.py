@@ -1,0 +1,71 @@
+"""Intervals that cover, tests that are level, families that count once."""
+
+import numpy as np
+import pytest
+
+from pointalign.evaluation.statistics import Estimate, cluster_mean, paired_difference
+
+
+def names(count: int, size: int = 1) -> list[str]:
+    return [f"family {i}" for i in range(count) for _ in range(size)]
+
+
+def test_a_constant_has_no_interval_and_prints():
+    one = cluster_mean([1.0] * 5, names(5))
+    assert one == Estimate(1.0, 1.0, 1.0, 5)
+    assert str(Estimate(0.4567, 0.4, 0.512, 9)) == " 45.7 % [40.0, 51.2]"
+    assert one.as_dict() == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 5}
+    with pytest.raises(ValueError, match="no values"):
+        cluster_mean([], [])
+
+
+def test_the_interval_is_the_binomials_where_families_are_single():
+    values = np.array([1.0] * 40 + [0.0] * 60)
+    one = cluster_mean(values, names(100))
+    half = 1.96 * np.sqrt(0.4 * 0.6 / 100)
+    assert one.mean == pytest.approx(0.4) and one.count == 100
+    assert one.low == pytest.approx(0.4 - half, abs=0.015) and one.high == pytest.approx(0.4 + half, abs=0.015)
+
+
+def test_copies_within_a_family_bring_no_certainty():
+    values = np.random.default_rng(0).integers(2, size=50).astype(float)
+    single, copied = cluster_mean(values, names(50)), cluster_mean(np.repeat(values, 8), names(50, 8))
+    assert copied.mean == single.mean
+    assert (copied.low, copied.high) == pytest.approx((single.low, single.high))
+    naive = cluster_mean(np.repeat(values, 8), names(400))
+    assert naive.high - naive.low < 0.5 * (copied.high - copied.low)
+
+
+def test_the_interval_covers_the_truth_about_19_times_in_20():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for trial in range(60):
+        rates = rng.beta(2, 3, size=60)  # mean 0.4, each family a rate of its own
+        values = (rng.random((60, 2)) < rates[:, None]).astype(float).ravel()
+        one = cluster_mean(values, names(60, 2), seed=trial)
+        covered += one.low <= 0.4 <= one.high
+    assert 51 <= covered <= 60  # 57 expected; below 51 has a probability of 0.3 %
+
+
+def test_identical_methods_have_p_one():
+    values = [0.0, 1.0, 1.0, 0.0]
+    estimate, p = paired_difference(values, values, names(4))
+    assert p == 1.0 and (estimate.mean, estimate.low, estimate.high) == (0, 0, 0)
+
+
+def test_p_is_that_of_the_exact_sign_test_and_symmetric():
+    ours, theirs = np.ones(8), np.zeros(8)
+    estimate, p = paired_difference(ours, theirs, names(8))
+    assert estimate.mean == 1 and p == pytest.approx(2 / 2**8, abs=0.003)  # all signs one way or all the other
+    reverse, other = paired_difference(theirs, ours, names(8))
+    assert reverse.mean == -1 and other == pytest.approx(p)
+    _, two_families = paired_difference(ours, theirs, names(2, 4))
+    assert two_families == pytest.approx(0.5, abs=0.03), "eight objects of two families are two observations"
+
+
+def test_p_is_level_without_a_difference():
+    rng = np.random.default_rng(2)
+    ps = [
+        paired_difference(rng.random(30), rng.random(30), names(30), seed=trial)[1] for trial in range(60)
+    ]
+    assert sum(p < 0.05 for p in ps) <= 9 and 0.3 < np.mean(ps) < 0.7
