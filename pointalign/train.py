@@ -94,30 +94,55 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
     from pointalign import stages
     from pointalign.data.check import check
     from pointalign.data.collator import ConversationCollator
-    from pointalign.data.dataset import ConversationDataset
+    from pointalign.data.mixture import MixtureCollator, MixtureDataset
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
-    dataset = ConversationDataset(*data_paths(options), options.data.types, options.data.up_axis)
+    datasets = make_datasets(options)
     model, processor = stages.build(options.model, options.data)
-    report = check(dataset, processor.feature_extractor.min_points, options.data.skip_bad)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(report)
+    for one in datasets:
+        report = check(one, processor.feature_extractor.min_points, options.data.skip_bad)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(report)
+    collator = ConversationCollator(processor, options.data.max_length, options.data.augmentation)
+    dataset, mixture, training = datasets[0], options.data.mixture, options.training
+    if mixture:
+        if training.max_steps <= 0 or training.per_device_train_batch_size != 1:
+            raise ValueError(
+                "data.mixture needs training.max_steps, the length of the run, and "
+                "training.per_device_train_batch_size=1, one batch of the mixture"
+            )
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        num_batches = training.max_steps * training.gradient_accumulation_steps * ranks
+        ratios, sizes = [one.ratio for one in mixture], [one.batch_size for one in mixture]
+        dataset = MixtureDataset(datasets, ratios, sizes, num_batches, training.seed)
+        collator = MixtureCollator(collator)
     if not options.model.train and options.alignment.weight == 0:
         raise ValueError("nothing trains: model.train is empty and alignment.weight is 0")
     trainer = PointAlignTrainer(
         model=AlignedModel(model, options.alignment, choose_impl(options.fused)),
         args=options.training,
         train_dataset=dataset,
-        data_collator=ConversationCollator(processor, options.data.max_length, options.data.augmentation),
+        data_collator=collator,
         point_learning_rate=options.training.point_learning_rate,
     )
     return trainer, model, processor
 
 
-def data_paths(options: "Options") -> tuple[Path, Path]:
-    """Annotation file and folder of clouds: the user's, or the embedded objects'."""
-    if options.data.annotations is not None and options.data.clouds is not None:
-        return Path(options.data.annotations), Path(options.data.clouds)
+def make_datasets(options: "Options") -> list[Any]:
+    """The data set, or one for every part of the mixture."""
+    from pointalign.data.dataset import ConversationDataset
+
+    annotations, clouds = data_paths(options)
+    parts = [(one.annotations or annotations, one.types) for one in options.data.mixture]
+    parts = parts or [(annotations, options.data.types)]
+    return [ConversationDataset(path, clouds, types, options.data.up_axis) for path, types in parts]
+
+
+def data_paths(options: "Options") -> tuple[Path, Path | list[Path]]:
+    """Annotation file and folders of clouds: the user's, or the embedded objects'."""
+    clouds = options.data.clouds
+    if options.data.annotations is not None and clouds is not None:
+        return Path(options.data.annotations), [Path(one) for one in ([clouds] if isinstance(clouds, str) else clouds)]
     from pointalign import assets
 
     furniture = assets.furniture()

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pointalign import checkpointing
-from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens
+from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens, release_span
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
 from pointalign.schedule import published_schedule
 
@@ -55,6 +55,13 @@ class AlignedModel(nn.Module):
         if target_layer is not None:
             return hidden[target_layer].detach()
         if self.alignment_config.target == "qformer":
+            qformer = self.model.model.qformer
+            if qformer.training and features.encoder is not None:  # it trains: its dropout has no place in a target
+                qformer.eval()
+                with torch.no_grad():
+                    rows = self.model.model.query(features.encoder)
+                qformer.train()
+                return rows.flatten(0, 1)
             return features.qformer.detach().flatten(0, 1)
         assert features.encoder is not None, "encoder targets need the clouds themselves, not cached Q-Former features"
         return pool_tokens(features.encoder.detach(), self.config.num_query_tokens).flatten(0, 1)
@@ -80,7 +87,10 @@ class AlignedModel(nn.Module):
         if self.alignment is None:
             ntp = self.model(point_mask=point_mask, **inputs).loss
             return {"loss": ntp, "ntp_loss": ntp.detach(), "alignment_loss": torch.zeros_like(ntp)}
-        with self.tap.capture(point_mask) as hidden:
+        places = point_mask
+        if self.alignment_config.span == "release":
+            places = release_span(inputs["labels"], self.config.num_query_tokens)
+        with self.tap.capture(places) as hidden:
             outputs = self.model(point_mask=point_mask, **inputs)
         if outputs.point_features is None:  # a batch without clouds
             alignment = next(self.alignment.parameters()).sum() * 0

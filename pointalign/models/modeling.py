@@ -151,9 +151,10 @@ class PointAlignModel(PointAlignPreTrainedModel):
 
     def get_qformer_features(self, point_values: Tensor, point_lengths: Tensor | None = None) -> Tensor:
         """Q-Former tokens `[C, Q, Dq]` of clouds `[C, N, 3 + F]`."""
-        return self._query(self.get_encoder_tokens(point_values, point_lengths))
+        return self.query(self.get_encoder_tokens(point_values, point_lengths))
 
-    def _query(self, tokens: Tensor) -> Tensor:
+    def query(self, tokens: Tensor) -> Tensor:
+        """Q-Former tokens `[C, Q, Dq]` of encoder tokens `[C, T', D]`."""
         keys = self.point_mlp(tokens)
         if self.query_experts is None:
             queries = self.query_tokens.expand(len(tokens), -1, -1)
@@ -166,7 +167,7 @@ class PointAlignModel(PointAlignPreTrainedModel):
     def encode_point_clouds(self, points: Tensor, point_lengths: Tensor | None = None) -> PointFeatures:
         """Every stage of the point branch for clouds `[C, N, 3 + F]`, normalised as the feature extractor does."""
         tokens = self.get_encoder_tokens(points, point_lengths)
-        qformer = self._query(tokens)
+        qformer = self.query(tokens)
         return PointFeatures(encoder=tokens, qformer=qformer, projected=self.modality_projector(qformer))
 
     def get_point_features(
