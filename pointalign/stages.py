@@ -109,6 +109,8 @@ def set_trainable(model: PointAlignForConditionalGeneration, parts: list[str]) -
     Raises: ValueError: the model has no such part.
     """
     model.requires_grad_(False)
+    if "llm_norms" in parts and not hasattr(model.model.language_model, "trained_norms"):  # no stage would hand them on
+        raise ValueError("model.train: this model has no llm_norms that train: only the published Phi has")
     thawed = set()
     for name, parameter in model.named_parameters():
         here = _parts_of(name) & set(parts)

@@ -142,7 +142,8 @@ def save_llm(folder: Path, tensors, dtype=torch.float32, shards=2, **config):
     names = sorted(tensors)
     for number in range(shards):
         part = {n: tensors[n].to(dtype) if tensors[n].is_floating_point() else tensors[n] for n in names[number::shards]}
-        save_file(part, folder / f"model-{number + 1:05}-of-{shards:05}.safetensors", metadata={"format": "pt"})
+        name = f"model-{number + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        save_file(part, folder / name, metadata={"format": "pt"})
     stored = {
         "model_type": "phi",
         "hidden_size": LLM["width"],
