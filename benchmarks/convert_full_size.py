@@ -73,10 +73,15 @@ def make_files(folder: Path) -> None:
         return name.replace("attention.attention.", "attention.self.")
 
     def of(prefix: str) -> dict[str, torch.Tensor]:
-        return {name: weights(shape, name, torch.float32, pool) for name, shape in shapes.items() if name.startswith(prefix)}
+        return {
+            name: weights(shape, name, torch.float32, pool) for name, shape in shapes.items() if name.startswith(prefix)
+        }
 
     blip = {old_name(name): one for name, one in of(published.QFORMER).items()}
-    torch.save({"model": blip | {"query_tokens": weights(shapes["model.query_tokens"], "", torch.float32, pool)}}, folder / "blip2.pth")
+    torch.save(
+        {"model": blip | {"query_tokens": weights(shapes["model.query_tokens"], "", torch.float32, pool)}},
+        folder / "blip2.pth",
+    )
     encoder = {name.removeprefix(published.ENCODER): one for name, one in of(published.ENCODER).items()}
     encoder = {name: one.half() if one.is_floating_point() else one for name, one in encoder.items()}
     torch.save({"base_model": encoder}, folder / "point_model.pth")
@@ -85,7 +90,10 @@ def make_files(folder: Path) -> None:
                "model.modality_projector.1.": "llama_proj2."}  # fmt: skip
     for ours, theirs in renamed.items():
         stage |= {name.replace(ours, theirs): one for name, one in of(ours).items()}
-    for prefix, targets, rank in ((published.LLM, published.LLM_TARGETS, 64), (published.QFORMER, published.QFORMER_TARGETS, 8)):
+    for prefix, targets, rank in (
+        (published.LLM, published.LLM_TARGETS, 64),
+        (published.QFORMER, published.QFORMER_TARGETS, 8),
+    ):
         start = "llama_model.base_model.model." if prefix == published.LLM else published.QFORMER
         for name in published.lora_names(shapes, prefix, targets):
             module, factor = name.split(".lora_")

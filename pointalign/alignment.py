@@ -32,8 +32,8 @@ class AlignmentConfig:
             `llm:<layer>` (the hidden states of that later layer).
         layer_weights: with several layers, `uniform` or `learned` (softmax over one scalar per layer).
         seed: of the projector's initial weights, drawn apart from every other random number.
-        span: `points` aligns the point tokens. `release` aligns what the released code of the paper does, the last places
-            of the padded question, where not one point token need be: for comparison only.
+        span: `points` aligns the point tokens. `release` aligns what the released code of the paper does, the last
+            places of the padded question, where not one point token need be: for comparison only.
     """
 
     weight: float = 0.1

@@ -1,4 +1,4 @@
-"""`python -m pointalign.convert`: published weights (MiniGPT-3D, PointAlign, Phi-2, BLIP-2, PointBERT) become one folder.
+"""`python -m pointalign.convert`: the published weights (MiniGPT-3D, PointAlign, Phi-2, BLIP-2) become one folder.
 
 Tensors are read, translated and written one at a time. Every tensor of every file is accounted for, in
 `conversion.json`; what no rule explains, and what a part lacks, ends the conversion before anything is written.
@@ -23,7 +23,7 @@ REPORT_FILE = "conversion.json"
 SHARD_BYTES = 512 * 2**20
 
 
-# -- the model that the tensors describe ---------------------------------------------------------------------------------
+# -- the model that the tensors describe -------------------------------------------------------------------------------
 
 
 def _count(pieces: dict[str, Piece], prefix: str) -> int:

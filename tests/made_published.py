@@ -96,7 +96,9 @@ def stage():
     """A stage 2 or 3 file, aliases of the encoder included."""
     w, q, p = LLM["width"], QF["width"], "llama_model.base_model.model.model"
     made = {"query_tokens": rand(1, QF["queries"], q, scale=1)}
-    made |= linear(q, ENC["width"], name="point_2_Qformer_proj.0") | linear(QF["keys"], q, name="point_2_Qformer_proj.2")
+    made |= linear(q, ENC["width"], name="point_2_Qformer_proj.0") | linear(
+        QF["keys"], q, name="point_2_Qformer_proj.2"
+    )
     made |= linear(LLM["mid"], q, name="llama_proj") | linear(w, LLM["mid"], name="llama_proj2")
     for i in range(QF["layers"]):
         b = f"Qformer.bert.encoder.layer.{i}"
@@ -132,7 +134,9 @@ def stage4():
 
 def projector():
     w, mid = LLM["width"], (LLM["width"] + QF["width"]) // 2
-    made = linear(mid, w, name="alignment_projector.projector.0") | linear(mid, mid, name="alignment_projector.projector.2")
+    made = linear(mid, w, name="alignment_projector.projector.0") | linear(
+        mid, mid, name="alignment_projector.projector.2"
+    )
     return made | linear(QF["width"], mid, name="alignment_projector.projector.4")
 
 
@@ -141,7 +145,9 @@ def save_llm(folder: Path, tensors, dtype=torch.float32, shards=2, **config):
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
     for number in range(shards):
-        part = {n: tensors[n].to(dtype) if tensors[n].is_floating_point() else tensors[n] for n in names[number::shards]}
+        part = {
+            n: tensors[n].to(dtype) if tensors[n].is_floating_point() else tensors[n] for n in names[number::shards]
+        }
         name = f"model-{number + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
         save_file(part, folder / name, metadata={"format": "pt"})
     stored = {
@@ -216,7 +222,11 @@ def encode(t, cloud):
     for i in range(ENC["layers"]):
         b = f"blocks.blocks.{i}"
         x = x + place
-        x = x + lin(t, f"{b}.attn.proj", attend(*lin(t, f"{b}.attn.qkv", ln(t, f"{b}.norm1", x)).chunk(3, -1), ENC["width"] // HEAD))
+        x = x + lin(
+            t,
+            f"{b}.attn.proj",
+            attend(*lin(t, f"{b}.attn.qkv", ln(t, f"{b}.norm1", x)).chunk(3, -1), ENC["width"] // HEAD),
+        )
         x = x + lin(t, f"{b}.mlp.fc2", F.gelu(lin(t, f"{b}.mlp.fc1", ln(t, f"{b}.norm2", x))))
     return ln(t, "norm", x)
 
@@ -260,7 +270,9 @@ def read(t, lora, embeds):
         extra = h @ lora[f"{b}.self_attn.query_key_value.lora_A.default.weight"].T
         extra = SCALE * (extra @ lora[f"{b}.self_attn.query_key_value.lora_B.default.weight"].T)
         extra = extra.view(-1, heads, 3, dim)
-        q, k, v = (lin(t, f"{b}.self_attn.{n}_proj", h).view(-1, heads, dim) + extra[:, :, j] for j, n in enumerate("qkv"))
+        q, k, v = (
+            lin(t, f"{b}.self_attn.{n}_proj", h).view(-1, heads, dim) + extra[:, :, j] for j, n in enumerate("qkv")
+        )
         q = F.layer_norm(q, (dim,), t[f"{b}.self_attn.q_layernorm.weight"], eps=1e-5)
         k = F.layer_norm(k, (dim,), t[f"{b}.self_attn.k_layernorm.weight"], eps=1e-5)
         mixed = attend(turn(q).flatten(1), turn(k).flatten(1), v.flatten(1), heads, causal=True)

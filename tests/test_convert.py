@@ -174,7 +174,12 @@ def test_each_option_alone(files, tmp_path, raw, capsys):
     readme = (tmp_path / "d" / "README.md").read_text()
     assert "model.point_mlp" in readme
     # what was converted in parts gives the same model as all at once
-    parts = ["--checkpoint", *[str(tmp_path / "a" / "parts.safetensors")], "--checkpoint", str(tmp_path / "b/parts.safetensors")]
+    parts = [
+        "--checkpoint",
+        *[str(tmp_path / "a" / "parts.safetensors")],
+        "--checkpoint",
+        str(tmp_path / "b/parts.safetensors"),
+    ]
     parts += ["--checkpoint", str(tmp_path / "c" / "parts.safetensors")]
     assert main(["--llm", str(files / "phi"), *parts, "--output", str(tmp_path / "e"), *SIZES]) == 0
     check_numbers(tmp_path / "e", raw)
@@ -282,7 +287,10 @@ def test_the_tokenizer_comes_along_with_the_published_layout(files, tmp_path, to
     assert main(["--llm", str(llm), "--output", str(tmp_path / "out"), *SIZES]) == 0
     processor = PointAlignProcessor.from_pretrained(tmp_path / "out")
     talk = [
-        {"role": "user", "content": [{"type": "point", "point": torch.rand(64, 6).numpy()}, {"type": "text", "text": "What is it?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "point", "point": torch.rand(64, 6).numpy()}, {"type": "text", "text": "What is it?"}],
+        },
         {"role": "assistant", "content": "A cup."},
         {"role": "user", "content": "Red?"},
         {"role": "assistant", "content": "Yes."},

@@ -39,7 +39,16 @@ def test_an_index_reads_what_the_list_holds(tmp_path, form, block, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[", "[]", '[{"object_id": "a"}]', "[1, }", "[" + json.dumps(entry(1)), "[" + json.dumps(entry(1)) + "] x"],
+    [
+        "",
+        "{}",
+        "[",
+        "[]",
+        '[{"object_id": "a"}]',
+        "[1, }",
+        "[" + json.dumps(entry(1)),
+        "[" + json.dumps(entry(1)) + "] x",
+    ],
 )
 def test_errors_are_those_of_the_list(tmp_path, text):
     path = tmp_path / "a.json"

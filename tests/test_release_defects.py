@@ -5,7 +5,7 @@ import socket
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model, user, assistant
+from conftest import assistant, tiny_config, tiny_model, user
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pointalign.alignment import AlignmentConfig, release_span
@@ -75,7 +75,9 @@ def test_4_no_dropout_in_the_targets_or_at_inference(batch, trains):
     from pointalign.models import adapters
 
     wrapped = aligned(qformer_trains=trains)
-    adapters.add(wrapped.model, "qformer", r=2, lora_alpha=4, lora_dropout=0.5, target_modules=["query", "key", "value"])
+    adapters.add(
+        wrapped.model, "qformer", r=2, lora_alpha=4, lora_dropout=0.5, target_modules=["query", "key", "value"]
+    )
     for name, parameter in wrapped.model.model.qformer.named_parameters():
         parameter.requires_grad_(trains)
         if ".lora_" in name:

@@ -112,7 +112,9 @@ def test_a_converted_folder_goes_on_training(tmp_path, tokenizer):
     attention = model.model.language_model.model.layers[0].self_attn
     assert attention.query_key_value.lora_A.default.weight.shape == (made.RANK, 40)  # one for q, k and v
     trained = [one for one in model.parameters() if one.requires_grad]
-    assert {one.dtype for one in trained} == {torch.float32} and attention.dense.base_layer.weight.dtype == torch.bfloat16
+    assert {one.dtype for one in trained} == {
+        torch.float32
+    } and attention.dense.base_layer.weight.dtype == torch.bfloat16
     stored = {name: one.detach().clone() for name, one in model.named_parameters() if "k_layernorm.weight" in name}
     shaken(model)
     with torch.no_grad():
@@ -192,9 +194,7 @@ def test_a_partial_or_truncated_stage_is_refused(folder, tmp_path):
     stages.save_stage(model, path, {})
     state = load_file(path)
     del state["model.query_tokens"]
-    checkpointing.write_tensors(
-        path, state, {"language_model": stages.fingerprint(model.model.language_model)}
-    )
+    checkpointing.write_tensors(path, state, {"language_model": stages.fingerprint(model.model.language_model)})
     with pytest.raises(ValueError, match="missing model.query_tokens"):
         build(folder, checkpoint=str(path))
     path.write_bytes(path.read_bytes()[:-100])
@@ -232,9 +232,7 @@ def test_an_exported_model_answers_as_the_one_in_training(dtype, folder, clouds,
     assert loaded.model.language_model.dtype == getattr(torch, dtype)
     assert loaded.model.point_encoder.dtype == torch.float32
     talk = [user("What is this?", clouds[0], clouds[1])]
-    ours, theirs = (
-        p.apply_chat_template(talk, tokenize=True, add_generation_prompt=True) for p in (processor, again)
-    )
+    ours, theirs = (p.apply_chat_template(talk, tokenize=True, add_generation_prompt=True) for p in (processor, again))
     first, second = (
         m.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
         for m, inputs in ((model, ours), (loaded, theirs))
@@ -242,4 +240,6 @@ def test_an_exported_model_answers_as_the_one_in_training(dtype, folder, clouds,
     assert torch.equal(first, second)
     names = {one.name for one in (tmp_path / "model").iterdir()}
     assert "model.safetensors" in names and not any("alignment" in one or "adapter" in one for one in names)
-    assert not any("alignment" in name or "lora" in name for name in load_file(tmp_path / "model" / "model.safetensors"))
+    assert not any(
+        "alignment" in name or "lora" in name for name in load_file(tmp_path / "model" / "model.safetensors")
+    )

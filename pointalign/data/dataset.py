@@ -23,7 +23,8 @@ def find_cloud(folders: str | Path | Sequence[str | Path], object_id: str) -> Pa
             if (path := Path(folder) / name).is_file():
                 return path
     raise PointCloudError(
-        f"no cloud of object {object_id!r} in {', '.join(map(str, folders))}: expected {', '.join(names[:2])} or another format"
+        f"no cloud of object {object_id!r} in {', '.join(map(str, folders))}: expected {', '.join(names[:2])} or another "
+        "format"
     )
 
 

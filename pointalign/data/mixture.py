@@ -71,7 +71,9 @@ class MixtureDataset(Dataset):
 
     def __getitem__(self, number: int) -> list[dict]:
         # what augmentation draws depends on the sample and the round only
-        return [self.datasets[part][place] | {"draw": (part, round, place)} for part, round, place in self.draws(number)]
+        return [
+            self.datasets[part][place] | {"draw": (part, round, place)} for part, round, place in self.draws(number)
+        ]
 
 
 class MixtureCollator:

@@ -15,8 +15,8 @@ from pointalign.data.point_cloud import PointCloudError
 NAMES = (
     "airplane", "bathtub", "bed", "bench", "bookshelf", "bottle", "bowl", "car", "chair", "cone", "cup", "curtain",
     "desk", "door", "dresser", "flower pot", "glass box", "guitar", "keyboard", "lamp", "laptop", "mantel", "monitor",
-    "night stand", "person", "piano", "plant", "radio", "range hood", "sink", "sofa", "stairs", "stool", "table", "tent",
-    "toilet", "tv stand", "vase", "wardrobe", "xbox",
+    "night stand", "person", "piano", "plant", "radio", "range hood", "sink", "sofa", "stairs", "stool", "table",
+    "tent", "toilet", "tv stand", "vase", "wardrobe", "xbox",
 )  # fmt: skip
 _TYPES = {"f4", "f8", "i4", "i8", "u1"}
 

@@ -59,4 +59,3 @@ def load(model: nn.Module, folder: str | Path) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.data = values[name].to(parameter.device, torch.float32)
-

@@ -271,7 +271,9 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         wanted = kwargs.pop("output_loading_info", False)
         folder = pretrained_model_name_or_path
         model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
-        problems = [f"{kind.removesuffix('_keys')} {key}" for kind in LOADING_PROBLEMS for key in sorted(info[kind], key=str)]
+        problems = [
+            f"{kind.removesuffix('_keys')} {key}" for kind in LOADING_PROBLEMS for key in sorted(info[kind], key=str)
+        ]
         if problems:
             raise ValueError(f"{folder} does not fit its model ({len(problems)} problems): {', '.join(problems[:5])}")
         if model.config.adapters:
