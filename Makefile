@@ -9,7 +9,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test check setup assets benchmark alignment-check report clean
+.PHONY: train test check setup assets benchmark convert-benchmark alignment-check report clean
 
 train: assets
 	$(BIN)/python -m pointalign.train $(ARGS)
@@ -21,6 +21,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+convert-benchmark: setup
+	$(BIN)/python benchmarks/convert_full_size.py
 
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -32,6 +32,8 @@ class AlignmentConfig:
             `llm:<layer>` (the hidden states of that later layer).
         layer_weights: with several layers, `uniform` or `learned` (softmax over one scalar per layer).
         seed: of the projector's initial weights, drawn apart from every other random number.
+        span: `points` aligns the point tokens. `release` aligns what the released code of the paper does, the last
+            places of the padded question, where not one point token need be: for comparison only.
     """
 
     weight: float = 0.1
@@ -39,8 +41,11 @@ class AlignmentConfig:
     target: str = "qformer"
     layer_weights: str = "uniform"
     seed: int = 0
+    span: str = "points"
 
     def __post_init__(self) -> None:
+        if self.span not in ("points", "release"):
+            raise ValueError(f"alignment.span={self.span!r}: expected points or release")
         if self.weight < 0:
             raise ValueError(f"alignment.weight={self.weight}: expected 0 or more")
         if self.layer_weights not in ("uniform", "learned"):
@@ -168,6 +173,20 @@ class Alignment(nn.Module):
             ]
         )
         return (losses * self.layer_weights().to(losses)).sum()
+
+
+def release_span(labels: Tensor, num_query_tokens: int) -> Tensor:
+    """The places `[B, T]` that the released code takes for point tokens, one cloud a row, rows padded at the right.
+
+    It slices the last Q places before the longest question's end, in every row alike, whatever stands there.
+    """
+    answer = labels != -100
+    if not bool(answer.any(dim=1).all()):
+        raise ValueError("alignment.span=release needs an answer in every row")
+    end = int(answer.int().argmax(dim=1).max())
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, max(0, end - num_query_tokens) : end] = True
+    return mask
 
 
 def pool_tokens(tokens: Tensor, num_queries: int) -> Tensor:

@@ -58,11 +58,16 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def stage_state(model: nn.Module) -> dict[str, Tensor]:
-    """All that a stage hands to the next: everything but the language model's own weights."""
+    """All that a stage hands to the next: everything but the language model's own weights.
+
+    Norms that the published stages train beside the adapters (`trained_norms` of the class) are handed on too.
+    """
+    norms = getattr(model.get_submodule("model.language_model"), "trained_norms", ())
+    kept = tuple(f"{norm}.weight" for norm in norms)
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if ".language_model." not in f".{name}" or ".lora_" in name
+        if ".language_model." not in f".{name}" or ".lora_" in name or name.endswith(kept)
     }
 
 

@@ -69,6 +69,8 @@ def warm_up(
     of_encoder = nn.Linear(2 * model.config.point_config.hidden_size, sentences.shape[1]).to(device)
     of_qformer = nn.Linear(model.config.qformer_config.hidden_size, sentences.shape[1]).to(device)
     modules = [branch.point_encoder, branch.point_mlp, branch.qformer, of_encoder, of_qformer]
+    if branch.query_tokens is None:
+        raise ValueError("the contrastive warm-up is of a new point branch: query experts come in a later stage")
     parameters = [branch.query_tokens, *(p for module in modules for p in module.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)

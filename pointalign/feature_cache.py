@@ -29,7 +29,8 @@ from pointalign import checkpointing
 
 FORMAT = 1
 SHARD_SIZE = 4096
-FROZEN = ("point_encoder", "point_mlp", "qformer")  # and query_tokens, a parameter
+FROZEN = ("point_encoder", "point_mlp", "qformer")  # and query_tokens, a parameter, or query_experts
+TRAINABLE = (*FROZEN, "qformer_lora", "query_tokens", "query_experts")  # what of it `model.train` can name
 
 
 class StaleCacheError(ValueError):
@@ -46,15 +47,23 @@ def fingerprint(model: Any, extractor: Any) -> str:
     preprocessing = {name: getattr(extractor, name) for name in ("num_points", "min_points", "up_axis", "num_channels")}
     point = model.config.point_config
     sizes = {"num_groups": point.num_groups, "group_size": point.group_size, "format": FORMAT}
+    if model.model.query_experts is not None:  # how they are weighed is in no weight
+        sizes["routing"] = [model.config.query_routing, model.config.query_top_k]
     digest = hashlib.sha256(json.dumps([preprocessing, sizes], sort_keys=True).encode())
-    state = {"query_tokens": model.model.query_tokens}
-    for part in FROZEN:
-        state |= {f"{part}.{name}": one for name, one in getattr(model.model, part).state_dict().items()}
+    branch = model.model
+    state = {"query_tokens": branch.query_tokens} if branch.query_experts is None else {}
+    for part in frozen_parts(branch):
+        state |= {f"{part}.{name}": one for name, one in getattr(branch, part).state_dict().items()}
     for name, tensor in sorted(state.items()):
         values = tensor.detach().to("cpu")
         values = values.float() if values.is_floating_point() else values
         digest.update(f"{name}{list(values.shape)}".encode() + values.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def frozen_parts(branch: Any) -> tuple[str, ...]:
+    """The modules of a `PointAlignModel` that a cache stands for."""
+    return FROZEN if branch.query_experts is None else (*FROZEN, "query_experts")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -137,8 +146,8 @@ class FeatureCache:
 @contextmanager
 def without_point_branch(model: Any) -> Iterator[None]:
     """Within the block the frozen point branch is not part of the model: neither moved to a device nor run."""
-    parts = {name: getattr(model.model, name).to("cpu") for name in FROZEN}
-    for name in FROZEN:
+    parts = {name: getattr(model.model, name).to("cpu") for name in frozen_parts(model.model)}
+    for name in parts:
         setattr(model.model, name, nn.Module())
     try:
         yield
@@ -231,7 +240,7 @@ def encoder_of(
     def encode(object_ids: Sequence[str]) -> dict[str, np.ndarray]:
         batch = extractor([find(one) for one in object_ids]).to(device)
         tokens = model.model.get_encoder_tokens(batch["point_values"], batch["point_lengths"])
-        features = {"queries": model.model._query(tokens)} | ({"encoder": tokens} if encoder else {})
+        features = {"queries": model.model.query(tokens)} | ({"encoder": tokens} if encoder else {})
         return {name: one.float().cpu().numpy() for name, one in features.items()}
 
     return encode
@@ -242,30 +251,28 @@ def main(arguments: list[str] | None = None) -> int:
 
     from tqdm import tqdm
 
-    from pointalign import assets, stages
-    from pointalign.data.conversations import load_conversations
+    from pointalign import stages
     from pointalign.data.dataset import find_cloud
     from pointalign.options import parse
+    from pointalign.train import make_datasets
 
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         if options.data.feature_cache is None:
             raise ValueError("expected --data.feature_cache DIR, the folder to write")
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        annotations, clouds = options.data.annotations, options.data.clouds
-        if annotations is None or clouds is None:
-            furniture = assets.furniture()
-            annotations, clouds = furniture / "annotations" / "train.json", furniture / "clouds"
-        conversations = load_conversations(annotations, options.data.types)
-        objects = sorted({one for conversation in conversations for one in conversation.object_ids})
+        datasets = make_datasets(options)
+        objects = sorted({one for part in datasets for ids in part.conversations.object_ids for one in ids})
+        clouds = datasets[0].clouds
         model, processor = stages.build(options.model, options.data, point_branch_only=True)
         device = torch.device("cpu")
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         name = fingerprint(model, processor.feature_extractor)
-        for part in FROZEN:
+        for part in frozen_parts(model.model):
             getattr(model.model, part).to(device)
-        model.model.query_tokens.data = model.model.query_tokens.data.to(device)
+        if model.model.query_tokens is not None:
+            model.model.query_tokens.data = model.model.query_tokens.data.to(device)
         encoder = options.alignment.target == "encoder"
         with tqdm(total=len(objects[rank::world]), unit="object", disable=rank != 0) as bar:
             write(

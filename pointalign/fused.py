@@ -305,6 +305,8 @@ def _norms(language_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
             return functional.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
 
     for module in language_model.modules():
+        if any(one.requires_grad for one in module.parameters(recurse=False)):
+            continue  # rounded, its steps would be lost
         if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             yield module, partial(layer_norm, module)
         elif type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):

@@ -41,7 +41,7 @@ def open_cache(model: Any, extractor: Any, options: Options) -> feature_cache.Fe
     """
     if options.data.feature_cache is None:
         return None
-    trained = sorted({*feature_cache.FROZEN} & {*options.model.train})
+    trained = sorted({*feature_cache.TRAINABLE} & {*options.model.train})
     if trained:
         raise ValueError(
             f"data.feature_cache holds features of a frozen point branch, but model.train has {trained[0]}"
@@ -62,6 +62,8 @@ def plan_memory(aligned: Any, dataset: Any, collator: Any, options: Options) -> 
         ValueError: not even one sample fits, or the options contradict one another.
     """
     training, device = options.training, options.training.device
+    if training.auto_batch and options.data.mixture:
+        raise ValueError("training.auto_batch cannot split a batch of data.mixture: lower its batch_size")
     if training.auto_batch and options.data.pack_tokens:
         raise ValueError("training.auto_batch counts samples, data.pack_tokens tokens: choose one")
     aligned.to(device)

@@ -7,7 +7,17 @@ from transformers import TrainingArguments
 
 from pointalign.alignment import AlignmentConfig
 
-PARTS = ("point_encoder", "point_mlp", "qformer", "modality_projector", "lora")
+PARTS = (
+    "point_encoder",
+    "point_mlp",
+    "qformer",
+    "qformer_lora",
+    "query_tokens",
+    "query_experts",
+    "modality_projector",
+    "lora",
+    "llm_norms",
+)
 RECIPES = Path(__file__).parent / "recipes"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
@@ -17,13 +27,18 @@ class ModelOptions:
     """What is trained (`--model.*`).
 
     Attributes:
-        llm: folder of a causal language model, or `smollm2`, the embedded one.
+        llm: folder of a causal language model, `smollm2`, the embedded one, or a folder that `pointalign.convert`
+            wrote, which brings point branch and adapters along.
         preset: sizes of the point branch, `mini` or `minigpt3d-phi2`.
         checkpoint: point branch and adapters to start from: a stage file (.safetensors), a run's folder, or the name of
             a shipped one. None draws them at random.
-        train: parts that train, of point_encoder, point_mlp, qformer, modality_projector, lora.
+        train: parts that train, of point_encoder, point_mlp, qformer (its queries included), qformer_lora (and the
+            Q-Former's norms), query_tokens, query_experts, modality_projector, lora, llm_norms (of the published Phi).
         dtype: of the language model's own weights; `auto` is bfloat16 where the hardware computes in it.
         lora_rank, lora_alpha, lora_dropout, lora_targets: adapters, as in peft.
+        qformer_lora_rank: of adapters on the Q-Former, with twice the rank as alpha; 0 for none.
+        query_experts: sets of queries, which start as copies of the one; 0 keeps the one.
+        query_routing: of query experts: sparse, soft or constant.
         seed: of a point branch drawn at random.
         quantization: of the language model's own weights, `none` or `nf4` (4 bits, by bitsandbytes).
         dequantize_once: keep the numbers of the 4 bits, but in `dtype`: faster, where memory allows.
@@ -39,6 +54,9 @@ class ModelOptions:
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     lora_targets: str | list[str] = "all-linear"
+    qformer_lora_rank: int = 0
+    query_experts: int = 0
+    query_routing: str = "sparse"
     seed: int = 0
     quantization: str = "none"
     dequantize_once: bool = False
@@ -57,12 +75,31 @@ class ModelOptions:
 
 
 @dataclass
+class MixturePart:
+    """One part of a mixture: conversations of some types, how often a batch is drawn from them, and its size.
+
+    Attributes:
+        types: conversation types; None keeps all.
+        ratio: weight of this part among all.
+        batch_size: samples per batch.
+        annotations: file of this part, by default `data.annotations`.
+    """
+
+    types: list[str] | None = None
+    ratio: float = 1.0
+    batch_size: int = 8
+    annotations: str | None = None
+
+
+@dataclass
 class DataOptions:
     """What it is trained on (`--data.*`). Without paths, the embedded objects.
 
     Attributes:
         annotations: training conversations, JSON in the PointLLM schema.
-        clouds: folder of `{object_id}_8192.npy` or other point and mesh files.
+        clouds: folder of `{object_id}_8192.npy` or other point and mesh files, or several.
+        mixture: parts that every batch is drawn from, one part a batch; needs `training.max_steps` and
+            `training.per_device_train_batch_size=1`, the batch of a step being one part's.
         types: conversation types to keep; all by default.
         up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z.
         num_points: the most points kept of a cloud.
@@ -78,7 +115,8 @@ class DataOptions:
     """
 
     annotations: str | None = None
-    clouds: str | None = None
+    clouds: str | list[str] | None = None
+    mixture: list[MixturePart] = field(default_factory=list)
     types: list[str] | None = None
     up_axis: str = "y"
     num_points: int = 8192
@@ -111,6 +149,8 @@ class TrainingOptions(TrainingArguments):
         point_learning_rate: for the point branch where it trains; `learning_rate` is the adapters' and projectors'.
         auto_batch: split every batch over gradient accumulation until it fits the memory; the training is the same.
         memory_limit_gb: use no more of a CUDA device than a card of that size has.
+        warmup_learning_rate, minimum_learning_rate: where the linear warm-up starts and the cosine over the whole run
+            ends, as in the published runs (see `pointalign.schedule`); None for the scheduler of transformers.
     """
 
     output_dir: str | None = "runs/align"
@@ -135,6 +175,8 @@ class TrainingOptions(TrainingArguments):
     point_learning_rate: float | None = None
     auto_batch: bool = False
     memory_limit_gb: float | None = None
+    warmup_learning_rate: float | None = None
+    minimum_learning_rate: float | None = None
 
 
 @dataclass

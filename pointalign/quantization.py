@@ -7,12 +7,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 QUANTIZATIONS = ("none", "nf4")
 
 
-def quantization_config(kind: str, dtype: torch.dtype, sharded: bool = False) -> BitsAndBytesConfig | None:
+def quantization_config(
+    kind: str, dtype: torch.dtype, sharded: bool = False, skipped: tuple[str, ...] = ()
+) -> BitsAndBytesConfig | None:
     """What `from_pretrained` needs for `--model.quantization KIND`; None for `none`.
 
     Args:
         dtype: products are computed in it.
         sharded: keep the packed weights in tensors of `dtype`: FSDP shards parameters of one dtype only.
+        skipped: modules that keep their dtype, in place of those that transformers would choose (the head).
 
     Raises:
         ImportError: bitsandbytes is missing.
@@ -29,6 +32,7 @@ def quantization_config(kind: str, dtype: torch.dtype, sharded: bool = False) ->
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
+        llm_int8_skip_modules=list(skipped) or None,
     )
 
 

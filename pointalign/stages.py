@@ -7,19 +7,36 @@ is refused by any other: adapters on the wrong weights would answer garbage with
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from pointalign import checkpointing, quantization
-from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration, PointAlignProcessor
+from pointalign import checkpointing, published, quantization
+from pointalign.models import (
+    PointAlignFeatureExtractor,
+    PointAlignForConditionalGeneration,
+    PointAlignProcessor,
+    adapters,
+)
+from pointalign.models.modeling import LOADING_PROBLEMS
 from pointalign.options import CHECKPOINTS, DataOptions, ModelOptions
 
 STAGE_FILE = "stage.safetensors"
+EXPERTS = "model.query_experts.queries"
+# Of a whole model, what is no matrix of the language model's blocks and is never quantised.
+WHOLE = (
+    "model.point_encoder",
+    "model.point_mlp",
+    "model.qformer",
+    "model.query_experts",
+    "model.modality_projector",
+    "model.language_model.lm_head",
+)
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -36,7 +53,8 @@ def build(
 ) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
     """Model with adapters and processor, as the options say; only the parts in `options.train` require gradients.
 
-    With `point_branch_only` the language model stays on the meta device, without adapters: enough to encode clouds.
+    With `point_branch_only` nothing requires gradients and the language model stays on the meta device, without
+    adapters (a converted folder is read as a whole): enough to encode clouds.
     """
     from transformers import AutoTokenizer
 
@@ -46,14 +64,16 @@ def build(
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"model.llm={options.llm!r}: no language model in {folder} (config.json is missing)")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    language_model = empty_language_model(folder) if point_branch_only else load_language_model(folder, options)
-    torch.manual_seed(options.seed)
-    model = PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
-    if not point_branch_only:
-        add_adapters(model, options)
+    model = load_model(folder, options, point_branch_only)
+    # a language model without weights takes no adapters
+    add_adapters(model, replace(options, lora_rank=0) if point_branch_only else options)
+    if model.model.query_experts is None:
+        model.config.query_routing = options.query_routing  # of experts that a stage brings
     if options.checkpoint is not None:
         load_stage(model, find_stage(options.checkpoint), point_branch_only)
-    set_trainable(model, options.train)
+    if options.query_experts and model.model.query_experts is None:
+        model.model.add_query_experts(options.query_experts, options.query_routing)
+    set_trainable(model, [] if point_branch_only else options.train)
     point = model.config.point_config
     extractor = PointAlignFeatureExtractor(
         num_points=data.num_points, min_points=max(point.num_groups, point.group_size), up_axis=data.up_axis
@@ -64,19 +84,52 @@ def build(
         num_query_tokens=model.config.num_query_tokens,
         point_token_id=model.config.point_token_id,
     )
+    if processor.ends_in_mark:
+        model.generation_config.eos_token_id = processor.end_token_ids()
     return model, processor
 
 
-def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
-    """The language model, in 4 bits or not, as `options` say."""
+def load_model(folder: Path, options: ModelOptions, point_branch_only: bool) -> PointAlignForConditionalGeneration:
+    """A converted model, or a language model behind a point branch drawn by `options.seed`; without new adapters."""
+    if not is_converted(folder):
+        language_model = empty_language_model(folder) if point_branch_only else load_language_model(folder, options)
+        torch.manual_seed(options.seed)
+        return PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
     dtype = resolve_dtype(options.dtype)
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    four_bits = quantization.quantization_config(options.quantization, dtype, sharded)
-    language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=four_bits)
+    model = PointAlignForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, quantization_config=four_bits(options, dtype, skipped=WHOLE)
+    )
+    quantization.keep_layout(model)
+    if options.dequantize_once:
+        quantization.dequantize(model)
+    torch.manual_seed(options.seed)
+    return model
+
+
+def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
+    """The language model, in 4 bits or not, as `options` say.
+
+    Raises: ValueError: weights are missing, unexpected or of another shape.
+    """
+    dtype = resolve_dtype(options.dtype)
+    language_model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=four_bits(options, dtype), output_loading_info=True
+    )
+    if problems := [str(key) for kind in LOADING_PROBLEMS for key in info[kind]]:
+        raise ValueError(
+            f"model.llm={options.llm!r}: the weights do not fit the configuration, {len(problems)} are missing or "
+            f"unexpected: {', '.join(sorted(problems)[:3])}; Phi-2 in its old format goes through pointalign.convert"
+        )
     quantization.keep_layout(language_model)
     if options.dequantize_once:
         quantization.dequantize(language_model)
     return language_model
+
+
+def four_bits(options: ModelOptions, dtype: torch.dtype, skipped: tuple[str, ...] = ()) -> BitsAndBytesConfig | None:
+    """What `from_pretrained` needs for the options' quantisation; modules named in `skipped` keep their dtype."""
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return quantization.quantization_config(options.quantization, dtype, sharded, skipped)
 
 
 def empty_language_model(folder: Path) -> PreTrainedModel:
@@ -85,31 +138,60 @@ def empty_language_model(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
-def add_adapters(model: PointAlignForConditionalGeneration, options: ModelOptions) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds a whole model, as `pointalign.convert` writes it, and not a language model alone."""
+    return json.loads((folder / "config.json").read_text()).get("model_type") == "pointalign"
 
-    config = LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=options.lora_targets,
-    )
-    inject_adapter_in_model(config, model.model.language_model)
+
+def add_adapters(model: PointAlignForConditionalGeneration, options: ModelOptions) -> None:
+    """Put the options' adapters on the parts that came without."""
+    present = model.config.adapters or {}
+    if options.lora_rank and "language_model" not in present:
+        adapters.add(
+            model,
+            "language_model",
+            r=options.lora_rank,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            target_modules=options.lora_targets,
+        )
+    if options.qformer_lora_rank and "qformer" not in present:
+        rank, dropout = options.qformer_lora_rank, published.QFORMER_DROPOUT
+        targets = published.QFORMER_TARGETS
+        adapters.add(model, "qformer", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets)
 
 
 def set_trainable(model: PointAlignForConditionalGeneration, parts: list[str]) -> None:
-    """Freeze everything, then thaw `parts`; the Q-Former's queries belong to it."""
+    """Freeze everything, then thaw `parts`, and nothing that is not named.
+
+    Raises: ValueError: the model has no such part.
+    """
     model.requires_grad_(False)
+    if "llm_norms" in parts and not hasattr(model.model.language_model, "trained_norms"):  # no stage would hand them on
+        raise ValueError("model.train: this model has no llm_norms that train: only the published Phi has")
+    thawed = set()
     for name, parameter in model.named_parameters():
-        if ".language_model." in name:
-            parameter.requires_grad_("lora" in parts and ".lora_" in name)
-        else:
-            part = name.removeprefix("model.").partition(".")[0].replace("query_tokens", "qformer")
-            parameter.requires_grad_(part in parts)
+        here = _parts_of(name) & set(parts)
+        parameter.requires_grad_(bool(here))
+        thawed |= here
+    if missing := sorted(set(parts) - thawed):
+        raise ValueError(f"model.train: this model has no {missing[0]}")
+
+
+def _parts_of(name: str) -> set[str]:
+    """The parts, as `model.train` names them, that a parameter belongs to."""
+    if ".language_model." in name:
+        return {"lora"} if ".lora_" in name else {"llm_norms"} if published.is_llm_norm(name) else set()
+    part = name.removeprefix("model.").partition(".")[0]
+    if part == "query_tokens":
+        return {"qformer", "query_tokens"}
+    if part == "qformer" and (".lora_" in name or published.is_qformer_norm(name)):
+        return {"qformer", "qformer_lora"}
+    return {part}
 
 
 def merge_adapters(model: PointAlignForConditionalGeneration) -> None:
-    """Fold LoRA into the language model's own weights and remove it, in place."""
+    """Fold LoRA into the weights they adapt and remove it, in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
@@ -122,8 +204,10 @@ def merge_adapters(model: PointAlignForConditionalGeneration) -> None:
                 module.merge(safe_merge=True)
             model.set_submodule(name, base)
     quantization.dequantize(model)
-    if hasattr(model.model.language_model, "peft_config"):
-        del model.model.language_model.peft_config
+    for part in (model.model.language_model, model.model.qformer):
+        if hasattr(part, "peft_config"):
+            del part.peft_config
+    model.config.adapters = None
 
 
 def export(model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, folder: Path) -> None:
@@ -162,9 +246,12 @@ def fingerprint(language_model: nn.Module) -> str:
 
 
 def save_stage(model: PointAlignForConditionalGeneration, path: Path, description: dict[str, Any]) -> None:
-    """Write a stage file in bfloat16, and `description` beside it as JSON."""
+    """Write a stage file, matrices in bfloat16, and `description` beside it as JSON.
+
+    Vectors stay in fp32: a norm's weights are near 1, where bfloat16 would round away what training changed.
+    """
     state = {
-        name: one.to(torch.bfloat16) if one.is_floating_point() else one
+        name: one.to(torch.bfloat16) if one.is_floating_point() and one.ndim > 1 else one
         for name, one in checkpointing.stage_state(model).items()
     }
     checkpointing.write_tensors(path, state, {"language_model": fingerprint(model.model.language_model)})
@@ -186,18 +273,23 @@ def find_stage(checkpoint: str) -> Path:
 
 
 def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_branch_only: bool = False) -> None:
-    if point_branch_only:
-        checkpointing.load_state(model, path, set(checkpointing.stage_state(model)), ignored=".lora_")
-        return
     try:
         with safe_open(path, framework="pt") as file:
             trained_with = (file.metadata() or {}).get("language_model")
+            names = set(file.keys())
+            experts = len(file.get_slice(EXPERTS)[:]) if EXPERTS in names else 0
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-    own = fingerprint(model.model.language_model)
-    if trained_with != own:
+    own = None if point_branch_only else fingerprint(model.model.language_model)
+    if trained_with != own and not point_branch_only:
         raise ValueError(
             f"{path} was trained with the language model {trained_with}, this one is {own}: its adapters would only "
             f"disturb it"
         )
-    checkpointing.load_state(model, path, set(checkpointing.stage_state(model)))
+    if experts and model.model.query_experts is None:
+        model.model.add_query_experts(experts, model.config.query_routing)
+    expected, ignored = set(checkpointing.stage_state(model)), None
+    if point_branch_only:
+        ignored = ".language_model."
+        expected = {name for name in expected if ignored not in name}
+    checkpointing.load_state(model, path, expected, ignored)

@@ -101,11 +101,11 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
     from pointalign import lean, memory, stages
     from pointalign.data.check import check
     from pointalign.data.collator import ConversationCollator
-    from pointalign.data.dataset import ConversationDataset
+    from pointalign.data.mixture import MixtureCollator, MixtureDataset
     from pointalign.data.packing import TokenBudgetSampler, token_counts
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
-    data, training = options.data, options.training
+    data, training, mixture = options.data, options.training, options.data.mixture
     if training.fsdp:
         if training.device.type == "cpu":
             raise ValueError("training.fsdp: accelerate shards on GPUs only, on a CPU it would copy without a word")
@@ -113,26 +113,42 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
         os.environ["ACCELERATE_USE_FSDP"] = "true"
     if training.memory_limit_gb is not None:
         memory.cap_memory(training.memory_limit_gb, training.device)
-    cached = data.feature_cache is not None
-    dataset = ConversationDataset(*data_paths(options), data.types, data.up_axis, read_clouds=not cached)
+    if mixture and (training.max_steps <= 0 or training.per_device_train_batch_size != 1):
+        raise ValueError(
+            "data.mixture needs training.max_steps, the length of the run, and "
+            "training.per_device_train_batch_size=1, one batch of the mixture"
+        )
+    if mixture and data.pack_tokens:
+        raise ValueError("data.mixture has batches of its own: no data.pack_tokens (data.packing lays them in one row)")
+    if options.alignment.span == "release" and data.packing:
+        raise ValueError("alignment.span=release is a place of padded rows: no data.packing")
+    datasets = make_datasets(options)
     model, processor = stages.build(options.model, data)
     features = lean.open_cache(model, processor.feature_extractor, options)
-    if features is None:
-        report = check(dataset, processor.feature_extractor.min_points, data.skip_bad)
-    else:
-        features.require(one for conversation in dataset.conversations for one in conversation.object_ids)
-        report = f"{len(features)} objects in the feature cache {features.folder}"
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(report)
+    for one in datasets:
+        if features is None:
+            report = check(one, processor.feature_extractor.min_points, data.skip_bad)
+        else:
+            features.require(object_id for ids in one.conversations.object_ids for object_id in ids)
+            report = f"{len(features)} objects in the feature cache {features.folder}"
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(report)
     if not options.model.train and options.alignment.weight == 0:
         raise ValueError("nothing trains: model.train is empty and alignment.weight is 0")
     aligned = AlignedModel(model, options.alignment, choose_impl(options.fused))
     collator = ConversationCollator(processor, data.max_length, data.augmentation, data.packing, features)
+    dataset = datasets[0]
+    if mixture:
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        num_batches = training.max_steps * training.gradient_accumulation_steps * ranks
+        ratios, sizes = [one.ratio for one in mixture], [one.batch_size for one in mixture]
+        dataset = MixtureDataset(datasets, ratios, sizes, num_batches, training.seed)
+        collator = MixtureCollator(collator)
     with lean.training_form(model, options) as parts:
         budget = None if training.fsdp else lean.plan_memory(aligned, dataset, collator, options)
     sampler = None
     if data.pack_tokens:
-        lengths = token_counts(processor, dataset.conversations, data.max_length)
+        lengths = token_counts(processor, datasets[0].conversations, data.max_length)
         sampler = TokenBudgetSampler(
             lengths, data.pack_tokens, training.seed, training.process_index, training.world_size
         )
@@ -156,10 +172,22 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
     return trainer, model, processor
 
 
-def data_paths(options: "Options") -> tuple[Path, Path]:
-    """Annotation file and folder of clouds: the user's, or the embedded objects'."""
-    if options.data.annotations is not None and options.data.clouds is not None:
-        return Path(options.data.annotations), Path(options.data.clouds)
+def make_datasets(options: "Options") -> list[Any]:
+    """The data set, or one for every part of the mixture."""
+    from pointalign.data.dataset import ConversationDataset
+
+    annotations, clouds = data_paths(options)
+    parts = [(one.annotations or annotations, one.types) for one in options.data.mixture]
+    parts = parts or [(annotations, options.data.types)]
+    read_clouds = options.data.feature_cache is None
+    return [ConversationDataset(path, clouds, types, options.data.up_axis, read_clouds) for path, types in parts]
+
+
+def data_paths(options: "Options") -> tuple[Path, Path | list[Path]]:
+    """Annotation file and folders of clouds: the user's, or the embedded objects'."""
+    clouds = options.data.clouds
+    if options.data.annotations is not None and clouds is not None:
+        return Path(options.data.annotations), [Path(one) for one in ([clouds] if isinstance(clouds, str) else clouds)]
     from pointalign import assets
 
     furniture = assets.furniture()

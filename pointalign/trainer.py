@@ -14,9 +14,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pointalign import checkpointing
-from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens
+from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens, release_span
 from pointalign.memory import device_used_bytes
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
+from pointalign.schedule import published_schedule
 
 # What a point branch learns before the projectors: these parameters may have a learning rate of their own.
 POINT_PARTS = tuple(f"model.model.{part}" for part in ("point_encoder", "point_mlp", "qformer", "query_tokens"))
@@ -56,6 +57,13 @@ class AlignedModel(nn.Module):
         if target_layer is not None:
             return hidden[target_layer].detach()
         if self.alignment_config.target == "qformer":
+            qformer = self.model.model.qformer
+            if qformer.training and features.encoder is not None:  # it trains: its dropout has no place in a target
+                qformer.eval()
+                with torch.no_grad():
+                    rows = self.model.model.query(features.encoder)
+                qformer.train()
+                return rows.flatten(0, 1)
             return features.qformer.detach().flatten(0, 1)
         assert features.encoder is not None, "encoder targets need the clouds themselves, not cached Q-Former features"
         return pool_tokens(features.encoder.detach(), self.config.num_query_tokens).flatten(0, 1)
@@ -81,7 +89,10 @@ class AlignedModel(nn.Module):
         if self.alignment is None:
             ntp = self.model(point_mask=point_mask, **inputs).loss
             return {"loss": ntp, "ntp_loss": ntp.detach(), "alignment_loss": torch.zeros_like(ntp)}
-        with self.tap.capture(point_mask) as hidden:
+        places = point_mask
+        if self.alignment_config.span == "release":
+            places = release_span(inputs["labels"], self.config.num_query_tokens)
+        with self.tap.capture(places) as hidden:
             outputs = self.model(point_mask=point_mask, **inputs)
         if outputs.point_features is None:  # a batch without clouds
             alignment = next(self.alignment.parameters()).sum() * 0
@@ -161,6 +172,20 @@ class PointAlignTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        args = self.args
+        if self.lr_scheduler is None and args.minimum_learning_rate is not None:
+            warmup = args.learning_rate if args.warmup_learning_rate is None else args.warmup_learning_rate
+            self.lr_scheduler = published_schedule(
+                optimizer or self.optimizer,
+                num_training_steps,
+                args.get_warmup_steps(num_training_steps),
+                warmup,
+                args.learning_rate,
+                args.minimum_learning_rate,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -10,7 +10,7 @@ import torch
 from conftest import CLOUDS, tiny_model
 
 from pointalign import evaluate
-from pointalign.data.modelnet import CLASSES, read_modelnet
+from pointalign.data.modelnet import CLASSES, load_modelnet40
 from pointalign.evaluation import answering, runs
 from pointalign.evaluation.answering import Features, Generation, Journal, prompt_batch, with_input
 from pointalign.evaluation.geometry import chosen, geometry_questions
@@ -218,7 +218,7 @@ def test_modelnet_is_read_without_running_it(saved, tmp_path):
     clouds = [np.random.default_rng(i).normal(size=(300, 6)).astype(np.float32) for i in range(3)]
     path = tmp_path / "modelnet40.dat"
     path.write_bytes(pickle.dumps((clouds, [np.array([8]), np.array([0]), 39])))
-    read, labels = read_modelnet(path)
+    read, labels = load_modelnet40(path)
     assert labels == [8, 0, 39] and [CLASSES[i] for i in labels] == ["chair", "airplane", "xbox"]
     assert np.array_equal(read[0][:, :3], clouds[0][:, :3]) and not read[0][:, 3:].any()
     assert evaluate.main(
@@ -228,8 +228,8 @@ def test_modelnet_is_read_without_running_it(saved, tmp_path):
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]["modelnet40-prompt0"]
     assert written["metrics"]["closed-set accuracy"]["count"] == 3 and len(CLASSES) == 40
     path.write_bytes(pickle.dumps((clouds, [shutil.rmtree, 1, 2])))
-    with pytest.raises(ValueError, match=r"lists and arrays only, the file asks for shutil\.rmtree"):
-        read_modelnet(path)
+    with pytest.raises(ValueError, match=r"refused: the pickle asks for shutil\.rmtree"):
+        load_modelnet40(path)
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path):

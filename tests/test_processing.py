@@ -144,14 +144,14 @@ def test_without_a_chat_template_the_published_layout_serves(tokenizer, clouds):
     talk = [user("What?", clouds[0]), assistant("A bench."), user("Colour?"), assistant("Beige.")]
     single = tensors(made, talk[:2], return_labels=True)
     words = single["input_ids"][0][~single["point_mask"][0]]
-    assert made.tokenizer.decode(words) == "<PC></PC> What? A bench.<|im_end|>"
-    assert labelled_text(made, {"labels": single["labels"][0]}) == "A bench.<|im_end|>"
+    assert made.tokenizer.decode(words) == "[INST] <PC></PC> What?  [/INST]A bench.###"
+    assert labelled_text(made, {"labels": single["labels"][0]}) == "A bench.###"
     several = tensors(made, talk, return_labels=True)
     words = several["input_ids"][0][~several["point_mask"][0]]
     assert made.tokenizer.decode(words) == (
-        "[INST] <PC></PC> What? [/INST] A bench.<|im_end|>[INST] Colour? [/INST] Beige.<|im_end|>"
+        "[INST] <PC></PC> What?  [/INST]A bench.###[INST] Colour?  [/INST]Beige.###"
     )
-    assert labelled_text(made, {"labels": several["labels"][0]}) == "A bench.<|im_end|>Beige.<|im_end|>"
+    assert labelled_text(made, {"labels": several["labels"][0]}) == "A bench.###Beige.###"
 
 
 # -- truncation --------------------------------------------------------------------------------------------------------

@@ -60,16 +60,74 @@ def test_the_processor_fits_the_model(folder):
     assert (other.feature_extractor.up_axis, other.feature_extractor.num_points) == ("z", 8192)
 
 
-@pytest.mark.parametrize("part", PARTS)
+QFORMER_ADAPTED = (".lora_", "attention.output.LayerNorm.weight", "output_query.LayerNorm.weight")
+
+
+@pytest.mark.parametrize("part", [one for one in PARTS if one != "llm_norms"])  # those are the published Phi's
 def test_exactly_the_named_part_trains(part, folder):
-    model, _ = build(folder, train=[part])
+    extras = {"query_experts": {"query_experts": 3}, "qformer_lora": {"qformer_lora_rank": 2}}
+    model, _ = build(folder, train=[part], **extras.get(part, {}))
     trained = {name for name, one in model.named_parameters() if one.requires_grad}
-    prefixes = {"qformer": ("model.qformer.", "model.query_tokens")}.get(part, (f"model.{part}.",))
+    names = {name for name, _ in model.named_parameters()}
     if part == "lora":
-        expected = {name for name, _ in model.named_parameters() if ".lora_" in name}
+        expected = {name for name in names if ".lora_" in name}
+    elif part == "qformer_lora":
+        expected = {n for n in names if n.startswith("model.qformer.") and any(one in n for one in QFORMER_ADAPTED)}
     else:
-        expected = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+        prefixes = {"qformer": ("model.qformer.", "model.query_tokens"), "query_tokens": ("model.query_tokens",)}
+        expected = {name for name in names if name.startswith(prefixes.get(part, (f"model.{part}.",)))}
     assert trained == expected != set()
+
+
+def test_a_later_stage_adds_experts_and_hands_them_on(folder, tmp_path):
+    first, _ = build(folder)
+    stages.save_stage(first, tmp_path / "a.safetensors", {})
+    second, _ = build(folder, checkpoint=str(tmp_path / "a.safetensors"), query_experts=3, train=["query_experts"])
+    queries = first.model.query_tokens.to(torch.bfloat16).float()
+    assert torch.equal(second.model.query_experts.queries, queries.expand(3, -1, -1))
+    shaken(second)
+    stages.save_stage(second, tmp_path / "b.safetensors", {})
+    third, _ = build(folder, checkpoint=str(tmp_path / "b.safetensors"), seed=5)
+    expected = second.model.query_experts.queries.to(torch.bfloat16).float()
+    assert torch.equal(third.model.query_experts.queries, expected)
+
+
+def test_a_converted_folder_goes_on_training(tmp_path, tokenizer):
+    """From published files through a stage to a folder that answers: flags only."""
+    import made_published as made
+
+    from pointalign.convert import main
+
+    torch.manual_seed(0)
+    llm = made.save_llm(tmp_path / "phi", made.phi(fused=False), vocab_size=made.LLM["vocab"])
+    files = {"--qformer": made.blip2(), "--checkpoint": made.stage()}
+    arguments = ["--llm", str(llm), "--head-size", "4", "--num-groups", "8", "--group-size", "4"]
+    for flag, tensors in files.items():
+        arguments += [flag, str(made.save_container(tmp_path / f"{flag}.pth", tensors))]
+    arguments += ["--point-encoder", str(made.save_container(tmp_path / "p.pth", made.encoder(), "base_model"))]
+    assert main([*arguments, "--output", str(tmp_path / "converted")]) == 0
+    tokenizer.save_pretrained(tmp_path / "converted")
+    options = {"train": ["lora", "llm_norms", "qformer_lora"], "dtype": "bfloat16"}
+    model, _ = build(tmp_path / "converted", **options)
+    attention = model.model.language_model.model.layers[0].self_attn
+    assert attention.query_key_value.lora_A.default.weight.shape == (made.RANK, 40)  # one for q, k and v
+    trained = [one for one in model.parameters() if one.requires_grad]
+    assert {one.dtype for one in trained} == {
+        torch.float32
+    } and attention.dense.base_layer.weight.dtype == torch.bfloat16
+    stored = {name: one.detach().clone() for name, one in model.named_parameters() if "k_layernorm.weight" in name}
+    shaken(model)
+    with torch.no_grad():
+        for name in stored:
+            model.get_parameter(name).add_(1e-4)  # less than bfloat16 tells apart
+    stages.save_stage(model, tmp_path / "stage.safetensors", {})
+    again, processor = build(tmp_path / "converted", checkpoint=str(tmp_path / "stage.safetensors"), **options)
+    for name, one in again.named_parameters():
+        if name in stored:  # trained norms are handed on, unrounded
+            assert torch.equal(one, model.get_parameter(name)) and not torch.equal(one, stored[name])
+    stages.export(again, processor, tmp_path / "model")
+    assert not (tmp_path / "model" / "adapters.safetensors").exists()
+    assert stages.load_for_inference(tmp_path / "model")[0].config.adapters is None
 
 
 def test_a_missing_language_model_is_named(tmp_path):
@@ -89,16 +147,18 @@ def test_a_stage_hands_on_everything_but_the_language_model(folder, tmp_path, cl
     stages.save_stage(model, path, {"seed": 0})
     assert json.loads(path.with_suffix(".json").read_text()) == {"seed": 0}
     state = load_file(path)
-    assert all(one.dtype == torch.bfloat16 for one in state.values() if one.is_floating_point())
+    assert all(one.dtype == torch.bfloat16 for one in state.values() if one.ndim > 1)
     assert {name for name in model.state_dict() if ".language_model." not in name or ".lora_" in name} == set(state)
     for checkpoint in (path, path.parent):
         loaded, _ = build(folder, checkpoint=str(checkpoint), seed=7)
         for name, one in loaded.state_dict().items():
             expected = model.state_dict()[name]
-            assert torch.equal(one, expected.to(torch.bfloat16).to(one.dtype) if name in state else expected), name
+            rounded = name in state and expected.ndim > 1
+            assert torch.equal(one, expected.to(torch.bfloat16).to(one.dtype) if rounded else expected), name
     with torch.no_grad():
         for one in checkpointing.stage_state(model).values():
-            one.copy_(one.to(torch.bfloat16))
+            if one.ndim > 1:
+                one.copy_(one.to(torch.bfloat16))
     assert torch.equal(logits(loaded.eval(), processor, clouds), logits(model, processor, clouds))
 
 

@@ -57,7 +57,7 @@ def check(dataset: ConversationDataset, num_groups: int, skip_bad: bool = False)
         skip_bad: drop the conversations about bad objects from `dataset.conversations` and print which, not raise.
     Raises: BadObjectsError: objects are bad and `skip_bad` is off, or no conversation is left.
     """
-    objects = sorted({object_id for conversation in dataset.conversations for object_id in conversation.object_ids})
+    objects = sorted({object_id for ids in dataset.conversations.object_ids for object_id in ids})
     full = set(objects)
     if len(objects) > FULL_READ_LIMIT:
         full = set(random.Random(0).sample(objects, FULL_READ_SAMPLE))
@@ -80,11 +80,11 @@ def check(dataset: ConversationDataset, num_groups: int, skip_bad: bool = False)
         return report
     if not skip_bad:
         raise BadObjectsError(f"{report}\nRepair or remove them, or pass --data.skip_bad true to train without them.")
-    good = [c for c in dataset.conversations if report.bad.keys().isdisjoint(c.object_ids)]
-    report.dropped_conversations = len(dataset.conversations) - len(good)
-    if not good:
+    before = len(dataset.conversations)
+    dataset.conversations.keep(report.bad.keys().isdisjoint)
+    report.dropped_conversations = before - len(dataset.conversations)
+    if not len(dataset.conversations):
         raise BadObjectsError(f"{report}\nNo conversation is left to train on.")
-    dataset.conversations = good
     print(report, file=sys.stderr)
     return report
 

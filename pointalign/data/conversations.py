@@ -6,8 +6,10 @@ id; a missing type means simple_description. Source: the data release of PointLL
 several objects.
 """
 
+import codecs
 import json
-from collections.abc import Collection, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +67,94 @@ def load_conversations(path: str | Path, types: Collection[str] | None = None) -
         wanted = "any type" if types is None else ", ".join(types)
         raise AnnotationError(f"{path}: no conversation of {wanted}; the file holds {', '.join(found) or 'no entries'}")
     return kept
+
+
+class IndexedConversations(Sequence[Conversation]):
+    """What `load_conversations` returns, without holding it: every entry is checked once, then parsed when asked for.
+
+    Only the entries' places in the file and their object ids stay in memory, about 120 bytes per entry, which worker
+    processes share.
+
+    Args and Raises: those of `load_conversations`.
+    """
+
+    def __init__(self, path: str | Path, types: Collection[str] | None = None):
+        self.path = Path(path)
+        self._starts, self._lengths = array("q"), array("q")
+        self.object_ids: list[tuple[str, ...]] = []
+        try:
+            for start, length, entry in _scan(self.path):
+                conversation = _parse_entry(entry)
+                kept = types is None or conversation.conversation_type in types
+                if kept and CORRUPT_IDS.isdisjoint(conversation.object_ids):
+                    self._starts.append(start)
+                    self._lengths.append(length)
+                    self.object_ids.append(conversation.object_ids)
+        except (ValueError, OSError, RecursionError):  # the plain reader says what is wrong, and where
+            load_conversations(self.path, types)
+            raise
+        if not self.object_ids:
+            load_conversations(self.path, types)
+
+    def keep(self, wanted: Callable[[tuple[str, ...]], bool]) -> None:
+        """Drop every conversation whose object ids are not `wanted`."""
+        places = [i for i, ids in enumerate(self.object_ids) if wanted(ids)]
+        self._starts = array("q", [self._starts[i] for i in places])
+        self._lengths = array("q", [self._lengths[i] for i in places])
+        self.object_ids = [self.object_ids[i] for i in places]
+
+    def __len__(self) -> int:
+        return len(self.object_ids)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            return _parse_entry(json.loads(file.read(self._lengths[index])))
+
+
+def _scan(path: Path, block: int = 1 << 22) -> Iterator[tuple[int, int, object]]:
+    """Place, length in bytes and value of every entry of a JSON list, read block by block.
+
+    Raises: ValueError: not a JSON list in UTF-8.
+    """
+    parse = json.JSONDecoder().raw_decode
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    with path.open("rb") as file:
+        text, at, offset, ended = "", 0, 0, False  # `offset`: the byte that text[at] starts at
+        opened = False
+        while True:
+            if not opened or at >= len(text):
+                text, at = text[at:], 0
+            while at < len(text) and text[at] in " \t\r\n,":
+                at, offset = at + 1, offset + 1
+            if at < len(text):
+                if not opened:
+                    if text[at] != "[":
+                        raise ValueError("not a list")
+                    opened, at, offset = True, at + 1, offset + 1
+                    continue
+                if text[at] == "]":
+                    if text[at + 1 :].strip() or file.read().strip():
+                        raise ValueError("text after the list")
+                    return
+                try:
+                    entry, end = parse(text, at)
+                except json.JSONDecodeError:
+                    if ended:
+                        raise
+                else:
+                    raw = text[at:end]
+                    length = len(raw) if raw.isascii() else len(raw.encode())
+                    yield offset, length, entry
+                    at, offset = end, offset + length
+                    continue
+            data = file.read(block)
+            if not data and ended:
+                raise ValueError("the list does not end")
+            ended = not data
+            text, at = text[at:] + decode(data, final=ended), 0
 
 
 def to_messages(conversation: Conversation, clouds: Sequence[np.ndarray | str | Path]) -> list[dict]:

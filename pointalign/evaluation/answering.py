@@ -90,7 +90,7 @@ class Features:
     def __init__(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor):
         self.model, self.processor = model, processor
         self.known: dict[str, Tensor] = {}
-        size = model.config.num_query_tokens, model.model.query_tokens.shape[-1]
+        size = model.config.num_query_tokens, model.config.qformer_config.hidden_size
         self.known[_ZERO] = torch.zeros(size)
 
     def compute(self, names: Sequence[str], cloud: Callable[[str], np.ndarray], batch_size: int = 16) -> None:

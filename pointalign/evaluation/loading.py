@@ -34,7 +34,9 @@ def load(
 
         path = stages.find_stage(name)
         trained = json.loads(path.with_suffix(".json").read_text())["model"]
-        kept = {key: trained[key] for key in ("llm", "preset", "dtype", "lora_rank", "lora_alpha", "lora_targets")}
+        needed = ("llm", "preset", "dtype", "lora_rank", "lora_alpha", "lora_targets")
+        later = ("qformer_lora_rank", "query_routing")  # older stage files have none
+        kept = {key: trained[key] for key in needed} | {key: trained[key] for key in later if key in trained}
         model, processor = stages.build(ModelOptions(**kept, checkpoint=str(path), train=[]), DataOptions())
         stages.merge_adapters(model)
         digest = file_hash(path)

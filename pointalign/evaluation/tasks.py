@@ -116,9 +116,9 @@ def annotated_objects(annotations: Path, clouds: Path, up_axis: str = "y") -> Ob
 
 def modelnet_objects(path: Path) -> ObjectSet:
     """The ModelNet40 test file of PointLLM; labels are class names, which are also the closed set."""
-    from pointalign.data.modelnet import CLASSES, read_modelnet
+    from pointalign.data.modelnet import CLASSES, load_modelnet40
 
-    clouds, labels = read_modelnet(path)
+    clouds, labels = load_modelnet40(path)
     names = [CLASSES[label] for label in labels]
     ids = [str(number) for number in range(len(clouds))]
     return ObjectSet(

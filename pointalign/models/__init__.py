@@ -1,15 +1,25 @@
 """The model, its configuration and its processor, registered with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from pointalign.models.attention import choose_attention
 from pointalign.models.configuration import PointAlignConfig, PointBertConfig
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointAlignModel, PointFeatures
+from pointalign.models.phi import PointAlignPhiConfig, PointAlignPhiForCausalLM
 from pointalign.models.point_encoder import PointBertModel
 from pointalign.models.processing import PointAlignFeatureExtractor, PointAlignProcessor
 
 AutoConfig.register("pointalign_pointbert", PointBertConfig)
 AutoModel.register(PointBertConfig, PointBertModel)
+AutoConfig.register("pointalign_phi", PointAlignPhiConfig)
+AutoModelForCausalLM.register(PointAlignPhiConfig, PointAlignPhiForCausalLM)
 AutoConfig.register("pointalign", PointAlignConfig)
 AutoModel.register(PointAlignConfig, PointAlignModel)
 AutoModelForMultimodalLM.register(PointAlignConfig, PointAlignForConditionalGeneration)
@@ -21,6 +31,8 @@ __all__ = [
     "PointAlignFeatureExtractor",
     "PointAlignForConditionalGeneration",
     "PointAlignModel",
+    "PointAlignPhiConfig",
+    "PointAlignPhiForCausalLM",
     "PointAlignProcessor",
     "PointBertConfig",
     "PointBertModel",

@@ -44,6 +44,10 @@ class PointAlignConfig(PreTrainedConfig):
             so any id of the vocabulary serves and the embedding matrix keeps its size.
         num_query_tokens: Q, point tokens per cloud.
         projector_hidden_size: width between the two linear maps of the modality projector.
+        num_query_experts: sets of queries in place of one, 0 for none; `query_routing` and `query_top_k` as in
+            `QueryExperts`.
+        adapters: LoRA that is kept apart from the weights it adapts: arguments of `peft.LoraConfig` for
+            `language_model` and `qformer`. None for neither.
     """
 
     model_type = "pointalign"
@@ -59,6 +63,10 @@ class PointAlignConfig(PreTrainedConfig):
     point_token_id: int = 0
     num_query_tokens: int = 32
     projector_hidden_size: int = 4096
+    num_query_experts: int = 0
+    query_routing: str = "sparse"
+    query_top_k: int = 2
+    adapters: dict | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

@@ -14,8 +14,11 @@ from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, Pre
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from pointalign.models import adapters
 from pointalign.models.configuration import PointAlignConfig
+from pointalign.models.query_experts import QueryExperts
 
+LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 POINT_INPUTS = ("point_values", "point_lengths", "point_mask", "query_features", "encoder_tokens")
 
 
@@ -58,6 +61,7 @@ class PointAlignPreTrainedModel(PreTrainedModel):
         "point_encoder",
         "point_mlp",
         "query_tokens",
+        "query_experts",
         "qformer",
         "modality_projector",
     }
@@ -69,8 +73,10 @@ class PointAlignPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, PointAlignModel):
+        if isinstance(module, PointAlignModel) and module.query_experts is None:
             nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
+        elif isinstance(module, QueryExperts):
+            nn.init.normal_(module.queries, std=self.config.initializer_range)
 
 
 class PointAlignModel(PointAlignPreTrainedModel):
@@ -85,6 +91,9 @@ class PointAlignModel(PointAlignPreTrainedModel):
             nn.Linear(config.point_config.hidden_size, width), nn.GELU(), nn.Linear(width, qformer.encoder_hidden_size)
         )
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
+        self.query_experts: QueryExperts | None = None
+        if config.num_query_experts:
+            self.add_query_experts(config.num_query_experts, config.query_routing, config.query_top_k)
         self.qformer = Blip2QFormerModel(qformer)
         self.modality_projector = nn.Sequential(
             nn.Linear(width, config.projector_hidden_size),
@@ -92,6 +101,15 @@ class PointAlignModel(PointAlignPreTrainedModel):
         )
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
+
+    def add_query_experts(self, num_experts: int, routing: str = "sparse", top_k: int = 2) -> None:
+        """Replace the queries by experts that start as copies of them, and a new router."""
+        width = self.config.point_config.hidden_size
+        with self.query_tokens.device:
+            self.query_experts = QueryExperts(self.query_tokens, num_experts, width, routing, top_k)
+        self.query_tokens = None
+        config = self.config
+        config.num_query_experts, config.query_routing, config.query_top_k = num_experts, routing, top_k
 
     @property
     def point_branch(self) -> list[nn.Module]:
@@ -137,8 +155,14 @@ class PointAlignModel(PointAlignPreTrainedModel):
 
     def query(self, tokens: Tensor) -> Tensor:
         """Q-Former tokens `[C, Q, Dq]` of encoder tokens `[C, T', D]`."""
-        queries = self.query_tokens.expand(len(tokens), -1, -1)
-        return self.qformer(query_embeds=queries, encoder_hidden_states=self.point_mlp(tokens)).last_hidden_state
+        keys = self.point_mlp(tokens)
+        if self.query_experts is None:
+            queries = self.query_tokens.expand(len(tokens), -1, -1)
+            return self.qformer(query_embeds=queries, encoder_hidden_states=keys).last_hidden_state
+        queries, weights = self.query_experts(tokens)  # [C, K, Q, Dq], [C, K]
+        keys = keys.repeat_interleave(queries.shape[1], dim=0)
+        outputs = self.qformer(query_embeds=queries.flatten(0, 1), encoder_hidden_states=keys).last_hidden_state
+        return torch.einsum("ckqd,ck->cqd", outputs.unflatten(0, queries.shape[:2]), weights.to(outputs))
 
     def encode_point_clouds(self, points: Tensor, point_lengths: Tensor | None = None) -> PointFeatures:
         """Every stage of the point branch for clouds `[C, N, 3 + F]`, normalised as the feature extractor does."""
@@ -239,6 +263,31 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         if language_model.can_generate():
             model.generation_config = language_model.generation_config
         return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but all or nothing; adapters that the folder keeps apart are put on.
+
+        Raises: ValueError: weights are missing, unexpected or of another shape.
+        """
+        wanted = kwargs.pop("output_loading_info", False)
+        folder = pretrained_model_name_or_path
+        model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        problems = [
+            f"{kind.removesuffix('_keys')} {key}" for kind in LOADING_PROBLEMS for key in sorted(info[kind], key=str)
+        ]
+        if problems:
+            raise ValueError(f"{folder} does not fit its model ({len(problems)} problems): {', '.join(problems[:5])}")
+        if model.config.adapters:
+            adapters.load(model, folder)
+        return (model, info) if wanted else model
+
+    def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
+        if self.config.adapters:
+            kwargs["state_dict"] = adapters.base_state(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.config.adapters:
+            adapters.save(self, save_directory)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

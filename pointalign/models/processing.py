@@ -17,12 +17,15 @@ from pointalign.data.point_cloud import PointCloudError, load_point_cloud, norma
 IGNORED = -100  # label of a token that carries no loss
 POINT_MARKER = "<point>"
 
-# For language models without a chat template: the published layout, questions of longer talks in [INST] brackets.
+END_MARK = "###"  # of an answer in the published layout
+
+# For language models without a chat template, the layout of the published training runs: every question opens with BOS
+# and stands in [INST] brackets, an answer follows without a space and ends in ###.
 PLAIN_CHAT_TEMPLATE = (
-    "{{ bos_token or '' }}{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token or '' }}"
-    "{% elif several_rounds | default(messages | length > 2) %}[INST] {{ m['content'] }} [/INST] "
-    "{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ m['content'] }}"
+    f"{END_MARK}"
+    "{% else %}{{ bos_token or '' }}[INST] {{ m['content'] }}  [/INST]{% endif %}{% endfor %}"
 )
 
 
@@ -203,12 +206,9 @@ class PointAlignProcessor(ProcessorMixin):
                 content = "".join(pieces)
             plain.append(message | {"content": content})
 
-        # The plain template looks at the whole talk, which it is only shown in part below.
-        options = {"several_rounds": len(plain) > 2} | kwargs
-
         def render(upto: int, prompt: bool) -> str:
             return self.tokenizer.apply_chat_template(
-                plain[:upto], chat_template=template, tokenize=False, add_generation_prompt=prompt, **options
+                plain[:upto], chat_template=template, tokenize=False, add_generation_prompt=prompt, **kwargs
             )
 
         whole = render(len(plain), add_generation_prompt)
@@ -296,9 +296,23 @@ class PointAlignProcessor(ProcessorMixin):
     # -- back to text ------------------------------------------------------------------------------------------------
 
     def answers(self, generated: Tensor, prompt_length: int) -> list[str]:
-        """The new text of `generate`'s output `[B, T]`, without special tokens."""
+        """The new text of `generate`'s output `[B, T]`, without special tokens and whatever follows an end mark."""
         texts = self.tokenizer.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)
+        if self.ends_in_mark:
+            texts = [text.partition(END_MARK)[0] for text in texts]
         return [text.strip() for text in texts]
+
+    @property
+    def ends_in_mark(self) -> bool:
+        return self.chat_template == PLAIN_CHAT_TEMPLATE
+
+    def end_token_ids(self) -> list[int]:
+        """Ids that end an answer, for `generation_config.eos_token_id`: EOS, and tokens that hold the end mark."""
+        assert self.tokenizer is not None
+        ends = [self.tokenizer.eos_token_id]
+        if self.ends_in_mark:
+            ends += sorted(id for token, id in self.tokenizer.get_vocab().items() if END_MARK in token)
+        return [one for one in ends if one is not None]
 
     @property
     def model_input_names(self) -> list[str]:
