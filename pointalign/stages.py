@@ -95,13 +95,13 @@ def load_model(folder: Path, options: ModelOptions, point_branch_only: bool) -> 
         language_model = empty_language_model(folder) if point_branch_only else load_language_model(folder, options)
         torch.manual_seed(options.seed)
         return PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
+    if options.dequantize_once:
+        raise ValueError("model.dequantize_once is for a language model alone: a converted folder has its adapters on")
     dtype = resolve_dtype(options.dtype)
     model = PointAlignForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, quantization_config=four_bits(options, dtype, skipped=WHOLE)
     )
     quantization.keep_layout(model)
-    if options.dequantize_once:
-        quantization.dequantize(model)
     torch.manual_seed(options.seed)
     return model
 
