@@ -9,13 +9,16 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test check setup assets benchmark alignment-check report clean
+.PHONY: train test test-long check setup assets benchmark alignment-check report clean
 
 train: assets
 	$(BIN)/python -m pointalign.train $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest tests -rs -q -n 2 --dist loadfile $(ARGS)
+
+test-long: setup
+	POINTALIGN_LONG_TESTS=1 POINTALIGN_FUZZ_CASES=5000 $(BIN)/python -m pytest tests/test_build.py tests/test_native.py -rs -q
 
 check: setup
 	$(BIN)/ruff check .

@@ -55,7 +55,7 @@ def test_the_seed_fixes_a_new_point_branch(folder):
 def test_the_processor_fits_the_model(folder):
     model, processor = build(folder)
     assert processor.num_query_tokens == model.config.num_query_tokens == 32
-    assert processor.feature_extractor.min_points == 128 and processor.feature_extractor.num_points == 256
+    assert processor.feature_extractor.min_points == 64 and processor.feature_extractor.num_points == 256
     _, other = stages.build(options(folder), DataOptions(up_axis="z"))
     assert (other.feature_extractor.up_axis, other.feature_extractor.num_points) == ("z", 8192)
 
