@@ -29,7 +29,7 @@ benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 alignment-check: assets
-	$(BIN)/python -m pointalign.evaluation.alignment_check $(ARGS)
+	$(BIN)/python -m pointalign.alignment_check $(ARGS)
 
 report: setup
 	$(BIN)/python benchmarks/report.py

@@ -83,14 +83,14 @@ class Recipe:
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe from a YAML file, or a shipped one by name (`recipes/ablation_<name>.yaml`)."""
+    """A recipe from a YAML file, or a shipped one by name (`recipes/ablation/<name>.yaml`)."""
     from jsonargparse import ArgumentParser
 
     path = Path(name)
     if not path.suffix:
-        path = RECIPES / f"ablation_{name}.yaml"
+        path = RECIPES / "ablation" / f"{name}.yaml"
     if not path.exists():
-        shipped = sorted(one.stem.removeprefix("ablation_") for one in RECIPES.glob("ablation_*.yaml"))
+        shipped = sorted(one.stem for one in (RECIPES / "ablation").glob("*.yaml"))
         raise FileNotFoundError(f"no recipe {name!r}: expected a YAML file or one of {', '.join(shipped)}")
     parser = ArgumentParser(prog="python -m pointalign.evaluate ablation")
     parser.add_class_arguments(Recipe, "recipe")
