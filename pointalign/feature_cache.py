@@ -231,7 +231,7 @@ def encoder_of(
     def encode(object_ids: Sequence[str]) -> dict[str, np.ndarray]:
         batch = extractor([find(one) for one in object_ids]).to(device)
         tokens = model.model.get_encoder_tokens(batch["point_values"], batch["point_lengths"])
-        features = {"queries": model.model._query(tokens)} | ({"encoder": tokens} if encoder else {})
+        features = {"queries": model.model.query(tokens)} | ({"encoder": tokens} if encoder else {})
         return {name: one.float().cpu().numpy() for name, one in features.items()}
 
     return encode
