@@ -9,13 +9,16 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test check setup assets benchmark convert-benchmark alignment-check report clean
+.PHONY: train test test-long check setup assets benchmark convert-benchmark alignment-check report clean
 
 train: assets
 	$(BIN)/python -m pointalign.train $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest tests -rs -q -n 2 --dist loadfile $(ARGS)
+
+test-long: setup
+	POINTALIGN_LONG_TESTS=1 POINTALIGN_FUZZ_CASES=5000 $(BIN)/python -m pytest tests/test_build.py tests/test_native.py -rs -q
 
 check: setup
 	$(BIN)/ruff check .
@@ -29,7 +32,7 @@ benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 alignment-check: assets
-	$(BIN)/python -m pointalign.evaluation.alignment_check $(ARGS)
+	$(BIN)/python -m pointalign.alignment_check $(ARGS)
 
 report: setup
 	$(BIN)/python benchmarks/report.py

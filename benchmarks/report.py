@@ -232,7 +232,11 @@ def main() -> None:
     readme = README.read_text() if README.exists() else ""
     updated = readme
     for name, section in SECTIONS.items():
-        text = section()
+        try:
+            text = section()
+        except FileNotFoundError as missing:
+            print(f"{name}: not measured yet, {Path(missing.filename).name} is missing")
+            continue
         (RESULTS / f"{name}_table.md").write_text(text)
         marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         updated = marked.sub(lambda match, text=text: f"{match[1]}{text}{match[2]}", updated)

@@ -67,6 +67,8 @@ def _measured(result: dict[str, Any]) -> str:
         f"r = {rows[0]['rank']} on all linear layers, dropout 0.05, {samples} samples a step, question + answer tokens "
         f"{sizes}."
     )
+    if shape == "small":
+        title += " A small shape on a CPU shows that every row runs and agrees, not how fast a GPU is."
     header = ["row", "samples/s", "against b", "supervised tokens/s", "all tokens/s", "peak GB"]
     return title + "\n\n" + _table(header, lines) + _stage(rows)
 

@@ -285,7 +285,7 @@ def _swiglus(language_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
         return mlp.down_proj(SiluProduct.apply(mlp.gate_proj(x), mlp.up_proj(x)))
 
     for block in language_model.get_decoder().layers:  # type: ignore[operator,union-attr]
-        mlp = getattr(block, "mlp", None)
+        mlp: Any = getattr(block, "mlp", None)
         if all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
             if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"):
                 yield mlp, partial(forward, mlp)

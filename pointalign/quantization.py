@@ -1,5 +1,7 @@
 """The frozen language model in 4 bits: NF4 with double quantisation by bitsandbytes (QLoRA, Dettmers et al., 2023)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
@@ -43,12 +45,12 @@ def is_4bit(module: nn.Module) -> bool:
 
 def full_weight(linear: nn.Module) -> Tensor:
     """The weight `[out, in]` that a linear layer computes with: its own, or what its 4 bits stand for."""
-    weight = linear.weight
+    weight: Any = linear.weight
     if not is_4bit(linear):
         return weight
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)  # type: ignore[union-attr]
+    return dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
 
 
 def keep_layout(language_model: nn.Module) -> None:
@@ -131,8 +133,9 @@ def _random(
 def _random_4bit(linear: nn.Linear, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> nn.Module:
     import bitsandbytes
 
+    layers: Any = bitsandbytes.nn
     with torch.device("meta"):
-        made = bitsandbytes.nn.Linear4bit(
+        made = layers.Linear4bit(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
@@ -141,7 +144,7 @@ def _random_4bit(linear: nn.Linear, dtype: torch.dtype, device: torch.device, ge
             quant_type="nf4",
         )
     weight = torch.empty(linear.weight.shape, dtype=dtype, device=device).normal_(std=0.02, generator=generator)
-    made.weight = bitsandbytes.nn.Params4bit(
+    made.weight = layers.Params4bit(
         weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made
     ).to(device)
     if linear.bias is not None:

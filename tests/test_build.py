@@ -114,6 +114,7 @@ def test_wrong_requests_fail_with_the_reason(sdist):
 
 @needs_compiler
 @pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
+@pytest.mark.skipif("POINTALIGN_LONG_TESTS" not in os.environ, reason="takes minutes: run it by `make test-long`")
 def test_the_cuda_build_registers_its_kernels(sdist, tmp_path):
     """Without a CUDA torch: setup.py believes in one, and a stub stands for the only symbol of libtorch_cuda."""
     stub = tmp_path / "libtorch_cuda.so"

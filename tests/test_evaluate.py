@@ -258,3 +258,34 @@ def test_mistakes_are_named(saved, tmp_path, capsys):
     assert "no-such-model" in capsys.readouterr().err
     assert evaluate.main([str(saved), "--task", "segmentation"]) == 1
     assert "--task segmentation: expected of classification" in capsys.readouterr().err
+
+
+def test_a_stage_file_and_its_exported_folder_answer_alike(tmp_path, tokenizer):
+    from conftest import tiny_text_config
+    from transformers import AutoModelForCausalLM
+
+    from pointalign import stages
+    from pointalign.evaluation.loading import load
+    from pointalign.options import DataOptions, ModelOptions
+
+    AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    options = ModelOptions(llm=str(tmp_path / "llm"), dtype="float32", lora_rank=4, lora_alpha=8)
+    trained, processor = stages.build(options, DataOptions(num_points=256))
+    with torch.no_grad():
+        for name, one in trained.named_parameters():
+            if ".lora_" in name:  # in bfloat16, as a stage file stores it
+                one.copy_(torch.randn_like(one).div(10).bfloat16())
+    description = {"model": {**options.__dict__}}
+    stages.save_stage(trained, tmp_path / "run" / stages.STAGE_FILE, description)
+    alone, one_processor, one_hash = load(str(tmp_path / "run"))
+    stages.export(alone, one_processor, tmp_path / "run" / "model")
+    exported, _, other_hash = load(str(tmp_path / "run"))  # a run's folder: its exported model comes first
+    cloud = np.load(CLOUDS / f"{NAMES[0]}_8192.npy").astype(np.float32)
+    content = [{"type": "point", "point": cloud}, {"type": "text", "text": "What is this?"}]
+    batch = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
+    with torch.inference_mode():
+        expected, first, second = (one.eval()(**batch).logits for one in (trained, alone, exported))
+    assert (first - expected).abs().max() < 0.05  # the point branch is stored in bfloat16
+    torch.testing.assert_close(second, first, atol=1e-5, rtol=1e-4)
+    assert one_hash != other_hash and not any(".lora_" in name for name in alone.state_dict())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pointalign.options import RECIPES, DataOptions, ModelOptions, parse
+from pointalign.options import DataOptions, ModelOptions, parse
 
 
 def refused(arguments: list[str], capsys) -> str:
@@ -16,7 +16,7 @@ def test_no_arguments_mean_the_demo():
     options = parse([])
     assert options.model.checkpoint == "furniture-stage1" and options.model.train == ["lora"]
     assert options.alignment.weight == 0.1 and options.alignment.target == "qformer" and options.alignment.layer == []
-    assert options.training.max_steps == 120 and options.fused is False
+    assert options.training.max_steps == 80 and options.fused is False
 
 
 def test_a_recipe_by_name_by_path_and_under_options(tmp_path):
@@ -27,12 +27,6 @@ def test_a_recipe_by_name_by_path_and_under_options(tmp_path):
     assert options.alignment.weight == 0.3 and options.alignment.layer == [2, 5]
     assert options.training.max_steps == 9 and options.model.llm == "folder" and options.fused is True
     assert options.model.checkpoint is None, "a recipe of one's own does not inherit the demo's values"
-
-
-@pytest.mark.parametrize("name", [one.stem for one in RECIPES.glob("*.yaml")])
-def test_every_shipped_recipe_parses_and_opens_with_its_command(name):
-    parse([name])
-    assert (RECIPES / f"{name}.yaml").read_text().startswith("# python -m pointalign.train")
 
 
 @pytest.mark.parametrize(

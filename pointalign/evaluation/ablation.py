@@ -83,14 +83,14 @@ class Recipe:
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe from a YAML file, or a shipped one by name (`recipes/ablation_<name>.yaml`)."""
+    """A recipe from a YAML file, or a shipped one by name (`recipes/ablation/<name>.yaml`)."""
     from jsonargparse import ArgumentParser
 
     path = Path(name)
     if not path.suffix:
-        path = RECIPES / f"ablation_{name}.yaml"
+        path = RECIPES / "ablation" / f"{name}.yaml"
     if not path.exists():
-        shipped = sorted(one.stem.removeprefix("ablation_") for one in RECIPES.glob("ablation_*.yaml"))
+        shipped = sorted(one.stem for one in (RECIPES / "ablation").glob("*.yaml"))
         raise FileNotFoundError(f"no recipe {name!r}: expected a YAML file or one of {', '.join(shipped)}")
     parser = ArgumentParser(prog="python -m pointalign.evaluate ablation")
     parser.add_class_arguments(Recipe, "recipe")
@@ -213,6 +213,8 @@ def run_arm(
     depth = model.config.get_text_config().num_hidden_layers
     similar = sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
     layers = sorted({*spaced(recipe.layers, depth), *similar})
+    if recipe.decoder is not None:  # small enough for every layer
+        similar = layers
     fitted = train.subset(range(min(recipe.probed or len(train.labels), len(train.labels))))
     probes = probe_layers(
         model, processor, fitted, held_out, layers, sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
@@ -220,6 +222,7 @@ def run_arm(
     shots = few_shot(model, processor, train, held_out, recipe.few_shot, recipe.schedule, seed, arm.blind)
     return {
         "arm": name,
+        "layer": tapped(Arm(), depth)[0],
         "few_shot": shots,
         "seed": seed,
         "steps": history,
@@ -328,7 +331,7 @@ def _row(
     for metric in everything[0]["scores"]:
         values = np.array([one["scores"][metric] for one in everything])
         row["metrics"][metric] = statistics.cluster_mean(values.mean(axis=0), families).as_dict()
-    layer = next(iter(next(iter(base.values()))["similarity"]))  # the default layer, for every arm alike
+    layer = str(everything[0]["layer"])  # the default one, for every arm alike
     row["layer"] = int(layer)
     for measure in everything[0]["similarity"][layer]:
         row[measure] = float(np.mean([one["similarity"][layer][measure] for one in everything]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flash_attention_2")
 
@@ -67,7 +67,9 @@ def varlen_attention(
             else:  # before PyTorch 2.12
                 key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
         output = varlen_attn(
-            *(one[0].transpose(0, 1) for one in (query, key, value)),
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
             cu_seq_lens_q,
             cu_seq_lens_q,
             max_length_q,

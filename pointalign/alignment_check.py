@@ -1,4 +1,4 @@
-"""`python -m pointalign.evaluation.alignment_check`: is the alignment real?
+"""`python -m pointalign.alignment_check`: is the alignment real?
 
 A projector alone can lower the alignment loss while the language model stays as it was. So the alignment stage is run
 twice, with LoRA training and with LoRA frozen, and on held-out objects the projected hidden states of every object are
@@ -59,7 +59,7 @@ def _own_and_other(seen: Tensor, wanted: Tensor) -> tuple[float, float, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pointalign.evaluation.alignment_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pointalign.alignment_check", description=__doc__)
     parser.add_argument("--steps", type=int, default=60, help="steps of the alignment stage (default: %(default)s)")
     parser.add_argument("--split", default="validation", choices=["validation", "test"])
     parser.add_argument(
