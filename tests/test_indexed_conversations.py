@@ -73,7 +73,8 @@ def measure(path, clouds, queue):
 
 def test_the_brief_captions_start_in_ten_seconds_and_two_gigabytes(tmp_path, capsys):
     path = tmp_path / "PointLLM_brief_description_660K.json"
-    words = "A small wooden toy house with a red roof, two windows and a door that stands open on a grey base under it, with a lawn. "
+    words = "A small wooden toy house with a red roof, two windows and a door that stands open on a grey base "
+    words += "under it, with a lawn. "
     text = json.dumps(entry(0, "simple_description", words)).replace(f"{0:032x}", "%032x")
     with path.open("w") as file:
         file.write("[")
