@@ -108,7 +108,8 @@ def warm_up(
 
 def _views(clouds: Sequence[np.ndarray], processor: PointAlignProcessor, rng: np.random.Generator) -> np.ndarray:
     """Augmented clouds `[B, N, 6]` of one random density, so that they need no padding."""
-    views = [augment(cloud, rng) for cloud in clouds]
-    size = min(int(np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST)))), *(len(view) for view in views))
     assert processor.feature_extractor is not None
+    fewest = processor.feature_extractor.min_points
+    views = [augment(cloud, rng, fewest=fewest) for cloud in clouds]
+    size = min(int(np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST)))), *(len(view) for view in views))
     return np.stack([processor.feature_extractor.prepare(view[:size]) for view in views])
