@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, in one run: build, tests, sanitizer, benchmarks.
+"""Everything that needs a GPU, in one run: build, tests, sanitizer, benchmarks, training, experiments.
 
-    python benchmarks/gpu_suite.py [--stages build,tests,sanitizer,benchmarks] [--output DIR]
+    python benchmarks/gpu_suite.py [--stages build,tests,sanitizer,parity,benchmarks,scratch,experiments] [--output DIR]
 
 Each stage writes DIR/<stage>.log while it runs and its line of DIR/gpu_suite.json when it ends, so a run that is cut
 off keeps what it had; a stage that fails does not stop the next. POINTALIGN_COMMIT names the commit where git
@@ -20,21 +20,25 @@ ROOT = Path(__file__).parents[1]
 PYTEST = f"{sys.executable} -m pytest -q -p no:cacheprovider"
 # every tensor an allocation of its own, or reads past its end would land in the allocator's pool
 SANITIZER = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1"
-SANITIZED = "tests/test_alignment_kernels.py -k several_layers"  # small cases: the sanitizer is slow
+# small cases: the sanitizer is slow
+SANITIZED = (
+    "tests/test_alignment_kernels.py -k several_layers",
+    "tests/test_point_ops.py -k 'cuda and (lengths or batches or bad_input or every_sample)'",
+)
 
 # (stage, commands); {output} is the folder of the results
 STAGES: list[tuple[str, list[str]]] = [
     ("build", [f"{sys.executable} -m pip install --no-build-isolation --no-deps --quiet -e ."]),
-    ("tests", [f"{PYTEST} -n 8 tests/test_alignment_kernels.py tests/test_lean_cuda.py"]),
+    ("tests", [f"{PYTEST} -n 8 tests/test_alignment_kernels.py tests/test_lean_cuda.py tests/test_point_ops.py"]),
     (
         "sanitizer",
-        [
-            f"{SANITIZER} --tool memcheck {PYTEST} {SANITIZED}",
-            f"{SANITIZER} --tool racecheck {PYTEST} {SANITIZED}",
-        ],
+        [f"{SANITIZER} --tool {tool} {PYTEST} {cases}" for tool in ("memcheck", "racecheck") for cases in SANITIZED],
     ),
     ("parity", [f"{sys.executable} benchmarks/parity.py --output {{output}}"]),
     ("benchmarks", [f"{PYTEST} benchmarks --benchmark-only --results {{output}}"]),
+    # needs the embedded assets, see pointalign.assets
+    ("scratch", [f"{sys.executable} -m pointalign.train scratch --training.output_dir {{output}}/scratch"]),
+    ("experiments", [f"{sys.executable} -m pointalign.evaluate ablation full"]),
 ]
 
 
