@@ -89,7 +89,7 @@ def fps_peers(points: Tensor, num_samples: int, executor: ThreadPoolExecutor) ->
     peers: dict[str, Callable] = {}
     arrays = list(points.numpy())
     if importlib.util.find_spec("fpsample"):
-        import fpsample
+        import fpsample  # pyright: ignore[reportMissingImports]
 
         def modes(array):
             yield "fps_sampling", lambda a: fpsample.fps_sampling(a, num_samples, start_idx=0)
@@ -104,7 +104,7 @@ def fps_peers(points: Tensor, num_samples: int, executor: ThreadPoolExecutor) ->
         for name, sample in modes(arrays[0]):
             peers[f"fpsample {name}"] = lambda sample=sample: list(executor.map(sample, arrays))
     if importlib.util.find_spec("torch_quickfps"):
-        import torch_quickfps
+        import torch_quickfps  # pyright: ignore[reportMissingImports]
 
         for h in (3, 5, 7, 9):
             if 2**h <= points.shape[1]:
@@ -279,7 +279,7 @@ def test_cuda():
         "python loop": rotating(lambda i: reference.farthest_point_sample(sets[i], SAMPLES)),
     }
     if importlib.util.find_spec("torch_quickfps"):
-        import torch_quickfps
+        import torch_quickfps  # pyright: ignore[reportMissingImports]
 
         sampling["torch-quickfps"] = rotating(lambda i: torch_quickfps.sample_idx(sets[i], SAMPLES, start_idx=0))
     if importlib.util.find_spec("torch_fps"):

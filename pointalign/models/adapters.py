@@ -22,7 +22,7 @@ def add(model: nn.Module, part: str, **options: Any) -> None:
     adapted = getattr(model.model, part)
     inject_adapter_in_model(LoraConfig(**options), adapted)
     adapted.train(adapted.training)  # peft's new layers start in training mode, their dropout on
-    model.config.adapters = (model.config.adapters or {}) | {part: options}
+    model.config.adapters = (model.config.adapters or {}) | {part: options}  # pyright: ignore[reportOperatorIssue]
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
