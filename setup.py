@@ -62,7 +62,7 @@ def extension(build: str, optional: bool) -> Extension:
         libraries=["torch_cpu", "torch_cuda"] if cuda else ["torch_cpu"],
         define_macros=macros,
         # No contraction: a fused multiply-add would round differently from the reference and from the GPU.
-        extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"],
+        extra_compile_args=["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"],
         language="c++",
         py_limited_api=True,
         optional=optional,

@@ -41,12 +41,16 @@ class FoldedPointNet(NamedTuple):
         return (functional.linear(hidden, weight).amax(dim=1) + bias).view(batch, num_groups, len(bias))
 
 
+def _linear(convolution: nn.Conv1d) -> tuple[Tensor, Tensor]:
+    weight = convolution.weight[..., 0].clone()
+    return weight, torch.zeros_like(weight[:, 0]) if convolution.bias is None else convolution.bias.clone()
+
+
 def _folded(convolution: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     """The weight `[out, in]` and bias of a 1x1 convolution followed by a BatchNorm in eval mode, folded in fp64."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("the BatchNorm keeps no running statistics: there is nothing to fold")
-    weight = convolution.weight[..., 0].double()
-    bias = torch.zeros_like(weight[:, 0]) if convolution.bias is None else convolution.bias.double()
+    weight, bias = (tensor.double() for tensor in _linear(convolution))
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     shift = torch.zeros_like(scale)
     if norm.affine:
@@ -59,11 +63,11 @@ def _parts(name: str, block: nn.Sequential) -> tuple[nn.Conv1d, nn.BatchNorm1d, 
     if len(block) == 4:
         first, norm, activation, last = block
         if isinstance(first, nn.Conv1d) and isinstance(norm, nn.BatchNorm1d) and isinstance(last, nn.Conv1d):
-            if isinstance(activation, nn.ReLU) and last.bias is not None:
+            if isinstance(activation, nn.ReLU):
                 if block.training or norm.training:
                     raise ValueError(f"{name} is in training mode: call eval() before folding")
                 return first, norm, last
-    raise ValueError(f"{name}: expected Conv1d, BatchNorm1d, ReLU, Conv1d with a bias, got {block}")
+    raise ValueError(f"{name}: expected Conv1d, BatchNorm1d, ReLU, Conv1d, got {block}")
 
 
 @torch.no_grad()
@@ -88,8 +92,8 @@ def fold_pointnet(first_conv: nn.Sequential, second_conv: nn.Sequential) -> Fold
     width = weight.shape[1] // 2
     return FoldedPointNet(
         first=_folded(first, first_norm),
-        lift=(lift.weight[..., 0].clone(), lift.bias.clone()),
+        lift=_linear(lift),
         shared=(weight[:, :width].contiguous(), bias),
         local=weight[:, width:].contiguous(),
-        last=(last.weight[..., 0].clone(), last.bias.clone()),
+        last=_linear(last),
     )
