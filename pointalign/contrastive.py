@@ -17,6 +17,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from pointalign.data.augment import augment
+from pointalign.evaluation.sentences import embed
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 TEMPERATURE = 0.05  # of the comparison with the nouns
@@ -30,21 +31,6 @@ class NamedClouds:
 
     clouds: Sequence[np.ndarray]
     names: Sequence[str]
-
-
-def embed_sentences(folder: Path, sentences: Sequence[str]) -> Tensor:
-    """Unit embeddings `[S, D]` of sentences: mean-pooled tokens of the encoder in `folder`."""
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    embeddings = []
-    with torch.inference_mode():
-        for start in range(0, len(sentences), 64):
-            batch = tokenizer(list(sentences[start : start + 64]), padding=True, truncation=True, return_tensors="pt")
-            tokens = encoder(**batch).last_hidden_state  # [S, T, D]
-            mask = batch["attention_mask"][..., None].to(tokens)
-            embeddings.append((tokens * mask).sum(dim=1) / mask.sum(dim=1))
-    return functional.normalize(torch.cat(embeddings).float(), dim=-1).clone()
 
 
 def warm_up(
@@ -63,7 +49,7 @@ def warm_up(
         The loss of every step, summed over both heads.
     """
     names = sorted(set(data.names))
-    sentences = embed_sentences(sentence_encoder, names).to(device)  # [S, D]
+    sentences = embed(sentence_encoder, names).to(device)  # [S, D]
     wanted = torch.tensor([names.index(name) for name in data.names], device=device)
     branch = model.model
     of_encoder = nn.Linear(2 * model.config.point_config.hidden_size, sentences.shape[1]).to(device)

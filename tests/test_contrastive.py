@@ -5,7 +5,8 @@ import torch
 from conftest import lively, tiny_model
 from torch.nn import functional
 
-from pointalign.contrastive import NamedClouds, embed_sentences, warm_up
+from pointalign.contrastive import NamedClouds, warm_up
+from pointalign.evaluation.sentences import embed
 
 SENTENCES = ["bench", "cactus", "a fire extinguisher", "forklift"]
 
@@ -27,7 +28,7 @@ def sentence_encoder(tmp_path_factory, tokenizer):
 def test_embeddings_are_unit_means_over_the_real_tokens(sentence_encoder, tokenizer):
     from transformers import AutoModel
 
-    together = embed_sentences(sentence_encoder, SENTENCES)
+    together = embed(sentence_encoder, SENTENCES)
     assert together.shape == (4, 16)
     encoder = AutoModel.from_pretrained(sentence_encoder).eval()
     for row, sentence in enumerate(SENTENCES):

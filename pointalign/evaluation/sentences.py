@@ -19,7 +19,7 @@ def pooling_of(folder: Path) -> str:
     return "pooler" if "simcse" in folder.name.lower() else "mean"
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: training compares with these
 def embed(folder: Path, sentences: Sequence[str], pooling: str | None = None) -> Tensor:
     """Unit embeddings `[S, D]` of sentences by the encoder in `folder`.
 
@@ -42,4 +42,4 @@ def embed(folder: Path, sentences: Sequence[str], pooling: str | None = None) ->
             embeddings.append(output.last_hidden_state[:, 0])
         else:
             embeddings.append((output.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1))
-    return functional.normalize(torch.cat(embeddings).float(), dim=-1).clone()
+    return functional.normalize(torch.cat(embeddings).float(), dim=-1)
