@@ -102,7 +102,7 @@ class DataOptions:
             `training.per_device_train_batch_size=1`, the batch of a step being one part's.
         types: conversation types to keep; all by default.
         up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z.
-        num_points: the most points kept of a cloud.
+        num_points: the most points kept of a cloud; by default what the point encoder is made for.
         max_length: the most tokens of a sample.
         augmentation: resample, turn, scale and jitter clouds.
         packing: lay the samples of a batch end to end in one row, in place of padding them to the longest.
@@ -119,7 +119,7 @@ class DataOptions:
     mixture: list[MixturePart] = field(default_factory=list)
     types: list[str] | None = None
     up_axis: str = "y"
-    num_points: int = 8192
+    num_points: int | None = None
     max_length: int = 512
     augmentation: bool = False
     packing: bool = False

@@ -23,6 +23,7 @@ from pointalign.models import (
     PointAlignProcessor,
     adapters,
 )
+from pointalign.models.configuration import PointBertConfig
 from pointalign.models.modeling import LOADING_PROBLEMS
 from pointalign.options import CHECKPOINTS, DataOptions, ModelOptions
 
@@ -75,8 +76,9 @@ def build(
         model.model.add_query_experts(options.query_experts, options.query_routing)
     set_trainable(model, [] if point_branch_only else options.train)
     point = model.config.point_config
+    most = data.num_points or getattr(point, "num_points", PointBertConfig.num_points)
     extractor = PointAlignFeatureExtractor(
-        num_points=data.num_points, min_points=max(point.num_groups, point.group_size), up_axis=data.up_axis
+        num_points=most, min_points=max(point.num_groups, point.group_size), up_axis=data.up_axis
     )
     processor = PointAlignProcessor(
         extractor,

@@ -262,6 +262,7 @@ def file_hash(path: Path) -> str:
 
 def warm_up(model: Any, processor: Any, options: "Options") -> None:
     from pointalign import assets, contrastive
+    from pointalign.data.captions import facts
     from pointalign.evaluation.naming import load_objects
 
     if options.data.annotations is not None:
@@ -269,12 +270,11 @@ def warm_up(model: Any, processor: Any, options: "Options") -> None:
             "training.contrastive_steps needs the names of the embedded objects: leave data.annotations out"
         )
     objects = load_objects(assets.furniture(), "train")
-    named = contrastive.NamedClouds(objects.clouds, objects.nouns)
     contrastive.warm_up(
         model,
         processor,
-        named,
-        assets.sentence_encoder(),
+        objects.clouds,
+        [facts(record) for record in objects.records],
         options.training.contrastive_steps,
         options.training.contrastive_batch_size,
         options.training.contrastive_learning_rate,

@@ -196,6 +196,16 @@ def shape(record: dict) -> str | None:
     return None
 
 
+def facts(record: dict) -> dict[str, str | None]:
+    """What a few words say of an object, by kind; None where it is not clear."""
+    return {
+        "noun": record["head_noun"],
+        "colour": main_colour(record),
+        "place": record["category"] if record["category"] in PLACES else None,
+        "longest side": longest_side(record),
+    }
+
+
 def _cm(value: float) -> str:
     step = 10 if value >= 100 else 5 if value >= 20 else 1
     return f"{round(value / step) * step} cm"
