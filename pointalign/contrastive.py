@@ -85,7 +85,6 @@ def warm_up(
     head = nn.Linear(2 * model.config.point_config.hidden_size, len(kinds) * embedding.shape[1])
     of_encoder = nn.Sequential(nn.Dropout(DROPOUT), head).to(device)
     encoder = [*branch.point_encoder.parameters(), *of_encoder.parameters()]
-    readers = [branch.point_mlp, branch.qformer, branch.modality_projector]
     qformer = [branch.query_tokens]
     for part in (branch.point_mlp, branch.qformer, branch.modality_projector):
         qformer += part.parameters()
