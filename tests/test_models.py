@@ -379,7 +379,6 @@ def test_the_base_model_has_its_auto_class(tmp_path):
     torch.testing.assert_close(base(input_ids=ids).last_hidden_state, decoder)
 
 
-@pytest.mark.xfail(strict=False, reason="transformers 5.23 renames `model.language_model.model.*` when a base loads it")
 def test_the_base_model_loads_from_the_whole(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)

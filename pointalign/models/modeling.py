@@ -124,6 +124,13 @@ class PointAlignModel(PointAlignPreTrainedModel):
                 part.eval()
         return self
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any) -> Any:
+        """Also from a folder of the whole model, whose names begin with `model.`."""
+        # Left to itself, transformers takes `model.language_model.model` for an old name and finds no language model.
+        kwargs["key_mapping"] = {r"^model\.": ""} | (kwargs.get("key_mapping") or {})
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
