@@ -17,8 +17,8 @@ train: assets
 test: setup
 	$(BIN)/python -m pytest tests -rs -q -n 2 --dist loadfile $(ARGS)
 
-test-long: setup
-	POINTALIGN_LONG_TESTS=1 POINTALIGN_FUZZ_CASES=5000 $(BIN)/python -m pytest tests/test_build.py tests/test_native.py -rs -q
+test-long: assets
+	POINTALIGN_LONG_TESTS=1 POINTALIGN_FUZZ_CASES=5000 $(BIN)/python -m pytest tests/test_build.py tests/test_native.py tests/test_resume_demo.py -rs -q
 
 check: setup
 	$(BIN)/ruff check .

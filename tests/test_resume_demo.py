@@ -1,0 +1,30 @@
+"""The demo itself, with the embedded model and objects: interrupted and resumed, it ends in the same bits."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pointalign import stages, train
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("POINTALIGN_LONG_TESTS"), reason="needs the embedded assets and minutes: make test-long"
+)
+
+
+def test_two_and_two_steps_are_four(tmp_path):
+    options = ["--data.evaluate", "none", "--training.max_steps", "4", "--training.save_steps", "2"]
+    options += ["--training.per_device_train_batch_size", "2", "--training.report_to", "none"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main(["demo", *options, "--training.output_dir", str(whole)]) == 0
+    assert train.main(["demo", *options, "--training.output_dir", str(parts)]) == 0
+    (parts / stages.STAGE_FILE).unlink()
+    resume = ["--training.resume_from_checkpoint", str(parts / "checkpoint-2")]
+    assert train.main(["demo", *options, "--training.output_dir", str(parts), *resume]) == 0
+    expected, resumed = load_file(whole / stages.STAGE_FILE), load_file(parts / stages.STAGE_FILE)
+    start = load_file(stages.find_stage("furniture-stage1"))
+    assert expected.keys() == resumed.keys()
+    assert any(not torch.equal(expected[name], start[name]) for name in expected), "nothing was trained"
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, resumed[name]), name
