@@ -1,7 +1,8 @@
 """From files and chat messages to tensors: the feature extractor for clouds and the processor for both.
 
 Which places of a text belong to clouds is tracked as `point_mask`, from the message to the model. A chat template
-only ever sees a marker that occurs nowhere in the user's own text, so a typed `<point>` stays plain text.
+only ever sees a marker that occurs nowhere in the user's own text, so a typed `<point>` stays plain text, and so does a
+typed control token such as `<|im_end|>`.
 """
 
 from collections.abc import Sequence
@@ -187,9 +188,8 @@ class PointAlignProcessor(ProcessorMixin):
         """Parts `(text, is_answer)` with `None` in the place of each cloud, and the clouds."""
         assert self.tokenizer is not None
         typed = "".join(_texts(messages))
-        marker = POINT_MARKER
-        while marker in typed:
-            marker = f"<{marker}>"
+        marker, seam = _unused(POINT_MARKER, typed), _unused("<seam>", typed)
+        controls = [token for token in self.tokenizer.all_special_tokens if token in typed]
         plain, clouds = [], []
         for message in messages:
             content = message["content"]
@@ -204,6 +204,8 @@ class PointAlignProcessor(ProcessorMixin):
                     else:
                         raise ValueError(f"content of type {item['type']!r}: this model reads 'text' and 'point'")
                 content = "".join(pieces)
+            for token in controls:  # tokenized in two pieces, it is none
+                content = content.replace(token, token[:1] + seam + token[1:])
             plain.append(message | {"content": content})
 
         def render(upto: int, prompt: bool) -> str:
@@ -226,7 +228,8 @@ class PointAlignProcessor(ProcessorMixin):
         parts.append((whole[done:], False))
         split: list[tuple[str | None, bool]] = []
         for text, is_answer in parts:
-            split += [(piece, is_answer) for piece in _split(text, marker)]
+            for piece in _split(text, marker):
+                split += [(one, is_answer) for one in ([None] if piece is None else piece.split(seam))]
         if sum(piece is None for piece, _ in split) != len(clouds):
             raise ValueError("the chat template dropped or repeated a point cloud")
         return split, clouds
@@ -325,6 +328,13 @@ def _texts(messages: list[dict]) -> list[str]:
         content = message["content"]
         found += [content] if isinstance(content, str) else [item["text"] for item in content if item["type"] == "text"]
     return found
+
+
+def _unused(marker: str, text: str) -> str:
+    """`marker`, bracketed until it does not occur in `text`."""
+    while marker in text:
+        marker = f"<{marker}>"
+    return marker
 
 
 def _split(text: str, marker: str) -> list[str | None]:
