@@ -167,6 +167,19 @@ def test_palette(rgb, name):
     assert captions.colour_shares(np.tile(rgb, (10, 1))) == {name: 1.0}
 
 
+def test_facts_leave_out_what_is_not_clear():
+    record = {"colors": {"red": 0.7, "blue": 0.28}, "head_noun": "box", "category": "kitchen"}
+    record |= {"width": 1.0, "height": 2.0, "depth": 0.5}
+    assert captions.facts(record) == {
+        "noun": "box",
+        "colour": "red",
+        "place": "kitchen",
+        "longest side": "height",
+    }
+    unclear = record | {"colors": {"red": 0.5, "blue": 0.45}, "category": "miscellaneous", "height": 1.0}
+    assert captions.facts(unclear) == {"noun": "box", "colour": None, "place": None, "longest side": None}
+
+
 def test_colour_shares_are_measured_and_a_near_tie_has_no_main_colour():
     rgb = np.array([[0.8, 0, 0]] * 70 + [[0, 0, 0.7]] * 28 + [[1, 1, 1]] * 2, dtype=float)
     assert captions.colour_shares(rgb) == {"red": 0.7, "blue": 0.28}
