@@ -7,6 +7,7 @@ is refused by any other: adapters on the wrong weights would answer garbage with
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,12 @@ def build(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load_model(folder, options, point_branch_only)
     # a language model without weights takes no adapters
-    add_adapters(model, replace(options, lora_rank=0) if point_branch_only else options)
+    asked = replace(options, lora_rank=0) if point_branch_only else options
     if options.checkpoint is not None:
-        load_stage(model, find_stage(options.checkpoint), point_branch_only)
+        stage = find_stage(options.checkpoint)
+        add_adapters(model, asked, adapted_parts(stage))
+        load_stage(model, stage, point_branch_only)
+    add_adapters(model, asked)  # new ones, on parts that no stage before adapted
     choose_experts(model, options)
     set_trainable(model, [] if point_branch_only else options.train)
     point = model.config.point_config
@@ -140,10 +144,14 @@ def is_converted(folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text()).get("model_type") == "pointalign"
 
 
-def add_adapters(model: PointAlignForConditionalGeneration, options: ModelOptions) -> None:
-    """Put the options' adapters on the parts that came without."""
-    present = model.config.adapters or {}
-    if options.lora_rank and "language_model" not in present:
+def add_adapters(
+    model: PointAlignForConditionalGeneration,
+    options: ModelOptions,
+    parts: Collection[str] = ("language_model", "qformer"),
+) -> None:
+    """Put the options' adapters on those of `parts` that came without."""
+    wanted = set(parts) - set(model.config.adapters or {})
+    if options.lora_rank and "language_model" in wanted:
         adapters.add(
             model,
             "language_model",
@@ -152,7 +160,7 @@ def add_adapters(model: PointAlignForConditionalGeneration, options: ModelOption
             lora_dropout=options.lora_dropout,
             target_modules=options.lora_targets,
         )
-    if options.qformer_lora_rank and "qformer" not in present:
+    if options.qformer_lora_rank and "qformer" in wanted:
         rank, dropout = options.qformer_lora_rank, published.QFORMER_DROPOUT
         targets = published.QFORMER_TARGETS
         adapters.add(model, "qformer", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets)
@@ -294,6 +302,21 @@ def find_stage(checkpoint: str) -> Path:
     )
 
 
+def _stage_contents(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """Header and shapes of a stage file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+
+
+def adapted_parts(path: Path) -> set[str]:
+    """The parts, `language_model` and `qformer`, whose adapters a stage file holds."""
+    names = [name for name in _stage_contents(path)[1] if ".lora_" in name]
+    return {part for part in ("language_model", "qformer") if any(f".{part}." in f".{name}" for name in names)}
+
+
 def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
     """The options that build a stage file's model again, to answer, from what its run left beside it.
 
@@ -317,13 +340,7 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
 
     Raises: ValueError: it belongs to another language model, to other adapters, or does not fit.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            names = set(file.keys())
-            experts = len(file.get_slice(EXPERTS)[:]) if EXPERTS in names else 0
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+    header, shapes = _stage_contents(path)
     own = None if point_branch_only else fingerprint(model.model.language_model)
     if (trained_with := header.get("language_model")) != own and not point_branch_only:
         raise ValueError(
@@ -338,9 +355,9 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
                 f"{path} was trained with lora_alpha={before} on the {part}, this model has {adapter['lora_alpha']}: "
                 f"its adapters would act at another strength"
             )
-    if experts:
+    if EXPERTS in shapes:
         if model.model.query_experts is None:
-            model.model.add_query_experts(experts)
+            model.model.add_query_experts(shapes[EXPERTS][0])
         if untold:
             model.model.route_queries(untold["query_routing"], untold["query_top_k"])
     expected, ignored = set(checkpointing.stage_state(model)), None
