@@ -94,6 +94,36 @@ def test_query_experts_train_under_every_routing(routing, files, tmp_path):
     assert (trained.routing, trained.top_k) == (routing, 2)
 
 
+def test_newer_annotations_load_by_flags(files, tmp_path, capsys):
+    """Of PointLLM-V2 and PointLLM-R: the schema of PointLLM with types and fields of their own, and long reasoning."""
+    objects = sorted({one["object_id"] for one in json.loads((CLOUDS / "annotations.json").read_text())})
+    reasoning = "<think>\nStep 1: four legs, a flat top.\n\nStep 2: no back, so no chair.\n</think>\nA stool."
+
+    def entry(object_id, text, **more):
+        turns = [{"from": "human", "value": "<point>\nWhat is this?"}, {"from": "gpt", "value": text}]
+        return {"object_id": object_id, "conversations": turns} | more
+
+    second = [entry(one, "A stool.", conversation_type="part_description", source="made") for one in objects]
+    second += [entry("6760e543e1d645d5aaacd3803bcae524", "Bad colours.", conversation_type="part_description")]
+    (tmp_path / "v2.json").write_text(json.dumps(second))
+    (tmp_path / "reasons.json").write_text(json.dumps([entry(one, reasoning, answer="A stool.") for one in objects]))
+    newer = ["--data.annotations", str(tmp_path / "v2.json"), "--data.clouds", str(CLOUDS)]
+    mixture = f"[{{batch_size: 2}}, {{annotations: {tmp_path / 'reasons.json'}, batch_size: 2}}]"
+    flags = [*newer, "--data.mixture", mixture]
+    run("stage3_instruct", files / "converted", tmp_path / "run", *flags)
+    assert capsys.readouterr().out.count(f"{len(objects)} objects checked") == 2
+    options = parse(["stage3_instruct", "--model.llm", str(files / "converted"), *flags])
+    _, processor = stages.build(options.model, options.data)
+    _, reasons = train.make_datasets(options)
+    batch = processor.apply_chat_template(reasons[0]["messages"], tokenize=True, return_labels=True)
+    supervised = batch["input_ids"][batch["labels"] != -100]
+    assert processor.tokenizer.decode(supervised) == f"{reasoning}###"
+    run("stage1_mlp", files / "converted", tmp_path / "all", *newer, "--data.types=null")
+    output = ["--training.output_dir", str(tmp_path / "none")]
+    assert train.main(["stage1_mlp", "--model.llm", str(files / "converted"), *newer, *SHORT, *output]) == 1
+    assert "no conversation of simple_description; the file holds part_description" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("recipe", ["align", "align_24gb"])
 def test_the_alignment_stage_in_four_bits(recipe, files, tmp_path, clouds):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
