@@ -34,7 +34,9 @@ def configure(found: Found, llm: Path | None, options: argparse.Namespace) -> An
         return width // options.head_size
 
     block, layer = f"{ENCODER}blocks.blocks.", f"{QFORMER}encoder.layer."
-    point = sizes(hidden_size=("model.point_mlp.0.weight", 1)) | sizes(
+    router = pieces.get("model.query_experts.router.0.weight")  # reads cls and the tokens' maximum side by side
+    point = {} if router is None else {"hidden_size": router.shape[1] // 2}
+    point |= sizes(hidden_size=("model.point_mlp.0.weight", 1)) | sizes(
         in_channels=(f"{ENCODER}encoder.first_conv.0.weight", 1),
         group_dim=(f"{ENCODER}encoder.first_conv.3.weight", 0),
         hidden_size=(f"{ENCODER}cls_token", -1),
@@ -45,15 +47,17 @@ def configure(found: Found, llm: Path | None, options: argparse.Namespace) -> An
     if layers := _count(pieces, block):
         point["num_hidden_layers"] = layers
     crossed = f"{layer}0.crossattention.attention.key"
-    qformer = sizes(
-        hidden_size=("model.query_tokens", -1), encoder_hidden_size=("model.point_mlp.2.weight", 0)
-    ) | sizes(
-        hidden_size=(f"{layer}0.attention.output.LayerNorm.weight", 0),
-        intermediate_size=(f"{layer}0.intermediate_query.dense.weight", 0),
-        encoder_hidden_size=(
-            f"{crossed}.weight" if f"{crossed}.weight" in pieces else f"{crossed}.lora_A.default.weight",
-            1,
-        ),
+    qformer = (
+        sizes(hidden_size=(f"{EXPERT}0", -1))
+        | sizes(hidden_size=("model.query_tokens", -1), encoder_hidden_size=("model.point_mlp.2.weight", 0))
+        | sizes(
+            hidden_size=(f"{layer}0.attention.output.LayerNorm.weight", 0),
+            intermediate_size=(f"{layer}0.intermediate_query.dense.weight", 0),
+            encoder_hidden_size=(
+                f"{crossed}.weight" if f"{crossed}.weight" in pieces else f"{crossed}.lora_A.default.weight",
+                1,
+            ),
+        )
     )
     if "hidden_size" in qformer:
         qformer["num_attention_heads"] = heads(qformer["hidden_size"], "model.query_tokens")
