@@ -8,7 +8,7 @@ import torch
 from conftest import CLOUDS, user
 from safetensors.torch import load_file
 
-from pointalign import convert, quantization, stages, train
+from pointalign import convert, evaluate, quantization, stages, train
 from pointalign.options import DataOptions, parse
 from pointalign.stages import load_for_inference
 
@@ -80,6 +80,17 @@ def test_every_stage_starts_from_the_one_before(files, tmp_path, clouds):
     with torch.no_grad():
         scores = [one.to("cpu")(**batch).logits for one in (model, exported)]
     assert (scores[0] - scores[1]).abs().mean() < 0.02 * scores[1].std()  # a stage file rounds to bfloat16
+
+
+def test_a_converted_folder_and_a_run_are_evaluated(files, tmp_path):
+    run("align", files / "converted", tmp_path / "run", "--alignment.layer=[2]", "--data.mixture", MIXTURE)
+    for model in (files / "converted", tmp_path / "run" / "stage.safetensors"):
+        output = tmp_path / model.name
+        asked = ["--task", "classification", "--prompts", "0", "--inputs", "true", "--limit", "2"]
+        asked += ["--data", str(CLOUDS / "annotations.json"), "--clouds", str(CLOUDS), "--sentence_models", "none"]
+        asked += ["--generation.max_new_tokens", "4", "--output", str(output)]
+        assert evaluate.main([str(model), *asked]) == 0
+        assert len(json.loads((output / "classification-prompt0.json").read_text())["results"]) == 2
 
 
 @pytest.mark.parametrize("routing", ["sparse", "soft", "constant"])
