@@ -312,9 +312,11 @@ def _stage_contents(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 
 def adapted_parts(path: Path) -> set[str]:
-    """The parts, `language_model` and `qformer`, whose adapters a stage file holds."""
-    names = [name for name in _stage_contents(path)[1] if ".lora_" in name]
-    return {part for part in ("language_model", "qformer") if any(f".{part}." in f".{name}" for name in names)}
+    """The parts, `language_model` and `qformer`, that a stage file was trained with adapters on."""
+    header, shapes = _stage_contents(path)
+    if "model" in header:
+        return set(json.loads(header["model"])["adapters"] or {})
+    return {name.split(".")[1] for name in shapes if ".lora_" in name}  # an early file
 
 
 def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
