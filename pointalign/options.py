@@ -37,8 +37,8 @@ class ModelOptions:
         dtype: of the language model's own weights; `auto` is bfloat16 where the hardware computes in it.
         lora_rank, lora_alpha, lora_dropout, lora_targets: adapters, as in peft.
         qformer_lora_rank: of adapters on the Q-Former, with twice the rank as alpha; 0 for none.
-        query_experts: sets of queries, which start as copies of the one; 0 keeps the one.
-        query_routing: of query experts: sparse, soft or constant.
+        query_experts: sets of queries, which start as copies of the one; 0 keeps what there is.
+        query_routing: of query experts: sparse, soft or constant; None for how they were trained, sparse if new.
         seed: of a point branch drawn at random.
         quantization: of the language model's own weights, `none` or `nf4` (4 bits, by bitsandbytes).
         dequantize_once: keep the numbers of the 4 bits, but in `dtype`: faster, where memory allows.
@@ -56,7 +56,7 @@ class ModelOptions:
     lora_targets: str | list[str] = "all-linear"
     qformer_lora_rank: int = 0
     query_experts: int = 0
-    query_routing: str = "sparse"
+    query_routing: str | None = None
     seed: int = 0
     quantization: str = "none"
     dequantize_once: bool = False
@@ -65,6 +65,8 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if self.quantization not in ("none", "nf4"):
             raise ValueError(f"model.quantization={self.quantization!r}: expected none or nf4")
+        if self.query_routing not in (None, "sparse", "soft", "constant"):
+            raise ValueError(f"model.query_routing={self.query_routing!r}: expected sparse, soft or constant")
         if self.dequantize_once and self.quantization == "none":
             raise ValueError("model.dequantize_once needs model.quantization=nf4")
         unknown = sorted(set(self.train) - set(PARTS))

@@ -7,6 +7,7 @@ is refused by any other: adapters on the wrong weights would answer garbage with
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,13 @@ def build(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load_model(folder, options, point_branch_only)
     # a language model without weights takes no adapters
-    add_adapters(model, replace(options, lora_rank=0) if point_branch_only else options)
-    if model.model.query_experts is None:
-        model.config.query_routing = options.query_routing  # of experts that a stage brings
+    asked = replace(options, lora_rank=0) if point_branch_only else options
     if options.checkpoint is not None:
-        load_stage(model, find_stage(options.checkpoint), point_branch_only)
-    if options.query_experts and model.model.query_experts is None:
-        model.model.add_query_experts(options.query_experts, options.query_routing)
+        stage = find_stage(options.checkpoint)
+        add_adapters(model, asked, adapted_parts(stage))
+        load_stage(model, stage, point_branch_only)
+    add_adapters(model, asked)  # new ones, on parts that no stage before adapted
+    choose_experts(model, options)
     set_trainable(model, [] if point_branch_only else options.train)
     point = model.config.point_config
     most = data.num_points or getattr(point, "num_points", PointBertConfig.num_points)
@@ -145,10 +146,14 @@ def is_converted(folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text()).get("model_type") == "pointalign"
 
 
-def add_adapters(model: PointAlignForConditionalGeneration, options: ModelOptions) -> None:
-    """Put the options' adapters on the parts that came without."""
-    present = model.config.adapters or {}
-    if options.lora_rank and "language_model" not in present:
+def add_adapters(
+    model: PointAlignForConditionalGeneration,
+    options: ModelOptions,
+    parts: Collection[str] = ("language_model", "qformer"),
+) -> None:
+    """Put the options' adapters on those of `parts` that came without."""
+    wanted = set(parts) - set(model.config.adapters or {})
+    if options.lora_rank and "language_model" in wanted:
         adapters.add(
             model,
             "language_model",
@@ -157,10 +162,27 @@ def add_adapters(model: PointAlignForConditionalGeneration, options: ModelOption
             lora_dropout=options.lora_dropout,
             target_modules=options.lora_targets,
         )
-    if options.qformer_lora_rank and "qformer" not in present:
+    if options.qformer_lora_rank and "qformer" in wanted:
         rank, dropout = options.qformer_lora_rank, published.QFORMER_DROPOUT
         targets = published.QFORMER_TARGETS
         adapters.add(model, "qformer", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets)
+
+
+def choose_experts(model: PointAlignForConditionalGeneration, options: ModelOptions) -> None:
+    """Add the options' query experts to a model without, and route among those it has as the options say.
+
+    Raises: ValueError: the model has another number of experts, or none to route among.
+    """
+    if options.query_experts and model.model.query_experts is None:
+        model.model.add_query_experts(options.query_experts)
+    if options.query_experts not in (0, model.config.num_query_experts):
+        raise ValueError(
+            f"model.query_experts={options.query_experts}: this model already has {model.config.num_query_experts}"
+        )
+    if options.query_routing is not None:
+        if model.model.query_experts is None:
+            raise ValueError(f"model.query_routing={options.query_routing}: this model has no query experts")
+        model.model.route_queries(options.query_routing, model.config.query_top_k)
 
 
 def set_trainable(model: PointAlignForConditionalGeneration, parts: list[str]) -> None:
@@ -221,14 +243,18 @@ def export(model: PointAlignForConditionalGeneration, processor: PointAlignProce
 
 
 def load_for_inference(model: str | Path) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
-    """A model to talk to: an exported folder, or a stage checkpoint put on the embedded language model."""
+    """A model to talk to: an exported folder, or a stage file put on the language model it was trained with.
+
+    Raises:
+        FileNotFoundError: neither is there, or the language model is gone.
+        ValueError: what is there does not fit together.
+    """
     folder = Path(model)
     if (folder / "config.json").exists():
         loaded = PointAlignForConditionalGeneration.from_pretrained(folder, dtype="auto")
         processor = PointAlignProcessor.from_pretrained(folder)
     else:
-        find_stage(str(model))
-        loaded, processor = build(ModelOptions(checkpoint=str(model)), DataOptions())
+        loaded, processor = build(*trained_options(find_stage(str(model))))
         merge_adapters(loaded)
     if torch.cuda.is_available():
         loaded.to("cuda")
@@ -250,13 +276,17 @@ def fingerprint(language_model: nn.Module) -> str:
 def save_stage(model: PointAlignForConditionalGeneration, path: Path, description: dict[str, Any]) -> None:
     """Write a stage file, matrices in bfloat16, and `description` beside it as JSON.
 
-    Vectors stay in fp32: a norm's weights are near 1, where bfloat16 would round away what training changed.
+    Vectors stay in fp32: a norm's weights are near 1, where bfloat16 would round away what training changed. Numbers
+    that no tensor tells, and that change what the tensors mean, go into the file's header.
     """
+    config = model.config
+    untold = {"adapters": config.adapters, "query_routing": config.query_routing, "query_top_k": config.query_top_k}
+    header = {"language_model": fingerprint(model.model.language_model), "model": json.dumps(untold)}
     state = {
         name: one.to(torch.bfloat16) if one.is_floating_point() and one.ndim > 1 else one
         for name, one in checkpointing.stage_state(model).items()
     }
-    checkpointing.write_tensors(path, state, {"language_model": fingerprint(model.model.language_model)})
+    checkpointing.write_tensors(path, state, header)
     checkpointing.write_json(path.with_suffix(".json"), description)
 
 
@@ -274,22 +304,66 @@ def find_stage(checkpoint: str) -> Path:
     )
 
 
-def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_branch_only: bool = False) -> None:
+def _stage_contents(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """Header and shapes of a stage file."""
     try:
         with safe_open(path, framework="pt") as file:
-            trained_with = (file.metadata() or {}).get("language_model")
-            names = set(file.keys())
-            experts = len(file.get_slice(EXPERTS)[:]) if EXPERTS in names else 0
+            return file.metadata() or {}, {name: file.get_slice(name).get_shape() for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+
+
+def adapted_parts(path: Path) -> set[str]:
+    """The parts, `language_model` and `qformer`, that a stage file was trained with adapters on."""
+    header, shapes = _stage_contents(path)
+    if "model" in header:
+        return set(json.loads(header["model"])["adapters"] or {})
+    return {name.split(".")[1] for name in shapes if ".lora_" in name}  # an early file
+
+
+def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
+    """The options that build a stage file's model again, to answer, from what its run left beside it.
+
+    Raises: ValueError: the JSON file beside it is missing or does not tell.
+    """
+    beside = path.with_suffix(".json")
+    described = json.loads(beside.read_text()) if beside.is_file() else {}
+    if "model" not in described:
+        raise ValueError(
+            f"{path}: expected {beside.name} beside it, which names the language model and the adapters that it was "
+            f"trained with"
+        )
+    names = ("llm", "preset", "dtype", "lora_rank", "lora_alpha", "lora_targets", "qformer_lora_rank")
+    model = {name: described["model"][name] for name in names if name in described["model"]}
+    data = {name: value for name, value in described.get("data", {}).items() if name in ("num_points", "up_axis")}
+    return ModelOptions(**model, checkpoint=str(path), train=[]), DataOptions(**data)
+
+
+def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_branch_only: bool = False) -> None:
+    """Load a stage file; with `point_branch_only` not what it holds of the language model.
+
+    Raises: ValueError: it belongs to another language model, to other adapters, or does not fit.
+    """
+    header, shapes = _stage_contents(path)
     own = None if point_branch_only else fingerprint(model.model.language_model)
-    if trained_with != own and not point_branch_only:
+    if (trained_with := header.get("language_model")) != own and not point_branch_only:
         raise ValueError(
             f"{path} was trained with the language model {trained_with}, this one is {own}: its adapters would only "
             f"disturb it"
         )
-    if experts and model.model.query_experts is None:
-        model.model.add_query_experts(experts, model.config.query_routing)
+    untold = json.loads(header.get("model", "{}"))  # early stage files have none
+    for part, adapter in (model.config.adapters or {}).items():
+        before = (untold.get("adapters") or {}).get(part, adapter)["lora_alpha"]
+        if before != adapter["lora_alpha"]:
+            raise ValueError(
+                f"{path} was trained with lora_alpha={before} on the {part}, this model has {adapter['lora_alpha']}: "
+                f"its adapters would act at another strength"
+            )
+    if EXPERTS in shapes:
+        if model.model.query_experts is None:
+            model.model.add_query_experts(shapes[EXPERTS][0])
+        if untold:
+            model.model.route_queries(untold["query_routing"], untold["query_top_k"])
     expected, ignored = set(checkpointing.stage_state(model)), None
     if point_branch_only:
         ignored = ".language_model."

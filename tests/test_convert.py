@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from itertools import combinations
 
 import made_published as made
 import pytest
@@ -49,6 +50,7 @@ def files(raw, tmp_path_factory):
     made.save_container(folder / "pointllm.pt", raw["encoder"] | {}, "state_dict", prefix="module.point_encoder.")
     made.save_container(folder / "stage3.pth", made.with_encoder_aliases(dict(raw["stage"]), raw["encoder"]))
     made.save_container(folder / "stage4.pth", made.with_encoder_aliases(dict(raw["experts"]), raw["encoder"]))
+    made.save_container(folder / "experts.pth", raw["experts"])
     made.save_container(folder / "pointalign.pth", raw["stage"] | raw["projector"])
     return folder
 
@@ -187,6 +189,25 @@ def test_each_option_alone(files, tmp_path, raw, capsys):
     parts += ["--checkpoint", str(tmp_path / "c" / "parts.safetensors")]
     assert main(["--llm", str(files / "phi"), *parts, "--output", str(tmp_path / "e"), *SIZES]) == 0
     check_numbers(tmp_path / "e", raw)
+
+
+def test_every_set_of_options_converts_or_says_which_is_missing(files, tmp_path, capsys, monkeypatch):
+    from pointalign import converted_folder, selftest
+
+    monkeypatch.setattr(converted_folder, "write", lambda *_: None)  # absent parts have the published sizes
+    monkeypatch.setattr(selftest, "run", lambda _: {})
+    given = {"--llm": "phi", "--qformer": "blip2.pth", "--point-encoder": "point_model.pth"}
+    given = [(flag, files / name) for flag, name in given.items()]
+    given += [("--checkpoint", files / "stage3.pth"), ("--checkpoint", files / "experts.pth")]
+    for count in range(1, 6):
+        for chosen in combinations(given, count):
+            flags = [str(one) for pair in chosen for one in pair]
+            status, error = main([*flags, "--output", str(tmp_path / "out"), *SIZES]), capsys.readouterr().err
+            names = [path.name for _, path in chosen]
+            if "phi" in names and "stage3.pth" in names and "blip2.pth" not in names:  # adapters of an absent Q-Former
+                assert status == 1 and ": --qformer gives it" in error, names
+            else:
+                assert status == 0, (names, error)
 
 
 class Hostile:

@@ -1,10 +1,13 @@
 """Put together, handed on, refused where it does not fit, merged and exported."""
 
 import json
+import re
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import lively, tiny_text_config, user
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -90,6 +93,31 @@ def test_a_later_stage_adds_experts_and_hands_them_on(folder, tmp_path):
     third, _ = build(folder, checkpoint=str(tmp_path / "b.safetensors"), seed=5)
     expected = second.model.query_experts.queries.to(torch.bfloat16).float()
     assert torch.equal(third.model.query_experts.queries, expected)
+
+
+def test_experts_stay_routed_as_they_were_trained(folder, tmp_path, clouds):
+    """How they are routed is in no tensor, and `sparse` after `soft` would be another model."""
+    start = tmp_path / "start.safetensors"
+    stages.save_stage(build(folder)[0], start, {})
+    soft, processor = build(folder, checkpoint=str(start), query_experts=3, query_routing="soft")
+    shaken(soft)
+    with torch.no_grad():
+        for one in checkpointing.stage_state(soft).values():
+            if one.ndim > 1:
+                one.copy_(one.to(torch.bfloat16))
+    path = tmp_path / "soft.safetensors"
+    stages.save_stage(soft, path, {})
+    later, _ = build(folder, checkpoint=str(path))
+    assert later.config.query_routing == "soft"
+    assert torch.equal(logits(later.eval(), processor, clouds), logits(soft, processor, clouds))
+    other, _ = build(folder, checkpoint=str(path), query_routing="constant")
+    assert not torch.allclose(logits(other.eval(), processor, clouds), logits(soft, processor, clouds))
+    with pytest.raises(ValueError, match="this model already has 3"):
+        build(folder, checkpoint=str(path), query_experts=8)
+    with pytest.raises(ValueError, match="this model has no query experts"):
+        build(folder, query_routing="soft")
+    with pytest.raises(ValueError, match="expected sparse, soft or constant"):
+        options(folder, query_routing="dense")
 
 
 def test_a_converted_folder_goes_on_training(tmp_path, tokenizer):
@@ -190,15 +218,55 @@ def test_other_adapters_are_refused(changes, folder, tmp_path):
         build(folder, checkpoint=str(tmp_path), **changes)
 
 
+@pytest.mark.parametrize("part", ["language_model", "qformer"])
+def test_another_strength_of_the_adapters_is_refused(part, folder, tmp_path):
+    """The tensors are the same for every alpha: only the file's header tells."""
+    trained = {"lora_alpha": 8, "qformer_lora_rank": 2}
+    model, _ = build(folder, **trained)
+    model.config.adapters[part] = model.config.adapters[part] | {"lora_alpha": 5}
+    stages.save_stage(model, tmp_path / stages.STAGE_FILE, {})
+    with pytest.raises(ValueError, match=f"trained with lora_alpha=5 on the {part}, this model has [84]: "):
+        build(folder, checkpoint=str(tmp_path), **trained)
+
+
+def test_a_stage_file_alone_answers_as_the_one_in_training(folder, tmp_path, clouds):
+    trained = options(folder, lora_alpha=3, lora_targets=["q_proj", "v_proj"], qformer_lora_rank=2)
+    data = DataOptions(num_points=256, up_axis="z")
+    model, processor = stages.build(trained, data)
+    shaken(model)
+    with torch.no_grad():
+        for one in checkpointing.stage_state(model).values():
+            if one.ndim > 1:
+                one.copy_(one.to(torch.bfloat16))
+    path = tmp_path / "run" / stages.STAGE_FILE
+    stages.save_stage(model, path, {"model": asdict(trained), "data": asdict(data)})
+    for name in (path, path.parent):
+        loaded, again = stages.load_for_inference(name)
+        assert not loaded.training and loaded.config.adapters is None
+        assert (again.feature_extractor.num_points, again.feature_extractor.up_axis) == (256, "z")
+        found, expected = (logits(one.to("cpu"), processor, clouds) for one in (loaded, model))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match=r"expected stage\.json beside it"):
+        stages.load_for_inference(path)
+
+
 def test_a_partial_or_truncated_stage_is_refused(folder, tmp_path):
     model, _ = build(folder)
     path = tmp_path / stages.STAGE_FILE
     stages.save_stage(model, path, {})
-    state = load_file(path)
-    del state["model.query_tokens"]
-    checkpointing.write_tensors(path, state, {"language_model": stages.fingerprint(model.model.language_model)})
-    with pytest.raises(ValueError, match=r"missing model\.query_tokens"):
-        build(folder, checkpoint=str(path))
+    whole = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    for lost in (
+        "model.query_tokens",
+        "model.language_model.model.layers.0.mlp.up_proj.lora_A.default.weight",
+        ".lora_",
+    ):
+        kept = {name: one for name, one in whole.items() if lost not in name}
+        checkpointing.write_tensors(path, kept, header)
+        with pytest.raises(ValueError, match=f"missing .*{re.escape(lost)}"):
+            build(folder, checkpoint=str(path))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         build(folder, checkpoint=str(path))

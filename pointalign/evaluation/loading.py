@@ -1,11 +1,10 @@
 """A model to evaluate, by any of the names a user has for it."""
 
 import hashlib
-import json
 from pathlib import Path
 
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
-from pointalign.options import CHECKPOINTS, DataOptions, ModelOptions
+from pointalign.options import CHECKPOINTS
 
 
 def load(
@@ -20,6 +19,7 @@ def load(
 
     Raises:
         FileNotFoundError: none of these.
+        ValueError: a stage file that does not say what it was trained with, or that does not fit.
     """
     import torch
 
@@ -33,11 +33,7 @@ def load(
         from pointalign import stages
 
         path = stages.find_stage(name)
-        trained = json.loads(path.with_suffix(".json").read_text())["model"]
-        needed = ("llm", "preset", "dtype", "lora_rank", "lora_alpha", "lora_targets")
-        later = ("qformer_lora_rank", "query_routing")  # older stage files have none
-        kept = {key: trained[key] for key in needed} | {key: trained[key] for key in later if key in trained}
-        model, processor = stages.build(ModelOptions(**kept, checkpoint=str(path), train=[]), DataOptions())
+        model, processor = stages.build(*stages.trained_options(path))
         stages.merge_adapters(model)
         digest = file_hash(path)
     if up_axis is not None:

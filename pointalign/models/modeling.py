@@ -108,8 +108,14 @@ class PointAlignModel(PointAlignPreTrainedModel):
         with self.query_tokens.device:
             self.query_experts = QueryExperts(self.query_tokens, num_experts, width, routing, top_k)
         self.query_tokens = None
-        config = self.config
-        config.num_query_experts, config.query_routing, config.query_top_k = num_experts, routing, top_k
+        self.config.num_query_experts = num_experts
+        self.route_queries(routing, top_k)
+
+    def route_queries(self, routing: str, top_k: int) -> None:
+        """Weigh the query experts in another way, see `QueryExperts`."""
+        assert self.query_experts is not None
+        self.query_experts.routing, self.query_experts.top_k = routing, top_k
+        self.config.query_routing, self.config.query_top_k = routing, top_k
 
     @property
     def point_branch(self) -> list[nn.Module]:

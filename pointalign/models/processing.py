@@ -20,8 +20,13 @@ POINT_MARKER = "<point>"
 
 END_MARK = "###"  # of an answer in the published layout
 
-# For language models without a chat template, the layout of the published training runs: every question opens with BOS
-# and stands in [INST] brackets, an answer follows without a space and ends in ###.
+# For language models without a chat template, the layout that the published weights were trained with: every question
+# opens with BOS and stands in [INST] brackets, an answer follows without a space and ends in ###. Of the two spaces one
+# ends the question, the other belongs to the bracket.
+# Source: the released code of MiniGPT-3D and PointAlign. All stages set `chat_template: True`, which puts the question
+# of a sample with one turn into brackets too, not those of dialogues alone. MiniGPT-3D's evaluation asks in another
+# layout than it trained (`<s>` spelled out, which is no mark of Phi-2's, in place of BOS, and a second [INST] after the
+# cloud); here a model is asked as it was trained.
 PLAIN_CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}{{ m['content'] }}"
@@ -90,6 +95,8 @@ class PointAlignProcessor(ProcessorMixin):
         num_query_tokens: Q, places in the text per cloud.
         point_token_id: the id written into those places.
         point_prefix, point_suffix: text around every cloud.
+        chat_template: by default the tokenizer's own; without one, the layout of the published training runs:
+            `BOS [INST] <PC>...</PC> question  [/INST]answer###`, and so on for every turn.
     """
 
     def __init__(
