@@ -60,7 +60,7 @@ def test_the_processor_fits_the_model(folder):
     assert processor.num_query_tokens == model.config.num_query_tokens == 32
     assert processor.feature_extractor.min_points == 64 and processor.feature_extractor.num_points == 256
     _, other = stages.build(options(folder), DataOptions(up_axis="z"))
-    assert (other.feature_extractor.up_axis, other.feature_extractor.num_points) == ("z", 8192)
+    assert (other.feature_extractor.up_axis, other.feature_extractor.num_points) == ("z", 1024)  # the mini encoder's
 
 
 QFORMER_ADAPTED = (".lora_", "attention.output.LayerNorm.weight", "output_query.LayerNorm.weight")
