@@ -65,4 +65,4 @@ def test_a_malformed_recipe_is_named(text, named, tmp_path, capsys):
 
 
 def test_defaults_are_valid_alone():
-    assert ModelOptions().train == ["lora"] and DataOptions().num_points == 8192
+    assert ModelOptions().train == ["lora"] and DataOptions().num_points is None
