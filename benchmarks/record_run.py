@@ -1,7 +1,8 @@
-"""Keep what a demo run showed: `python benchmarks/record_run.py RUN [--alignment-check FOLDER]`.
+"""Keep what a run showed: `python benchmarks/record_run.py RUN [--alignment-check FOLDER]`, or `RUN --ship`.
 
-Copies a run's accuracy, answers and loss curves into benchmarks/results/, with what it ran under, and draws a gallery
-of held-out objects with the model's answers. Objects are drawn at random from different families, not chosen.
+A run of `scratch` becomes the shipped stage-1 checkpoint by `--ship`. Of a demo run, accuracy, answers and loss curves go
+to benchmarks/results/, with what it ran under, and a gallery is drawn of held-out objects with the model's answers;
+they are drawn at random from different families, not chosen.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+SHIPPED = Path(__file__).parents[1] / "pointalign" / "checkpoints" / "furniture-stage1.safetensors"
 
 
 def draw_cloud(axis: plt.Axes, cloud: np.ndarray, azimuth: float = 0.6, elevation: float = 0.35) -> None:
@@ -59,9 +61,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--alignment-check", type=Path, help="folder that pointalign.alignment_check wrote")
+    parser.add_argument("--ship", action="store_true", help="make it the shipped stage-1 checkpoint")
     options = parser.parse_args()
     accuracy = json.loads((options.run / "accuracy.json").read_text())
     described = json.loads((options.run / "stage.json").read_text())
+    if options.ship:
+        shutil.copy(options.run / "stage.safetensors", SHIPPED)
+        told = {"command": "python -m pointalign.train scratch", **described, "metrics": accuracy["accuracy"]}
+        SHIPPED.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+        return
     (RESULTS / "demo.json").write_text(json.dumps({"run": described, **accuracy}, indent=1) + "\n")
     shutil.copy(options.run / "answers.md", RESULTS / "demo_answers.md")
     shutil.copy(options.run / "loss.png", RESULTS / "demo_loss.png")
