@@ -1,7 +1,7 @@
 """Keep what a run showed: `python benchmarks/record_run.py RUN [--alignment-check FOLDER]`, or `RUN --ship`.
 
-A run of `scratch` becomes the shipped stage-1 checkpoint by `--ship`. Of a demo run, accuracy, answers and loss curves go
-to benchmarks/results/, with what it ran under, and a gallery is drawn of held-out objects with the model's answers;
+A run of `scratch` becomes the shipped stage-1 checkpoint by `--ship`. Of a demo run, accuracy, answers and loss curves
+go to benchmarks/results/, with what it ran under, and a gallery is drawn of held-out objects with the model's answers;
 they are drawn at random from different families, not chosen.
 """
 
