@@ -19,7 +19,7 @@ from provenance import ROOT, device_name, provenance
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pointalign import fused
+from pointalign import fused, fused_adapters
 from pointalign.models.attention import varlen_attention
 from pointalign_kernels import alignment_loss, fused_available
 
@@ -91,7 +91,7 @@ def _lora(count: int) -> tuple[list[Tensor], Function, dict[str, Function]]:
         pairs = zip(weights, adapters[:count], adapters[count:], strict=True)
         return torch.cat([x @ w.to(x).mT + 0.5 * ((x @ a.mT) @ b.mT) for w, a, b in pairs], dim=1)
 
-    class Group(fused.AdapterGroup):
+    class Group(fused_adapters.AdapterGroup):
         def __init__(self, dtype: torch.dtype):
             self.bases, self.ranks, self.scales, self.stacked = [], [RANK] * count, [0.5] * count, False
             for weight in weights:
@@ -100,7 +100,7 @@ def _lora(count: int) -> tuple[list[Tensor], Function, dict[str, Function]]:
                 self.bases.append(base)
 
     def lean(x: Tensor, *adapters: Tensor) -> Tensor:
-        return torch.cat(fused.LoraProducts.apply(x, Group(x.dtype), x.dtype, 0.0, *adapters), dim=1)  # type: ignore[arg-type]
+        return torch.cat(fused_adapters.LoraProducts.apply(x, Group(x.dtype), x.dtype, 0.0, *adapters), dim=1)  # type: ignore[arg-type]
 
     return [seeded(ROWS, WIDTH, seed=30), *down, *up], plain, {"fused": lean}
 

@@ -6,14 +6,15 @@ from conftest import tiny_model, tiny_text_config
 from torch import nn
 from torch.nn import functional
 
-from pointalign import fused, quantization, stages
+from pointalign import fused, fused_adapters, quantization, stages
 from pointalign.options import ModelOptions
 
 
-def adapted(architecture, dropout=0.0, rank=4, model=None):
+def adapted(architecture, dropout=0.0, rank=4, model=None, targets="all-linear"):
     """A tiny model with adapters whose two halves are both random: peft's own start has gradients in one half only."""
     model = model or tiny_model(architecture)
-    stages.add_adapters(model, ModelOptions(lora_rank=rank, lora_alpha=8, lora_dropout=dropout))
+    options = ModelOptions(lora_rank=rank, lora_alpha=8, lora_dropout=dropout, lora_targets=targets)
+    stages.add_adapters(model, options)
     stages.set_trainable(model, ["lora"])
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -72,6 +73,14 @@ def test_each_part_alone(part):
         expected = step(model)
         with fused.applied(model, ["lora", "merged"] if part == "merged" else [part]):
             assert_equal(step(model), expected, 1e-5)
+
+
+def test_adapters_on_some_layers_merge_too():
+    model = adapted("phi", targets=["q_proj", "k_proj", "v_proj", "dense"])
+    expected = step(model)
+    with fused.applied(model) as used:
+        assert (used["lora"], used["merged"]) == (16, 4)  # q, k, v of every block; dense by itself
+        assert_equal(step(model), expected, 1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["phi", "llama"])
@@ -153,12 +162,12 @@ def test_dropout_drops_for_every_adapter_by_itself():
 def test_products_by_finite_differences():
     model = adapted("llama").double()
     block = model.model.language_model.get_decoder().layers[0]
-    group = fused.AdapterGroup([block.mlp.gate_proj, block.mlp.up_proj])
+    group = fused_adapters.AdapterGroup([block.mlp.gate_proj, block.mlp.up_proj])
     x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
     adapters = [layer.lora_A["default"].weight for layer in group.modules]
     adapters += [layer.lora_B["default"].weight for layer in group.modules]
     assert torch.autograd.gradcheck(
-        lambda x, *given: fused.LoraProducts.apply(x, group, torch.float64, 0.0, *given),
+        lambda x, *given: fused_adapters.LoraProducts.apply(x, group, torch.float64, 0.0, *given),
         (x, *adapters),
         atol=1e-6,
         fast_mode=True,
