@@ -100,7 +100,7 @@ def _lora(count: int) -> tuple[list[Tensor], Function, dict[str, Function]]:
                 self.bases.append(base)
 
     def lean(x: Tensor, *adapters: Tensor) -> Tensor:
-        return torch.cat(fused_adapters.LoraProducts.apply(x, Group(x.dtype), x.dtype, 0.0, *adapters), dim=1)  # type: ignore[arg-type]
+        return torch.cat(fused_adapters.LoraProducts.apply(x, Group(x.dtype), x.dtype, 0.0, None, *adapters), dim=1)  # type: ignore[arg-type]
 
     return [seeded(ROWS, WIDTH, seed=30), *down, *up], plain, {"fused": lean}
 

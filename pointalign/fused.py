@@ -4,6 +4,8 @@ Every part computes what the plain modules compute and can be switched by itself
 
     lora            adapters without casts to fp32, without intermediate sums; keeps only inputs and rank-r products
     merged          layers that read one input share products: q, k, v (and fc1 in Phi's parallel block), gate and up
+    residual        dense and fc2 of Phi's parallel block add onto the residual inside their products; stock Phi only,
+                    and where its residual dropout is 0 (Phi-2 comes with 0.1)
     gelu            tanh-GELU as one operator where transformers composes it
     swiglu          silu(gate) * up keeps its two inputs only
     norms           layer and RMS norms in the compute dtype, not fp32; RMS norms by liger-kernel on CUDA, if installed
@@ -22,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pointalign.fused_adapters import adapter_groups
+from pointalign.fused_adapters import adapter_groups, parallel_blocks
 
-PARTS = ("lora", "merged", "gelu", "swiglu", "norms", "cross_entropy")
+PARTS = ("lora", "merged", "residual", "gelu", "swiglu", "norms", "cross_entropy")
 ROWS_AT_ONCE = 1024  # of logits in fp32
 
 
@@ -36,19 +38,25 @@ def applied(model: Any, parts: Sequence[str] = PARTS) -> Iterator[dict[str, int]
         how many modules each part took over; 0 says that the model has nothing of the kind.
 
     Raises:
-        ValueError: an unknown part, or `merged` without `lora`.
+        ValueError: an unknown part, or `merged` or `residual` without `lora`.
     """
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise ValueError(f"fused_parts: unknown part {unknown[0]!r}, expected of {', '.join(PARTS)}")
-    if "merged" in parts and "lora" not in parts:
-        raise ValueError("fused_parts: merged products are those of lora, name both")
+    for part in ("merged", "residual"):
+        if part in parts and "lora" not in parts:
+            raise ValueError(f"fused_parts: {part} products are those of lora, name both")
     language_model = model.model.language_model
     groups = adapter_groups(language_model, "merged" in parts and not sharded()) if "lora" in parts else []
     changes: list[tuple[nn.Module, str, Callable]] = [
         (module, "forward", partial(group, index)) for group in groups for index, module in enumerate(group.modules)
     ]
     counts = {"lora": len(changes), "merged": sum(len(group.modules) > 1 for group in groups)}
+    blocks = parallel_blocks(language_model, groups) if "residual" in parts else []
+    counts["residual"] = len(blocks)
+    for one in blocks:  # after those of lora, in whose place these stand
+        changes += [(group.modules[0], "forward", partial(one.output, index)) for index, group in enumerate(one.groups)]
+        changes.append((one.block, "forward", one))
     for part, find in (("gelu", _gelus), ("swiglu", _swiglus), ("norms", _norms)):
         found = list(find(language_model)) if part in parts else []
         counts[part] = len(found)
@@ -63,7 +71,7 @@ def applied(model: Any, parts: Sequence[str] = PARTS) -> Iterator[dict[str, int]
         yield {part: counts[part] for part in parts}
     finally:
         for module, name, _ in changes:
-            del module.__dict__[name]
+            module.__dict__.pop(name, None)
         for group in groups:
             group.unstack()
 

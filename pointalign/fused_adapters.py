@@ -23,12 +23,21 @@ SAME_INPUT = {
 class LoraProducts(torch.autograd.Function):
     """`y_i = x W_i^T + b_i + s_i (dropout(x) A_i^T) B_i^T` for layers i that read the same x; W and b are frozen.
 
+    Of one layer alone the product can add to `onto [..., out]`, which then stands in place of b: see `ParallelBlock`.
     Keeps x, the rank-r products and, with dropout, masks of one byte an element. Gradients with respect to x accumulate
     in place, one product after another.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: "AdapterGroup", dtype: torch.dtype, dropout: float, *adapters: Tensor):
+    def forward(
+        ctx,
+        x: Tensor,
+        group: "AdapterGroup",
+        dtype: torch.dtype,
+        dropout: float,
+        onto: Tensor | None,
+        *adapters: Tensor,
+    ):
         count = len(group.bases)
         a, b = ([one.to(dtype) for one in half] for half in (adapters[:count], adapters[count:]))
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -40,7 +49,9 @@ class LoraProducts(torch.autograd.Function):
         else:
             low = rows @ torch.cat(a).mT
         outputs = []
-        for y, down, up, scale in zip(group.products(rows), low.split(group.ranks, 1), b, group.scales, strict=True):
+        for y, down, up, scale in zip(
+            group.products(rows, onto), low.split(group.ranks, 1), b, group.scales, strict=True
+        ):
             outputs.append(y.addmm_(down, up.mT, alpha=scale).view(*x.shape[:-1], -1))
         ctx.group, ctx.dtype, ctx.dropout, ctx.shape, ctx.x_dtype = group, dtype, dropout, x.shape, x.dtype
         ctx.save_for_backward(rows, low, *masks, *adapters)
@@ -81,7 +92,7 @@ class LoraProducts(torch.autograd.Function):
                 dx.addmm_(torch.cat(dlow, dim=1), torch.cat(a))
             dx = dx.view(ctx.shape).to(ctx.x_dtype)
         given = [one.to(adapter.dtype) for one, adapter in zip([*da, *db], adapters, strict=True)]
-        return dx, None, None, None, *given
+        return dx, None, None, None, gradients[0] if ctx.needs_input_grad[4] else None, *given
 
 
 class AdapterGroup:
@@ -113,7 +124,7 @@ class AdapterGroup:
             self._input = None
         return output
 
-    def run(self, x: Tensor) -> tuple[Tensor, ...]:
+    def run(self, x: Tensor, onto: Tensor | None = None) -> tuple[Tensor, ...]:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         drop = self.modules[0].lora_dropout["default"]
@@ -121,10 +132,13 @@ class AdapterGroup:
         adapters = [module.lora_A["default"].weight for module in self.modules]
         adapters += [module.lora_B["default"].weight for module in self.modules]
         with torch.autocast(kind, enabled=False):
-            return LoraProducts.apply(x, self, dtype, dropout, *adapters)  # type: ignore[return-value]
+            return LoraProducts.apply(x, self, dtype, dropout, onto, *adapters)  # type: ignore[return-value]
 
-    def products(self, rows: Tensor) -> list[Tensor]:
+    def products(self, rows: Tensor, onto: Tensor | None = None) -> list[Tensor]:
         """`x W_i^T + b_i` of every layer: one product where the weights lie side by side, else one each."""
+        if onto is not None:
+            (base,) = self.bases
+            return [torch.addmm(onto.reshape(len(rows), -1), rows, full_weight(base).to(rows.dtype).mT)]
         if len(self.bases) > 1 and not any(is_4bit(base) for base in self.bases):
             first = self.stack()
             weight = first.as_strided((sum(base.out_features for base in self.bases), first.shape[1]), first.stride())
@@ -159,6 +173,63 @@ class AdapterGroup:
             for base in self.bases:
                 base.weight.data = base.weight.data.clone()
             self.stacked = False
+
+
+class ParallelBlock:
+    """A block of stock Phi whose two output layers add onto the residual: `x + b + dense(attention) + fc2(mlp)`.
+
+    Each product accumulates onto what is there (a matrix product adds to its output for free), so nothing is summed
+    afterwards and nothing more is kept: part of `--fused` by default. A single product would need both inputs side by
+    side, `hidden_size + intermediate_size` wide, and copying them moves more bytes than the sums that it saves. Not
+    where residual dropout is on, which draws a mask for either output, nor in the published variant, whose attention
+    output passes a norm.
+
+    Args:
+        block: the decoder block.
+        dense, fc2: groups of its two output layers alone.
+    """
+
+    def __init__(self, block: Any, dense: AdapterGroup, fc2: AdapterGroup):
+        self.block, self.groups = block, (dense, fc2)
+        self.deferred = False
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """In place of an output layer's forward: its input, while the block runs, which makes the product itself."""
+        return x if self.deferred else self.groups[index](0, x)
+
+    def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        block, kind = self.block, hidden_states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+        layers = [group.modules[0] for group in self.groups]
+        off = any(layer.disable_adapters or layer.merged for layer in layers)
+        dropped = block.resid_dropout.training and block.resid_dropout.p > 0
+        if off or dropped or hidden_states.dtype != dtype:
+            return type(block).forward(block, hidden_states, **kwargs)
+        dense, fc2 = self.groups
+        biases = [layer.get_base_layer().bias for layer in layers]
+        self.deferred = True
+        try:
+            normed = block.input_layernorm(hidden_states)
+            attended, _ = block.self_attn(hidden_states=normed, **kwargs)
+            (total,) = dense.run(attended, hidden_states + (biases[0] + biases[1]).to(dtype))
+            (total,) = fc2.run(block.mlp(normed), total)
+        finally:
+            self.deferred = False
+        return total
+
+
+def parallel_blocks(language_model: nn.Module, groups: Sequence[AdapterGroup]) -> list[ParallelBlock]:
+    """Blocks of stock Phi without residual dropout, `dense` and `fc2` of which are layers of `groups`."""
+    from transformers.models.phi.modeling_phi import PhiAttention, PhiDecoderLayer
+
+    alone = {id(group.modules[0]): group for group in groups if len(group.modules) == 1}
+    found = []
+    for block in language_model.get_decoder().layers:  # type: ignore[operator,union-attr]
+        if type(block) is PhiDecoderLayer and type(block.self_attn) is PhiAttention and not block.resid_dropout.p:
+            dense, fc2 = (alone.get(id(one)) for one in (block.self_attn.dense, block.mlp.fc2))
+            if dense is not None and fc2 is not None:
+                found.append(ParallelBlock(block, dense, fc2))
+    return found
 
 
 def adapter_groups(language_model: nn.Module, merge: bool) -> list[AdapterGroup]:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from pointalign import fused, fused_adapters, quantization, stages
+from pointalign.models import PointAlignForConditionalGeneration
 from pointalign.options import ModelOptions
 
 
@@ -45,9 +46,9 @@ def assert_equal(found, expected, tolerance):
 
 
 USED = {
-    "phi": {"lora": 24, "merged": 4, "gelu": 4, "swiglu": 0, "norms": 5, "cross_entropy": 1},
-    "llama": {"lora": 28, "merged": 8, "gelu": 0, "swiglu": 4, "norms": 9, "cross_entropy": 1},
-    "qwen3": {"lora": 28, "merged": 8, "gelu": 0, "swiglu": 4, "norms": 17, "cross_entropy": 1},
+    "phi": {"lora": 24, "merged": 4, "residual": 4, "gelu": 4, "swiglu": 0, "norms": 5, "cross_entropy": 1},
+    "llama": {"lora": 28, "merged": 8, "residual": 0, "gelu": 0, "swiglu": 4, "norms": 9, "cross_entropy": 1},
+    "qwen3": {"lora": 28, "merged": 8, "residual": 0, "gelu": 0, "swiglu": 4, "norms": 17, "cross_entropy": 1},
 }
 
 
@@ -71,7 +72,7 @@ def test_each_part_alone(part):
     for architecture in ("phi", "llama"):
         model = adapted(architecture)
         expected = step(model)
-        with fused.applied(model, ["lora", "merged"] if part == "merged" else [part]):
+        with fused.applied(model, ["lora", part] if part in ("merged", "residual") else [part]):
             assert_equal(step(model), expected, 1e-5)
 
 
@@ -105,6 +106,59 @@ def test_mixed_precision_is_as_exact_as_the_plain_way(architecture):
     assert sum(ours.values()) <= 1.2 * sum(theirs.values())
 
 
+def test_outputs_of_the_parallel_block_add_onto_the_residual(monkeypatch):
+    """Every block runs that way, with the dropout of the adapters drawn in the same order."""
+    model = adapted("phi", dropout=0.5)
+
+    def drawn():
+        torch.manual_seed(3)
+        return step(model)
+
+    with fused.applied(model, ["lora"]):
+        expected = drawn()
+    onto, run = [], fused_adapters.AdapterGroup.run
+
+    def seen(self, x, residual=None):
+        onto.append(residual is not None)
+        return run(self, x, residual)
+
+    monkeypatch.setattr(fused_adapters.AdapterGroup, "run", seen)
+    with fused.applied(model, ["lora", "residual"]) as used:
+        assert used["residual"] == 4
+        assert_equal(drawn(), expected, 1e-5)
+        assert sum(onto) == 8 and len(onto) == 24
+        model.eval()
+        calm = model(input_ids=torch.arange(9)[None]).logits
+    torch.testing.assert_close(model(input_ids=torch.arange(9)[None]).logits, calm)
+
+
+def test_outputs_stay_apart_under_residual_dropout_and_behind_a_norm():
+    from pointalign.models import PointAlignPhiConfig, PointAlignPhiForCausalLM
+
+    model = adapted("phi")
+    blocks = model.get_decoder().layers
+    for block in blocks:
+        block.resid_dropout.p = 0.5
+    with fused.applied(model) as used:
+        assert used["residual"] == 0
+    blocks[0].resid_dropout.p = 0.0
+    with fused.applied(model) as used:
+        assert used["residual"] == 1
+        blocks[0].resid_dropout.p = 0.5  # switched on later: two masks, as without the part
+        torch.manual_seed(0)
+        found = step(model)
+    torch.manual_seed(0)
+    assert_equal(found, step(model), 1e-5)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = PointAlignPhiConfig(**sizes, vocab_size=259, bos_token_id=None, eos_token_id=256)
+    text = PointAlignPhiForCausalLM(config)
+    model = adapted("phi", model=PointAlignForConditionalGeneration.from_language_model(text, "mini"))
+    expected = step(model)
+    with fused.applied(model) as used:
+        assert (used["lora"], used["merged"], used["residual"]) == (8, 2, 0)
+        assert_equal(step(model), expected, 1e-5)
+
+
 def test_checkpointing_under_the_fused_parts():
     model = adapted("phi")
     expected = step(model)
@@ -115,8 +169,6 @@ def test_checkpointing_under_the_fused_parts():
 
 def test_4_bits_under_the_fused_parts():
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    from pointalign.models import PointAlignForConditionalGeneration
-
     config = tiny_text_config("llama")
     config.hidden_size, config.intermediate_size = 64, 128
     text = quantization.random_language_model(config, "nf4", torch.float32, torch.device("cpu"))
@@ -167,7 +219,7 @@ def test_products_by_finite_differences():
     adapters = [layer.lora_A["default"].weight for layer in group.modules]
     adapters += [layer.lora_B["default"].weight for layer in group.modules]
     assert torch.autograd.gradcheck(
-        lambda x, *given: fused_adapters.LoraProducts.apply(x, group, torch.float64, 0.0, *given),
+        lambda x, *given: fused_adapters.LoraProducts.apply(x, group, torch.float64, 0.0, None, *given),
         (x, *adapters),
         atol=1e-6,
         fast_mode=True,
@@ -215,8 +267,9 @@ def test_refusals():
     model = adapted("llama")
     with pytest.raises(ValueError, match="unknown part 'rope'"), fused.applied(model, ["rope"]):
         pass
-    with pytest.raises(ValueError, match="name both"), fused.applied(model, ["merged"]):
-        pass
+    for part in ("merged", "residual"):
+        with pytest.raises(ValueError, match=f"{part} products are those of lora"), fused.applied(model, [part]):
+            pass
 
 
 def test_layers_that_train_are_left_alone():

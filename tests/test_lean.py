@@ -59,7 +59,7 @@ def test_packed_and_fused_runs_equal_the_plain_one(run, capsys):
     assert "memory of a training step" in capsys.readouterr().out
     assert_same(run("packed", "--data.packing", "true"), plain)
     assert_same(run("fused", "--data.packing", "true", "--fused"), plain)
-    assert "fused: lora (24), merged (4), gelu (4)" in capsys.readouterr().out
+    assert "fused: lora (24), merged (4), residual (4), gelu (4)" in capsys.readouterr().out
     assert_same(run("parts", "--fused", "--fused_parts", "[gelu,norms]"), plain)
     assert "fused: gelu (4), norms (5)\n" in capsys.readouterr().out
     assert_same(run("checkpointed", "--fused", "--training.gradient_checkpointing", "true"), plain)
