@@ -8,16 +8,23 @@ Every part computes what the plain modules compute and can be switched by itself
                     and where its residual dropout is 0 (Phi-2 comes with 0.1)
     gelu            tanh-GELU as one operator where transformers composes it
     swiglu          silu(gate) * up keeps its two inputs only
-    norms           layer and RMS norms in the compute dtype, not fp32; RMS norms by liger-kernel on CUDA, if installed
-    cross_entropy   head and cross-entropy over supervised rows as one operator: no logits are kept
+    norms           frozen layer and RMS norms in the compute dtype, not fp32; RMS norms by liger-kernel's kernel (a
+                    layer norm of PyTorch is one launch each way already)
+    rotary          rotary embedding by liger-kernel's kernel, which transformers composes of many
+    cross_entropy   head and cross-entropy over supervised rows as one operator: no logits are kept; by liger-kernel's
+                    kernel, else by the one below. PyTorch's `linear_cross_entropy` sums in the compute dtype: not used
+
+liger-kernel's kernels run on CUDA where the package is installed, PyTorch's operators elsewhere.
 
 Frozen weights are required and everything is undone on leaving: parameters, names and checkpoints stay the same.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,7 +33,8 @@ from torch.nn import functional
 
 from pointalign.fused_adapters import adapter_groups, parallel_blocks
 
-PARTS = ("lora", "merged", "residual", "gelu", "swiglu", "norms", "cross_entropy")
+PARTS = ("lora", "merged", "residual", "gelu", "swiglu", "norms", "rotary", "cross_entropy")
+ROTARY = "apply_rotary_pos_emb"
 ROWS_AT_ONCE = 1024  # of logits in fp32
 
 
@@ -48,30 +56,41 @@ def applied(model: Any, parts: Sequence[str] = PARTS) -> Iterator[dict[str, int]
             raise ValueError(f"fused_parts: {part} products are those of lora, name both")
     language_model = model.model.language_model
     groups = adapter_groups(language_model, "merged" in parts and not sharded()) if "lora" in parts else []
-    changes: list[tuple[nn.Module, str, Callable]] = [
-        (module, "forward", partial(group, index)) for group in groups for index, module in enumerate(group.modules)
-    ]
+    # What stands in for an attribute of a module (before what its class has) or of a Python module; the last one counts
+    changes: dict[tuple[Any, str], Callable] = {
+        (module, "forward"): partial(group, index) for group in groups for index, module in enumerate(group.modules)
+    }
     counts = {"lora": len(changes), "merged": sum(len(group.modules) > 1 for group in groups)}
     blocks = parallel_blocks(language_model, groups) if "residual" in parts else []
     counts["residual"] = len(blocks)
-    for one in blocks:  # after those of lora, in whose place these stand
-        changes += [(group.modules[0], "forward", partial(one.output, index)) for index, group in enumerate(one.groups)]
-        changes.append((one.block, "forward", one))
-    for part, find in (("gelu", _gelus), ("swiglu", _swiglus), ("norms", _norms)):
-        found = list(find(language_model)) if part in parts else []
+    for one in blocks:
+        changes[one.block, "forward"] = one
+        for index, group in enumerate(one.groups):
+            changes[group.modules[0], "forward"] = partial(one.output, index)
+    for part, find, name in (
+        ("gelu", _gelus, "forward"),
+        ("swiglu", _swiglus, "forward"),
+        ("norms", _norms, "forward"),
+        ("rotary", _rotary, ROTARY),
+    ):
+        found = {(module, name): function for module, function in find(language_model)} if part in parts else {}
         counts[part] = len(found)
-        changes += [(module, "forward", function) for module, function in found]
-    head = model.get_output_embeddings()
+        changes |= found
+    head, loss = model.get_output_embeddings(), (model, "supervised_cross_entropy")
     if "cross_entropy" in parts and not any(p.requires_grad for p in head.parameters()):
-        changes.append((model, "supervised_cross_entropy", partial(head_cross_entropy, head)))
-    counts["cross_entropy"] = int(changes[-1:] != [] and changes[-1][0] is model)
-    for module, name, function in changes:
-        module.__dict__[name] = function  # before the class's own method; nn.Module calls self.forward
+        changes[loss] = partial(head_cross_entropy, head)
+    counts["cross_entropy"] = int(loss in changes)
+    before = {(module, name): vars(module).get(name) for module, name in changes}
+    for (module, name), function in changes.items():
+        vars(module)[name] = function
     try:
         yield {part: counts[part] for part in parts}
     finally:
-        for module, name, _ in changes:
-            module.__dict__.pop(name, None)
+        for (module, name), own in before.items():
+            if own is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = own
         for group in groups:
             group.unstack()
 
@@ -133,19 +152,66 @@ def _norms(language_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
     for module in language_model.modules():
         if any(one.requires_grad for one in module.parameters(recurse=False)):
             continue  # rounded, its steps would be lost
-        if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+        if type(module) is nn.LayerNorm and module.elementwise_affine:  # not those that keep what a stage trained
             yield module, partial(layer_norm, module)
         elif type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
             yield module, partial(rms_norm, module)
 
 
-def liger_rms_norm() -> Callable | None:
-    """liger-kernel's RMS norm, `(x, weight, epsilon, offset, casting mode, in place)`, if it is installed."""
+def _rotary(language_model: nn.Module) -> Iterator[tuple[Any, Callable]]:
+    """The Python module of the attention layers, whose function of this name they call."""
+    liger = liger_rotary()
+    blocks = language_model.get_decoder().layers  # type: ignore[operator,union-attr]
+    home = sys.modules[type(blocks[0].self_attn).__module__]
+    plain = getattr(home, ROTARY, None)
+    if liger is None or plain is None:
+        return
+
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not q.is_cuda or kwargs or not q.dtype == k.dtype == cos.dtype:
+            return plain(q, k, cos, sin, **kwargs)
+        return liger(q, k, cos, sin)
+
+    yield home, rotary
+
+
+# -- liger-kernel ------------------------------------------------------------------------------------------------------
+
+
+def _liger(name: str, function: str) -> Callable | None:
     try:
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # type: ignore[import-not-found]
+        return getattr(import_module(f"liger_kernel.ops.{name}"), function).apply
     except ImportError:
         return None
-    return LigerRMSNormFunction.apply
+
+
+def liger_rms_norm() -> Callable | None:
+    """`(x, weight, epsilon, offset, casting mode, in place)`, if liger-kernel is installed."""
+    return _liger("rms_norm", "LigerRMSNormFunction")
+
+
+def liger_rotary() -> Callable | None:
+    """`(q, k, cos, sin)` with q, k `[B, heads, T, D]` and cos, sin `[B or 1, T, D]`; it may write over q and k."""
+    return _liger("rope", "LigerRopeFunction")
+
+
+def liger_cross_entropy() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None:
+    """`(rows [R, H], weight [V, H], targets [R], bias [V])` to the fp32 sum, if liger-kernel is installed.
+
+    As many rows at a time as logits may exist for: by default it takes R H / V, and every piece reads the whole head.
+    """
+    apply = _liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
+    if apply is None:
+        return None
+
+    def cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+        whole = -(-weight.shape[0] // weight.shape[1])  # a piece then holds R rows
+        # class weights, ignored label, square of the normaliser, smoothing, reduction; the rest as it is by default
+        options = (None, -100, 0.0, 0.0, "sum", None, False, None, False, False, False, None, None, whole)
+        pieces = zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
+        return torch.stack([apply(part, weight, target, bias, *options)[0] for part, target in pieces]).sum()
+
+    return cross_entropy
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------
@@ -186,4 +252,6 @@ def head_cross_entropy(head: nn.Linear, rows: Tensor, targets: Tensor) -> Tensor
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
     with torch.autocast(kind, enabled=False):
         bias = None if head.bias is None else head.bias.to(dtype)
+        if rows.is_cuda and len(rows) and (liger := liger_cross_entropy()) is not None:
+            return liger(rows.to(dtype), head.weight.to(dtype), targets, bias)
         return LinearCrossEntropy.apply(rows.to(dtype), head.weight.to(dtype), bias, targets)  # type: ignore[return-value]

@@ -5,9 +5,11 @@ import torch
 from conftest import tiny_model, tiny_text_config
 from torch import nn
 from torch.nn import functional
+from transformers.models.llama import modeling_llama
+from transformers.models.phi import modeling_phi
 
 from pointalign import fused, fused_adapters, quantization, stages
-from pointalign.models import PointAlignForConditionalGeneration
+from pointalign.models import PointAlignForConditionalGeneration, PointAlignPhiConfig, PointAlignPhiForCausalLM
 from pointalign.options import ModelOptions
 
 
@@ -22,6 +24,13 @@ def adapted(architecture, dropout=0.0, rank=4, model=None, targets="all-linear")
         if ".lora_" in name:
             parameter.data.normal_(std=0.2, generator=generator)
     return model.train()
+
+
+def published_phi():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = PointAlignPhiConfig(**sizes, vocab_size=259, bos_token_id=None, eos_token_id=256)
+    torch.manual_seed(0)
+    return PointAlignForConditionalGeneration.from_language_model(PointAlignPhiForCausalLM(config), "mini")
 
 
 def step(model, dtype=None, **inputs):
@@ -46,9 +55,36 @@ def assert_equal(found, expected, tolerance):
 
 
 USED = {
-    "phi": {"lora": 24, "merged": 4, "residual": 4, "gelu": 4, "swiglu": 0, "norms": 5, "cross_entropy": 1},
-    "llama": {"lora": 28, "merged": 8, "residual": 0, "gelu": 0, "swiglu": 4, "norms": 9, "cross_entropy": 1},
-    "qwen3": {"lora": 28, "merged": 8, "residual": 0, "gelu": 0, "swiglu": 4, "norms": 17, "cross_entropy": 1},
+    "phi": {
+        "lora": 24,
+        "merged": 4,
+        "residual": 4,
+        "gelu": 4,
+        "swiglu": 0,
+        "norms": 5,
+        "rotary": 0,
+        "cross_entropy": 1,
+    },
+    "llama": {
+        "lora": 28,
+        "merged": 8,
+        "residual": 0,
+        "gelu": 0,
+        "swiglu": 4,
+        "norms": 9,
+        "rotary": 0,
+        "cross_entropy": 1,
+    },
+    "qwen3": {
+        "lora": 28,
+        "merged": 8,
+        "residual": 0,
+        "gelu": 0,
+        "swiglu": 4,
+        "norms": 17,
+        "rotary": 0,
+        "cross_entropy": 1,
+    },
 }
 
 
@@ -133,8 +169,6 @@ def test_outputs_of_the_parallel_block_add_onto_the_residual(monkeypatch):
 
 
 def test_outputs_stay_apart_under_residual_dropout_and_behind_a_norm():
-    from pointalign.models import PointAlignPhiConfig, PointAlignPhiForCausalLM
-
     model = adapted("phi")
     blocks = model.get_decoder().layers
     for block in blocks:
@@ -149,10 +183,7 @@ def test_outputs_stay_apart_under_residual_dropout_and_behind_a_norm():
         found = step(model)
     torch.manual_seed(0)
     assert_equal(found, step(model), 1e-5)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = PointAlignPhiConfig(**sizes, vocab_size=259, bos_token_id=None, eos_token_id=256)
-    text = PointAlignPhiForCausalLM(config)
-    model = adapted("phi", model=PointAlignForConditionalGeneration.from_language_model(text, "mini"))
+    model = adapted("phi", model=published_phi())
     expected = step(model)
     with fused.applied(model) as used:
         assert (used["lora"], used["merged"], used["residual"]) == (8, 2, 0)
@@ -282,33 +313,114 @@ def test_layers_that_train_are_left_alone():
         assert_equal(step(model), expected, 1e-5)
 
 
-def test_liger_takes_over_on_cuda_only(monkeypatch):
+def test_trained_norms_that_are_frozen_keep_every_bit():
+    """The published Phi's norms train in fp32: bf16 would round away what a stage taught them."""
+    model = published_phi()
+    text = model.model.language_model
+    for name, parameter in text.named_parameters():
+        parameter.data = parameter.data.float() if "layernorm" in name else parameter.data.bfloat16()
+        if "layernorm.weight" in name:
+            parameter.data += 1e-3  # 1.001 is 1 in bf16
+    model = adapted("phi", model=model)
+    expected = step(model, torch.bfloat16)
+    with fused.applied(model, ["norms"]) as used:
+        assert used["norms"] == 0
+        assert_equal(step(model, torch.bfloat16), expected, 1e-7)
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it lies on a GPU, to see what is chosen there."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """A stand-in for liger-kernel by its signatures (0.8.5), computing in PyTorch; returns the calls it saw."""
     import sys
     import types
 
     calls = []
 
-    class Function:
-        @staticmethod
-        def apply(x, weight, epsilon, offset, mode, in_place):
-            calls.append((epsilon, offset, mode, in_place))
-            return x
+    def stand_in(name, function, forward):
+        def apply(*arguments):
+            calls.append((name, *arguments))
+            return forward(*arguments)
 
-    module = types.ModuleType("liger_kernel.ops.rms_norm")
-    module.LigerRMSNormFunction = Function
+        module = types.ModuleType(f"liger_kernel.ops.{name}")
+        setattr(module, function, types.SimpleNamespace(apply=apply))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
     for name in ("liger_kernel", "liger_kernel.ops"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", module)
+    stand_in(
+        "rms_norm",
+        "LigerRMSNormFunction",
+        lambda x, weight, epsilon, *_: functional.rms_norm(x, weight.shape, weight, epsilon),
+    )
+    stand_in("rope", "LigerRopeFunction", modeling_phi.apply_rotary_pos_emb)
 
-    class OnCuda(torch.Tensor):
-        is_cuda = True
+    def cross_entropy(rows, weight, targets, bias, *options):
+        assert len(options) == 14 and options[4] == "sum"
+        loss = functional.cross_entropy(functional.linear(rows, weight, bias), targets, reduction="sum")
+        return loss, None, None, None
+
+    stand_in("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction", cross_entropy)
+    return calls
+
+
+def test_liger_takes_over_on_cuda_only(liger, monkeypatch):
+    import sys
 
     model = adapted("llama")
     norm = model.model.language_model.get_decoder().norm
-    with fused.applied(model, ["norms"]):
-        norm(torch.randn(1, 2, 32))
-        assert not calls
+    plain = modeling_llama.apply_rotary_pos_emb
+    expected = step(model)
+    with fused.applied(model) as used:
+        assert used["rotary"] == 1
+        assert_equal(step(model), expected, 1e-5)  # on a CPU, by PyTorch
+        assert not liger
         norm(torch.randn(1, 2, 32).as_subclass(OnCuda))
-    assert calls == [(norm.variance_epsilon, 0.0, "llama", False)]
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
-    assert fused.liger_rms_norm() is None
+        q, k = (torch.randn(1, heads, 5, 8).as_subclass(OnCuda) for heads in (4, 2))
+        cos = torch.randn(1, 5, 8)
+        found = modeling_llama.apply_rotary_pos_emb(q, k, cos, cos)
+        for one, other in zip(found, plain(q, k, cos, cos), strict=True):
+            assert torch.equal(one, other)
+        for refused in ({"cos": cos.double()}, {"unsqueeze_dim": 1}):
+            modeling_llama.apply_rotary_pos_emb(q, k, **({"cos": cos, "sin": cos} | refused))
+        fused.head_cross_entropy(
+            model.get_output_embeddings(), torch.randn(3, 32).as_subclass(OnCuda), torch.tensor([1, 2, 3])
+        )
+    assert [call[0] for call in liger] == ["rms_norm", "rope", "fused_linear_cross_entropy"]
+    assert liger[0][3:] == (norm.variance_epsilon, 0.0, "llama", False)
+    assert modeling_llama.apply_rotary_pos_emb is plain
+    for name in ("rms_norm", "rope", "fused_linear_cross_entropy"):
+        monkeypatch.setitem(sys.modules, f"liger_kernel.ops.{name}", None)
+    assert fused.liger_rms_norm() is fused.liger_rotary() is fused.liger_cross_entropy() is None
+    with fused.applied(model) as used:
+        assert used["rotary"] == 0
+        assert modeling_llama.apply_rotary_pos_emb is plain
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_liger_cross_entropy_keeps_labels_normalisation_and_bias(liger, monkeypatch, bias):
+    """Through the model: ignored labels, the token count of the global batch, Phi's head with its bias, in pieces."""
+    model = adapted("phi")
+    head = model.get_output_embeddings()
+    head.bias = nn.Parameter(torch.randn(259), requires_grad=False) if bias else None
+    monkeypatch.setattr(fused, "ROWS_AT_ONCE", 7)
+    for tokens in ({}, {"num_items_in_batch": torch.tensor(77)}):
+        expected = step(model, **tokens)
+        with fused.applied(model, ["cross_entropy"]), monkeypatch.context() as patch:
+            patch.setattr(model, "supervised_cross_entropy", on_cuda(model.supervised_cross_entropy))
+            assert_equal(step(model, **tokens), expected, 1e-5)
+    assert {call[0] for call in liger} == {"fused_linear_cross_entropy"}
+    assert [len(call[1]) for call in liger[:6]] == [7, 7, 7, 7, 7, 5]  # 40 labels of 60: the rest never reach it
+    assert all((call[3] != -100).all() and (call[4] is not None) == bias for call in liger)
+    assert liger[0][-1] * 32 >= 259  # a piece is not split again
+    empty = torch.randn(0, 32, requires_grad=True).as_subclass(OnCuda)
+    assert fused.head_cross_entropy(head, empty, torch.zeros(0, dtype=torch.long)) == 0
+
+
+def on_cuda(function):
+    return lambda rows, targets: function(rows.as_subclass(OnCuda), targets).as_subclass(torch.Tensor)
