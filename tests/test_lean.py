@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLOUDS, tiny_text_config
+from safetensors.torch import load_file
 from test_train import TINY
 from transformers import AutoModelForCausalLM
 
 from pointalign import feature_cache, memory, train
-from pointalign.models import configuration
+from pointalign.models import (
+    PointAlignFeatureExtractor,
+    PointAlignForConditionalGeneration,
+    PointAlignPhiConfig,
+    PointAlignPhiForCausalLM,
+    PointAlignProcessor,
+    configuration,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +134,47 @@ def test_impossible_options_are_named(run, tmp_path, capsys):
     ]:
         assert train.main([run.recipe, *folder, *options]) == 1
         assert named in capsys.readouterr().err
+
+
+def test_the_recipe_for_24_gb_trains_the_published_phi(tmp_path, tokenizer, capsys):
+    """`align_24gb` itself on a small converted folder: 4 bits, adapters and norms, packed, with and without --fused."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = PointAlignPhiConfig(**sizes, vocab_size=259, bos_token_id=None, eos_token_id=256)
+    model = PointAlignForConditionalGeneration.from_language_model(PointAlignPhiForCausalLM(config), "mini")
+    extractor = PointAlignFeatureExtractor(num_points=256, min_points=64)
+    converted = tmp_path / "converted"
+    model.save_pretrained(converted)
+    PointAlignProcessor(extractor, tokenizer, model.config.num_query_tokens).save_pretrained(converted)
+    options = {
+        "model.llm": converted,
+        "model.lora_dropout": 0.0,
+        "model.dtype": "float32",
+        "data.annotations": CLOUDS / "annotations.json",
+        "data.clouds": CLOUDS,
+        "data.num_points": 256,
+        "alignment.layer": "[2]",
+        "training.max_steps": 2,
+        "training.logging_steps": 2,
+        "training.warmup_steps": 1,
+        "training.memory_limit_gb": "null",
+        "training.use_cpu": "true",
+        "training.save_strategy": "no",
+        "training.dataloader_num_workers": 0,
+        "training.report_to": "none",
+        "training.learning_rate": 1e-2,
+        "training.warmup_learning_rate": 1e-2,
+    }
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    logs = {}
+    for name, extra in {"plain": [], "fused": ["--fused"]}.items():
+        folder = tmp_path / name
+        assert train.main(["align_24gb", *arguments, "--training.output_dir", str(folder), *extra]) == 0
+        logs[name] = json.loads((folder / "stage.json").read_text())["last_log"]
+    assert_same(logs["fused"], logs["plain"])
+    assert "fused: lora (8), merged (0), residual (0), gelu (4), swiglu (0), norms (0)" in capsys.readouterr().out
+    state = load_file(tmp_path / "fused" / "stage.safetensors")
+    before = model.state_dict()
+    norms = [name for name in state if ".language_model." in name and name.endswith("layernorm.weight")]
+    assert len(norms) == 4 * 4 + 1 and all(not torch.equal(state[name], before[name]) for name in norms)
