@@ -40,6 +40,7 @@ class Row(NamedTuple):
         groups: micro-batches of samples of like length.
         online: encode the clouds in every step; else Q-Former features as the cache gives them.
         full_logits: head and loss over all places, as transformers does it.
+        targets: layers with adapters.
         kbit: norms, embeddings and head in fp32, as peft's prepare_model_for_kbit_training leaves them.
         note: what a row does less than the others, if it does.
     """
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     dequantize_once: bool = False
     parts: tuple[str, ...] = ()
     alignment: str = "reference"
+    targets: str | tuple[str, ...] = "all-linear"
     compiled: bool = False
     half: torch.dtype = torch.bfloat16
     note: str = ""
@@ -90,6 +92,11 @@ ROWS = [
     B3._replace(name="c: b3, torch.compile", compiled=True),
     *[D1, D2, D3, D4, D5, D6, D7, D8, D9, D10, D11],
     E,
+    E._replace(
+        name="e2: e, LoRA where the paper has it",
+        targets=("q_proj", "k_proj", "v_proj", "dense"),
+        note="no adapters on fc1 and fc2",
+    ),
 ]
 
 
@@ -181,7 +188,9 @@ def build(row: Row, config: Any, rank: int) -> AlignedModel:
         quantization.dequantize(text)
     torch.manual_seed(0)
     model = PointAlignForConditionalGeneration.from_language_model(text, "minigpt3d-phi2" if CUDA else "mini")
-    stages.add_adapters(model, ModelOptions(lora_rank=rank, lora_alpha=16, lora_dropout=0.05))
+    targets = row.targets if isinstance(row.targets, str) else list(row.targets)
+    options = ModelOptions(lora_rank=rank, lora_alpha=16, lora_dropout=0.05, lora_targets=targets)
+    stages.add_adapters(model, options)
     stages.set_trainable(model, ["lora"])
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -277,9 +286,9 @@ _truth: dict[tuple, tuple[float, float]] = {}
 
 def truth(row: Row, config: Any, rank: int, batch: dict[str, Tensor]) -> tuple[float, float]:
     """Loss and gradient norm of the plain modules on the same inputs and weights: padded, nothing fused."""
-    key = (config.hidden_size, len(batch["input_ids"]), row.quantization, row.online)
+    key = (config.hidden_size, len(batch["input_ids"]), row.quantization, row.online, row.targets)
     if key not in _truth:
-        plain = Row("truth", checkpointing=True, kbit=False, quantization=row.quantization, online=row.online)
+        plain = Row("truth", kbit=False, quantization=row.quantization, online=row.online, targets=row.targets)
         with prepared(plain, config, rank) as (aligned, loss):
             _truth[key] = measured_loss(aligned, loss, batch)
     return _truth[key]

@@ -66,8 +66,8 @@ def _measured(result: dict[str, Any]) -> str:
     sizes = ", ".join(f"{question}+{answer}" for question, answer in rows[0]["lengths"])
     title = (
         f"{where['device']}; torch {where['torch']}, commit {where['commit']}, {where['date']}. Shape {shape}, LoRA "
-        f"r = {rows[0]['rank']} on all linear layers, dropout 0.05, {samples:g} samples a step, question + answer tokens "
-        f"{sizes}."
+        f"r = {rows[0]['rank']} on all linear layers but in e2, dropout 0.05, {samples:g} samples a step, question + "
+        f"answer tokens {sizes}."
     )
     if shape == "small":
         title += " A small shape on a CPU shows that every row runs and agrees, not how fast a GPU is."

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_train import TINY
 from transformers import AutoModelForCausalLM
 
-from pointalign import feature_cache, memory, train
+from pointalign import feature_cache, memory, stages, train
 from pointalign.models import (
     PointAlignFeatureExtractor,
     PointAlignForConditionalGeneration,
@@ -19,6 +19,7 @@ from pointalign.models import (
     PointAlignProcessor,
     configuration,
 )
+from pointalign.options import ModelOptions
 
 
 @pytest.fixture(autouse=True)
@@ -137,19 +138,23 @@ def test_impossible_options_are_named(run, tmp_path, capsys):
 
 
 def test_the_recipe_for_24_gb_trains_the_published_phi(tmp_path, tokenizer, capsys):
-    """`align_24gb` itself on a small converted folder: 4 bits, adapters and norms, packed, with and without --fused."""
+    """`align_24gb` itself on a small converted folder: 4 bits, adapters and norms; --fused, and dequantised once."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     torch.manual_seed(0)
     config = PointAlignPhiConfig(**sizes, vocab_size=259, bos_token_id=None, eos_token_id=256)
     model = PointAlignForConditionalGeneration.from_language_model(PointAlignPhiForCausalLM(config), "mini")
+    adapters = {"lora_rank": 4, "lora_dropout": 0.0, "lora_targets": ["query_key_value", "dense"]}
+    stages.add_adapters(model, ModelOptions(**adapters))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data.normal_(std=0.2)
     extractor = PointAlignFeatureExtractor(num_points=256, min_points=64)
     converted = tmp_path / "converted"
     model.save_pretrained(converted)
     PointAlignProcessor(extractor, tokenizer, model.config.num_query_tokens).save_pretrained(converted)
     options = {
         "model.llm": converted,
-        "model.lora_dropout": 0.0,
         "model.dtype": "float32",
         "data.annotations": CLOUDS / "annotations.json",
         "data.clouds": CLOUDS,
@@ -168,11 +173,13 @@ def test_the_recipe_for_24_gb_trains_the_published_phi(tmp_path, tokenizer, caps
     }
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     logs = {}
-    for name, extra in {"plain": [], "fused": ["--fused"]}.items():
+    once = ["--fused", "--model.dequantize_once", "true"]
+    for name, extra in {"plain": [], "fused": ["--fused"], "once": once}.items():
         folder = tmp_path / name
         assert train.main(["align_24gb", *arguments, "--training.output_dir", str(folder), *extra]) == 0
         logs[name] = json.loads((folder / "stage.json").read_text())["last_log"]
     assert_same(logs["fused"], logs["plain"])
+    assert_same(logs["once"], logs["plain"])
     assert "fused: lora (8), merged (0), residual (0), gelu (4), swiglu (0), norms (0)" in capsys.readouterr().out
     state = load_file(tmp_path / "fused" / "stage.safetensors")
     before = model.state_dict()
