@@ -44,16 +44,18 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def _measured(result: dict[str, Any]) -> str:
     rows = result["rows"]
     baseline = next((row for row in rows if row["name"].startswith("b:") and row["seconds"]), None)
-    lines = []
+    lines, said = [], ""
     for row in rows:
+        name = row["name"] + (f" ({row['note']})" if row["note"] not in ("", said) else "")
+        said = row["note"]  # of what a row does less than those above, once
         if not row["seconds"]:
-            lines.append([row["name"], *["out of memory"] * 5])
+            lines.append([name, *["out of memory"] * 5])
             continue
         gain = f"{row['samples_per_second'] / baseline['samples_per_second']:.2f} x" if baseline else ""
         peak = f"{row['peak_gb']:.1f}" if row["peak_gb"] else "not measured"
         lines.append(
             [
-                row["name"],
+                name,
                 f"{row['samples_per_second']:.1f}",
                 gain,
                 f"{row['supervised_tokens_per_second']:.0f}",
