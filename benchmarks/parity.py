@@ -19,7 +19,7 @@ from provenance import ROOT, device_name, provenance
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pointalign import fused
+from pointalign import fused, fused_adapters
 from pointalign.models.attention import varlen_attention
 from pointalign_kernels import alignment_loss, fused_available
 
@@ -58,9 +58,11 @@ def cases() -> dict[str, tuple[list[Tensor], Function, dict[str, Function]]]:
             ),
             {"fused": lambda x: functional.layer_norm(x, (WIDTH,), weight.to(x), bias.to(x))},
         ),
-        "RMS norm": ([x], partial(_rms_norm, weight), {"fused": partial(_lean_rms_norm, weight)} | _liger(weight)),
+        "RMS norm": ([x], partial(_rms_norm, weight), {"fused": partial(_lean_rms_norm, weight)} | _liger_norm(weight)),
+        "rotary embedding": _rotary(),
         "LoRA linear": _lora(1),
         "LoRA linear, three merged": _lora(3),
+        "LoRA linear onto a residual": _lora_onto(),
         "attention, packed": _attention(),
         "head + cross-entropy": _cross_entropy(),
         "alignment loss": _alignment(),
@@ -75,11 +77,34 @@ def _lean_rms_norm(weight: Tensor, x: Tensor) -> Tensor:
     return functional.rms_norm(x, weight.shape, weight.to(x), 1e-6)
 
 
-def _liger(weight: Tensor) -> dict[str, Function]:
+def _liger_norm(weight: Tensor) -> dict[str, Function]:
     function = fused.liger_rms_norm()
     if function is None or DEVICE.type != "cuda":
         return {}
     return {"liger-kernel": lambda x: function(x, weight.to(x), 1e-6, 0.0, "llama", False)}
+
+
+def _rotary() -> tuple[list[Tensor], Function, dict[str, Function]]:
+    """Of q and k, laid side by side; a part of each head turns, as in Phi."""
+    heads, groups, width, turning = 4, 2, 32, 12
+    angles = seeded(1, ROWS, turning // 2).repeat(1, 1, 2)
+
+    def plain(both: Tensor) -> Tensor:
+        def turn(x: Tensor) -> Tensor:
+            half = torch.cat((-x[..., turning // 2 :], x[..., : turning // 2]), dim=-1)
+            return x * angles.cos().to(x) + half * angles.sin().to(x)
+
+        return torch.cat((turn(both[..., :turning]), both[..., turning:]), dim=-1)
+
+    def by_liger(both: Tensor) -> Tensor:
+        q, k = both.split((heads, groups), dim=1)
+        liger = fused.liger_rotary()
+        assert liger is not None
+        turned = torch.cat(liger(q[..., :turning], k[..., :turning], angles.cos().to(q), angles.sin().to(q)), dim=1)
+        return torch.cat((turned, both[..., turning:]), dim=-1)
+
+    here = DEVICE.type == "cuda" and fused.liger_rotary() is not None
+    return [seeded(1, heads + groups, ROWS, width)], plain, {"liger-kernel": by_liger} if here else {}
 
 
 def _lora(count: int) -> tuple[list[Tensor], Function, dict[str, Function]]:
@@ -91,18 +116,31 @@ def _lora(count: int) -> tuple[list[Tensor], Function, dict[str, Function]]:
         pairs = zip(weights, adapters[:count], adapters[count:], strict=True)
         return torch.cat([x @ w.to(x).mT + 0.5 * ((x @ a.mT) @ b.mT) for w, a, b in pairs], dim=1)
 
-    class Group(fused.AdapterGroup):
-        def __init__(self, dtype: torch.dtype):
-            self.bases, self.ranks, self.scales, self.stacked = [], [RANK] * count, [0.5] * count, False
-            for weight in weights:
-                base = nn.Linear(WIDTH, INNER, bias=False)
-                base.weight = nn.Parameter(weight.to(DEVICE, dtype), requires_grad=False)
-                self.bases.append(base)
-
     def lean(x: Tensor, *adapters: Tensor) -> Tensor:
-        return torch.cat(fused.LoraProducts.apply(x, Group(x.dtype), x.dtype, 0.0, *adapters), dim=1)  # type: ignore[arg-type]
+        return torch.cat(_lora_products(weights, x, None, *adapters), dim=1)
 
     return [seeded(ROWS, WIDTH, seed=30), *down, *up], plain, {"fused": lean}
+
+
+def _lora_onto() -> tuple[list[Tensor], Function, dict[str, Function]]:
+    weight = seeded(INNER, WIDTH, scale=WIDTH**-0.5)
+    leaves = [seeded(ROWS, WIDTH), seeded(ROWS, INNER), seeded(RANK, WIDTH, scale=WIDTH**-0.5), seeded(INNER, RANK)]
+
+    def plain(x: Tensor, residual: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return residual + (x @ weight.to(x).mT + 0.5 * ((x @ a.mT) @ b.mT))
+
+    return leaves, plain, {"fused": lambda *given: _lora_products([weight], *given)[0]}
+
+
+def _lora_products(weights: list[Tensor], x: Tensor, onto: Tensor | None, *adapters: Tensor) -> tuple[Tensor, ...]:
+    class Group(fused_adapters.AdapterGroup):
+        def __init__(self):
+            self.ranks, self.scales, self.stacked = [RANK] * len(weights), [0.5] * len(weights), False
+            self.bases = [nn.Linear(WIDTH, INNER, bias=False) for _ in weights]
+            for base, weight in zip(self.bases, weights, strict=True):
+                base.weight = nn.Parameter(weight.to(x), requires_grad=False)
+
+    return fused_adapters.LoraProducts.apply(x, Group(), x.dtype, 0.0, onto, *adapters)  # type: ignore[return-value]
 
 
 def _attention() -> tuple[list[Tensor], Function, dict[str, Function]]:
@@ -149,7 +187,15 @@ def _cross_entropy() -> tuple[list[Tensor], Function, dict[str, Function]]:
     def lean(rows: Tensor) -> Tensor:
         return fused.LinearCrossEntropy.apply(rows, weight.to(rows), bias.to(rows), targets)  # type: ignore[return-value]
 
-    return [seeded(ROWS, WIDTH)], plain, {"fused": lean}
+    others: dict[str, Function] = {"fused": lean}
+    if hasattr(nn, "LinearCrossEntropyOptions"):  # PyTorch 2.13
+        options = nn.LinearCrossEntropyOptions()
+        others["PyTorch's own"] = lambda rows: functional.linear_cross_entropy(
+            rows, weight.to(rows), targets, linear_bias=bias.to(rows), reduction="sum", options=options
+        )
+    if DEVICE.type == "cuda" and (liger := fused.liger_cross_entropy()) is not None:
+        others["liger-kernel"] = lambda rows: liger(rows, weight.to(rows), targets, bias.to(rows))
+    return [seeded(ROWS, WIDTH)], plain, others
 
 
 def _alignment() -> tuple[list[Tensor], Function, dict[str, Function]]:

@@ -27,8 +27,8 @@ from pointalign.trainer import AlignedModel
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 CAP_GB = 22.5
-SAMPLES = 16 if CUDA else 4
-SETS = 4 if CUDA else 2  # batches that rotate
+BATCHES = (16,) * 4 if CUDA else (4,) * 2  # samples of the batches that rotate
+STAGE = (6, 10, 4, 10, 4, 6, 10, 4) if CUDA else (2, 3, 1, 3, 1, 2, 3, 1)  # the paper's, drawn 2:3:3
 PROMPT = 12  # tokens of the chat template around question and cloud
 
 
@@ -40,6 +40,7 @@ class Row(NamedTuple):
         groups: micro-batches of samples of like length.
         online: encode the clouds in every step; else Q-Former features as the cache gives them.
         full_logits: head and loss over all places, as transformers does it.
+        targets: layers with adapters.
         kbit: norms, embeddings and head in fp32, as peft's prepare_model_for_kbit_training leaves them.
         note: what a row does less than the others, if it does.
     """
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     dequantize_once: bool = False
     parts: tuple[str, ...] = ()
     alignment: str = "reference"
+    targets: str | tuple[str, ...] = "all-linear"
     compiled: bool = False
     half: torch.dtype = torch.bfloat16
     note: str = ""
@@ -67,12 +69,14 @@ D1 = B3._replace(name="d1: b3 + varlen attention", attention="varlen")
 D2 = D1._replace(name="d2: + norms, embeddings and head in bf16", kbit=False)
 D3 = D2._replace(name="d3: + feature cache", online=False, note="the encoder ran once before, outside of the step")
 D4 = D3._replace(name="d4: + loss over supervised rows", full_logits=False, parts=("cross_entropy",))
-D5 = D4._replace(name="d5: + tanh-GELU, lean norms", parts=(*D4.parts, "gelu", "swiglu", "norms"))
-D6 = D5._replace(name="d6: + lean LoRA", parts=(*D5.parts, "lora"))
-D7 = D6._replace(name="d7: + merged products", parts=(*D6.parts, "merged"))
-D8 = D7._replace(name="d8: + no checkpointing", checkpointing=False)
-D9 = D8._replace(name="d9: + dequantised once", dequantize_once=True)
-E = D9._replace(name="e: everything", alignment="auto")
+D5 = D4._replace(name="d5: + tanh-GELU", parts=(*D4.parts, "gelu"))
+D6 = D5._replace(name="d6: + lean norms", parts=(*D5.parts, "norms"))
+D7 = D6._replace(name="d7: + rotary embedding", parts=(*D6.parts, "rotary"))
+D8 = D7._replace(name="d8: + lean LoRA", parts=(*D7.parts, "lora"))
+D9 = D8._replace(name="d9: + merged products", parts=(*D8.parts, "merged"))
+D10 = D9._replace(name="d10: + no checkpointing", checkpointing=False)
+D11 = D10._replace(name="d11: + dequantised once", dequantize_once=True)
+E = D11._replace(name="e: everything", parts=fused.PARTS, alignment="auto")
 ROWS = [
     Row(
         "a: the release's way",
@@ -86,8 +90,13 @@ ROWS = [
     B._replace(name="b2: b, batches of like length", groups=2),
     B3,
     B3._replace(name="c: b3, torch.compile", compiled=True),
-    *[D1, D2, D3, D4, D5, D6, D7, D8, D9],
+    *[D1, D2, D3, D4, D5, D6, D7, D8, D9, D10, D11],
     E,
+    E._replace(
+        name="e2: e, LoRA where the paper has it",
+        targets=("q_proj", "k_proj", "v_proj", "dense"),
+        note="no adapters on fc1 and fc2",
+    ),
 ]
 
 
@@ -179,7 +188,9 @@ def build(row: Row, config: Any, rank: int) -> AlignedModel:
         quantization.dequantize(text)
     torch.manual_seed(0)
     model = PointAlignForConditionalGeneration.from_language_model(text, "minigpt3d-phi2" if CUDA else "mini")
-    stages.add_adapters(model, ModelOptions(lora_rank=rank, lora_alpha=16, lora_dropout=0.05))
+    targets = row.targets if isinstance(row.targets, str) else list(row.targets)
+    options = ModelOptions(lora_rank=rank, lora_alpha=16, lora_dropout=0.05, lora_targets=targets)
+    stages.add_adapters(model, options)
     stages.set_trainable(model, ["lora"])
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -270,14 +281,14 @@ def measured_loss(aligned: AlignedModel, loss: Callable, batch: dict[str, Tensor
     return value, norm
 
 
-_truth: dict[tuple[str, bool, bool], tuple[float, float]] = {}
+_truth: dict[tuple, tuple[float, float]] = {}
 
 
 def truth(row: Row, config: Any, rank: int, batch: dict[str, Tensor]) -> tuple[float, float]:
     """Loss and gradient norm of the plain modules on the same inputs and weights: padded, nothing fused."""
-    key = (row.quantization, row.online, row.dequantize_once)
+    key = (config.hidden_size, len(batch["input_ids"]), row.quantization, row.online, row.targets)
     if key not in _truth:
-        plain = Row("truth", checkpointing=True, kbit=False, quantization=row.quantization, online=row.online)
+        plain = Row("truth", kbit=False, quantization=row.quantization, online=row.online, targets=row.targets)
         with prepared(plain, config, rank) as (aligned, loss):
             _truth[key] = measured_loss(aligned, loss, batch)
     return _truth[key]
@@ -292,10 +303,12 @@ def capped():
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
 
 
-def run_row(benchmark: Any, row: Row, config: Any, rank: int, samples: int, rounds: int) -> dict[str, Any] | None:
-    """Gate, then time: what a row needs per step; None under --benchmark-disable."""
+def run_row(
+    benchmark: Any, row: Row, config: Any, rank: int, rounds: int, sizes: tuple[int, ...] = BATCHES
+) -> dict[str, Any] | None:
+    """Gate, then time batches of `sizes` samples in turn: what a row needs per step; None under --benchmark-disable."""
     torch.compiler.reset()
-    batches = [make_batch(whole_config(config), samples, seed) for seed in range(SETS)]
+    batches = [make_batch(whole_config(config), samples, seed) for seed, samples in enumerate(sizes)]
     expected = truth(row, config, rank, batches[0])
     if CUDA:
         torch.cuda.empty_cache()
@@ -308,29 +321,36 @@ def run_row(benchmark: Any, row: Row, config: Any, rank: int, samples: int, roun
         state = {"index": 0}
 
         def step() -> None:
-            loss(batches[state["index"] % SETS])
+            loss(batches[state["index"] % len(batches)])
             optimizer.step()
             optimizer.zero_grad()
             state["index"] += 1
             synchronize(DEVICE)
 
-        benchmark.pedantic(step, rounds=rounds, warmup_rounds=2 * SETS if CUDA else 1)
+        benchmark.pedantic(step, rounds=rounds, warmup_rounds=2 * len(batches) if CUDA else 1)
         peak = torch.cuda.max_memory_allocated() if CUDA else None
         used = memory.device_used_bytes(DEVICE) if CUDA else None
     if benchmark.stats is None:
         return None
     seconds = sorted(benchmark.stats.stats.data)
-    sizes = [lengths(samples, seed) for seed in range(SETS)]
-    supervised = sum(answer for one in sizes for _, answer in one) / SETS
-    real = sum(question + answer + PROMPT + 32 for one in sizes for question, answer in one) / SETS
-    median = seconds[len(seconds) // 2]
+    tokens = [pair for seed, samples in enumerate(sizes) for pair in lengths(samples, seed)]
+    samples = sum(sizes) / len(sizes)
+    supervised = sum(answer for _, answer in tokens) / len(sizes)
+    real = sum(question + answer + PROMPT + 32 for question, answer in tokens) / len(sizes)
+    # of unequal batches the median would be that of one size
+    typical = seconds[len(seconds) // 2] if len(set(sizes)) == 1 else sum(seconds) / len(seconds)
     return {
-        "seconds": {"p20": seconds[len(seconds) // 5], "p50": median, "p80": seconds[4 * len(seconds) // 5]},
+        "seconds": {
+            "p20": seconds[len(seconds) // 5],
+            "p50": seconds[len(seconds) // 2],
+            "p80": seconds[4 * len(seconds) // 5],
+            "mean": sum(seconds) / len(seconds),
+        },
         "steps": len(seconds),
         "samples": samples,
-        "samples_per_second": samples / median,
-        "supervised_tokens_per_second": supervised / median,
-        "tokens_per_second": real / median,
+        "samples_per_second": samples / typical,
+        "supervised_tokens_per_second": supervised / typical,
+        "tokens_per_second": real / typical,
         "tokens": real,
         "peak_gb": None if peak is None else peak / 1e9,
         "device_gb": None if used is None else used / 1e9,
@@ -350,33 +370,49 @@ def described(row: Row) -> dict[str, Any]:
     return row._asdict() | {"half": str(row.half).removeprefix("torch."), "parts": list(row.parts)}
 
 
+SHAPE, RANK = ("Phi-2", 64) if CUDA else ("small", 8)
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.partition(":")[0])
 def test_train_step(benchmark, record, row):
-    config, rank = text_config(), 64 if CUDA else 8
-    rounds = (200 if row is E else 20) if CUDA else 5
     try:
-        result = run_row(benchmark, row, config, rank, SAMPLES, rounds)
+        result = run_row(benchmark, row, text_config(), RANK, (200 if row is E else 20) if CUDA else 5)
     except torch.OutOfMemoryError:
-        result = {"seconds": None, "samples": SAMPLES, "out_of_memory": True}
+        result = {"seconds": None, "samples": BATCHES[0], "out_of_memory": True}
     if result is not None:
-        shape = "Phi-2" if CUDA else "small"
-        record("train_step", {"shape": shape, "rank": rank, "lengths": lengths(SAMPLES, 0), **described(row), **result})
+        mix = {"shape": SHAPE, "rank": RANK, "lengths": lengths(BATCHES[0], 0)}
+        record("train_step", {**mix, **described(row), **result})
+
+
+def test_the_papers_batches(benchmark, record):
+    """Steps of the alignment stage as the paper draws them: 6, 10 or 4 samples."""
+    result = run_row(benchmark, E, text_config(), RANK, 200 if CUDA else 8, STAGE)
+    if result is not None:
+        record("train_step_stage", {"shape": SHAPE, "batches": STAGE, **described(E), **result})
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["apart", "onto-the-residual"])
+def test_outputs_onto_the_residual(benchmark, record, part):
+    """The part `residual`, with Phi-2's residual dropout taken out: with it, the part has nothing to take over."""
+    parts = tuple(one for one in fused.PARTS if part or one != "residual")
+    row = E._replace(name=f"e without residual dropout, {'with' if part else 'without'} residual", parts=parts)
+    config = text_config()
+    config.resid_pdrop = 0.0
+    result = run_row(benchmark, row, config, RANK, 40 if CUDA else 5)
+    if result is not None:
+        record("train_step_residual", {"shape": SHAPE, **described(row), **result})
 
 
 @pytest.mark.parametrize("samples", (4, 8, 16, 32) if CUDA else (2, 4, 8))
 def test_cost_is_linear_in_tokens(benchmark, record, samples):
-    _truth.clear()  # of another number of samples
-    result = run_row(benchmark, E, text_config(), 64 if CUDA else 8, samples, 20 if CUDA else 3)
-    _truth.clear()
+    result = run_row(benchmark, E, text_config(), RANK, 20 if CUDA else 3, (samples,) * len(BATCHES))
     if result is not None:
-        record("train_step_tokens", {"shape": "Phi-2" if CUDA else "small", **described(E), **result})
+        record("train_step_tokens", {"shape": SHAPE, **described(E), **result})
 
 
 @pytest.mark.skipif(not CUDA, reason="8 billion parameters need a GPU")
 def test_8b_fits_24_gb(benchmark, record):
-    _truth.clear()
-    row = D8._replace(name="8B Llama, 4 bits, everything but dequantised weights", alignment="auto")
-    result = run_row(benchmark, row, text_config("llama-8b"), 16, 4, 20)
-    _truth.clear()
+    row = E._replace(name="8B Llama, 4 bits, everything but dequantised weights", dequantize_once=False)
+    result = run_row(benchmark, row, text_config("llama-8b"), 16, 20, (4,) * 4)
     if result is not None:
         record("train_step_8b", {"shape": "Llama 8B", "rank": 16, **described(row), **result})

@@ -6,6 +6,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 STAGE_SAMPLES = 67_500  # 10,000 steps at batches of 6, 10 and 4, drawn 2:3:3
+GOALS = {"b": 4, "b3": 2, "c": 1.5}  # times as many samples a second, on an H100 under a cap of 24 GB
+PEAK_GOAL_GB = 12
 
 # Predicted milliseconds of one step of 16 samples (+-40 %), by what bounds them: products, or bytes moved. The two
 # columns of each card are the common stack (row b) and everything (row e).
@@ -42,16 +44,18 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def _measured(result: dict[str, Any]) -> str:
     rows = result["rows"]
     baseline = next((row for row in rows if row["name"].startswith("b:") and row["seconds"]), None)
-    lines = []
+    lines, said = [], ""
     for row in rows:
+        name = row["name"] + (f" ({row['note']})" if row["note"] not in ("", said) else "")
+        said = row["note"]  # of what a row does less than those above, once
         if not row["seconds"]:
-            lines.append([row["name"], *["out of memory"] * 5])
+            lines.append([name, *["out of memory"] * 5])
             continue
         gain = f"{row['samples_per_second'] / baseline['samples_per_second']:.2f} x" if baseline else ""
         peak = f"{row['peak_gb']:.1f}" if row["peak_gb"] else "not measured"
         lines.append(
             [
-                row["name"],
+                name,
                 f"{row['samples_per_second']:.1f}",
                 gain,
                 f"{row['supervised_tokens_per_second']:.0f}",
@@ -64,24 +68,56 @@ def _measured(result: dict[str, Any]) -> str:
     sizes = ", ".join(f"{question}+{answer}" for question, answer in rows[0]["lengths"])
     title = (
         f"{where['device']}; torch {where['torch']}, commit {where['commit']}, {where['date']}. Shape {shape}, LoRA "
-        f"r = {rows[0]['rank']} on all linear layers, dropout 0.05, {samples} samples a step, question + answer tokens "
-        f"{sizes}."
+        f"r = {rows[0]['rank']} on all linear layers but in e2, dropout 0.05, {samples:g} samples a step, question + "
+        f"answer tokens {sizes}."
     )
     if shape == "small":
         title += " A small shape on a CPU shows that every row runs and agrees, not how fast a GPU is."
     header = ["row", "samples/s", "against b", "supervised tokens/s", "all tokens/s", "peak GB"]
-    return title + "\n\n" + _table(header, lines) + _stage(rows)
+    return title + "\n\n" + _table(header, lines) + _goals(rows)
 
 
-def _stage(rows: list[dict[str, Any]]) -> str:
-    last = next((row for row in rows if row["name"].startswith("e:") and row["seconds"]), None)
-    if last is None or last["shape"] != "Phi-2" or last["steps"] < 200:
+def _goals(rows: list[dict[str, Any]]) -> str:
+    """On a GPU: everything against the rows that it was to beat."""
+    found = {row["name"].partition(":")[0]: row for row in rows if row["seconds"] and row["shape"] == "Phi-2"}
+    if "e" not in found:
         return ""
-    minutes = STAGE_SAMPLES / last["samples_per_second"] / 60
-    return (
-        f"\nThe alignment stage of the paper ({STAGE_SAMPLES:,} samples) at this rate: {minutes:.1f} minutes, from "
-        f"{last['steps']} steps.\n"
-    )
+    gains = [
+        f"{found['e']['samples_per_second'] / found[name]['samples_per_second']:.2f} x ({name}; goal {goal} x)"
+        for name, goal in GOALS.items()
+        if name in found
+    ]
+    return f"\nEverything against {', '.join(gains)}; peak {found['e']['peak_gb']:.1f} GB, goal {PEAK_GOAL_GB} GB.\n"
+
+
+def _stage(steps: list[dict[str, Any]], stages: list[dict[str, Any]]) -> str:
+    """Minutes of the paper's stage, from measured steps in its own batches and in batches of 16."""
+    lines = []
+    for result in [*stages, *steps]:
+        for row in result["rows"]:
+            if not row["name"].startswith("e:") or not row["seconds"] or row["shape"] != "Phi-2" or row["steps"] < 200:
+                continue
+            minutes = STAGE_SAMPLES / row["samples_per_second"] / 60
+            sizes = "6, 10 and 4" if "batches" in row else f"{row['samples']:g}"
+            device = result["provenance"]["device"]
+            lines.append([device, sizes, str(row["steps"]), f"{minutes:.1f}"])
+    if not lines:
+        lines = [["H100, goal under 6 minutes", sizes, "0", "not measured"] for sizes in ("6, 10 and 4", "16")]
+    title = f"The alignment stage of the paper, {STAGE_SAMPLES:,} samples, extrapolated from measured steps.\n\n"
+    return title + _table(["device", "samples a step", "steps measured", "minutes"], lines)
+
+
+def _residual(results: list[dict[str, Any]]) -> str:
+    lines = [
+        [result["provenance"]["device"], row["name"], f"{row['samples_per_second']:.1f}"]
+        for result in results
+        for row in result["rows"]
+        if row["seconds"]
+    ]
+    if not lines:
+        return ""
+    title = "`dense` and `fc2` onto the residual: Phi-2 comes with residual dropout, which keeps them apart.\n\n"
+    return title + _table(["device", "row", "samples/s"], lines)
 
 
 def _predictions(results: list[dict[str, Any]]) -> str:
@@ -126,7 +162,9 @@ def load(name: str) -> list[dict[str, Any]]:
 def train_step() -> str:
     results = load("train_step")
     _plot(load("train_step_tokens"))
-    return "\n".join([*(_measured(result) for result in results), _predictions(results)])
+    sections = [*(_measured(result) for result in results), _predictions(results)]
+    sections += [_stage(results, load("train_step_stage")), _residual(load("train_step_residual"))]
+    return "\n".join(section for section in sections if section)
 
 
 def parity() -> str:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from pointalign import checkpointing, published, quantization
 from pointalign.models import (
+    PointAlignConfig,
     PointAlignFeatureExtractor,
     PointAlignForConditionalGeneration,
     PointAlignProcessor,
@@ -98,13 +99,17 @@ def load_model(folder: Path, options: ModelOptions, point_branch_only: bool) -> 
         language_model = empty_language_model(folder) if point_branch_only else load_language_model(folder, options)
         torch.manual_seed(options.seed)
         return PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
-    if options.dequantize_once:
-        raise ValueError("model.dequantize_once is for a language model alone: a converted folder has its adapters on")
-    dtype = resolve_dtype(options.dtype)
+    dtype, config = resolve_dtype(options.dtype), PointAlignConfig.from_pretrained(folder)
+    own, config.adapters = config.adapters, None  # put on last: peft wraps a 4-bit layer and a plain one differently
     model = PointAlignForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, quantization_config=four_bits(options, dtype, skipped=WHOLE)
+        folder, config=config, dtype=dtype, quantization_config=four_bits(options, dtype, skipped=WHOLE)
     )
     quantization.keep_layout(model)
+    if options.dequantize_once:
+        quantization.dequantize(model)
+    if own:
+        model.config.adapters = own
+        adapters.load(model, folder)
     torch.manual_seed(options.seed)
     return model
 

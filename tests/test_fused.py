@@ -5,21 +5,32 @@ import torch
 from conftest import tiny_model, tiny_text_config
 from torch import nn
 from torch.nn import functional
+from transformers.models.llama import modeling_llama
+from transformers.models.phi import modeling_phi
 
-from pointalign import fused, quantization, stages
+from pointalign import fused, fused_adapters, quantization, stages
+from pointalign.models import PointAlignForConditionalGeneration, PointAlignPhiConfig, PointAlignPhiForCausalLM
 from pointalign.options import ModelOptions
 
 
-def adapted(architecture, dropout=0.0, rank=4, model=None):
+def adapted(architecture, dropout=0.0, rank=4, model=None, targets="all-linear"):
     """A tiny model with adapters whose two halves are both random: peft's own start has gradients in one half only."""
     model = model or tiny_model(architecture)
-    stages.add_adapters(model, ModelOptions(lora_rank=rank, lora_alpha=8, lora_dropout=dropout))
+    options = ModelOptions(lora_rank=rank, lora_alpha=8, lora_dropout=dropout, lora_targets=targets)
+    stages.add_adapters(model, options)
     stages.set_trainable(model, ["lora"])
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data.normal_(std=0.2, generator=generator)
     return model.train()
+
+
+def published_phi():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = PointAlignPhiConfig(**sizes, vocab_size=259, bos_token_id=None, eos_token_id=256)
+    torch.manual_seed(0)
+    return PointAlignForConditionalGeneration.from_language_model(PointAlignPhiForCausalLM(config), "mini")
 
 
 def step(model, dtype=None, **inputs):
@@ -44,9 +55,33 @@ def assert_equal(found, expected, tolerance):
 
 
 USED = {
-    "phi": {"lora": 24, "merged": 4, "gelu": 4, "swiglu": 0, "norms": 5, "cross_entropy": 1},
-    "llama": {"lora": 28, "merged": 8, "gelu": 0, "swiglu": 4, "norms": 9, "cross_entropy": 1},
-    "qwen3": {"lora": 28, "merged": 8, "gelu": 0, "swiglu": 4, "norms": 17, "cross_entropy": 1},
+    "phi": {
+        "lora": 24,
+        "merged": 4,
+        "residual": 4,
+        "gelu": 4,
+        "swiglu": 0,
+        "norms": 5,
+        "cross_entropy": 1,
+    },
+    "llama": {
+        "lora": 28,
+        "merged": 8,
+        "residual": 0,
+        "gelu": 0,
+        "swiglu": 4,
+        "norms": 9,
+        "cross_entropy": 1,
+    },
+    "qwen3": {
+        "lora": 28,
+        "merged": 8,
+        "residual": 0,
+        "gelu": 0,
+        "swiglu": 4,
+        "norms": 17,
+        "cross_entropy": 1,
+    },
 }
 
 
@@ -57,7 +92,7 @@ def test_all_parts_equal_the_plain_modules(architecture):
     expected = step(model)
     with fused.applied(model) as used:
         found = step(model)
-    assert used == USED[architecture]
+    assert used == USED[architecture] | {"rotary": int(fused.liger_rotary() is not None)}
     assert_equal(found, expected, 1e-5)
     assert_equal(step(model), expected, 1e-7)  # all undone
     assert names == [name for name, _ in model.named_parameters()]
@@ -70,8 +105,16 @@ def test_each_part_alone(part):
     for architecture in ("phi", "llama"):
         model = adapted(architecture)
         expected = step(model)
-        with fused.applied(model, ["lora", "merged"] if part == "merged" else [part]):
+        with fused.applied(model, ["lora", part] if part in ("merged", "residual") else [part]):
             assert_equal(step(model), expected, 1e-5)
+
+
+def test_adapters_on_some_layers_merge_too():
+    model = adapted("phi", targets=["q_proj", "k_proj", "v_proj", "dense"])
+    expected = step(model)
+    with fused.applied(model) as used:
+        assert (used["lora"], used["merged"]) == (16, 4)  # q, k, v of every block; dense by itself
+        assert_equal(step(model), expected, 1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["phi", "llama"])
@@ -96,6 +139,54 @@ def test_mixed_precision_is_as_exact_as_the_plain_way(architecture):
     assert sum(ours.values()) <= 1.2 * sum(theirs.values())
 
 
+def test_outputs_of_the_parallel_block_add_onto_the_residual(monkeypatch):
+    """Every block runs that way, with the dropout of the adapters drawn in the same order."""
+    model = adapted("phi", dropout=0.5)
+
+    def drawn():
+        torch.manual_seed(3)
+        return step(model)
+
+    with fused.applied(model, ["lora"]):
+        expected = drawn()
+    onto, run = [], fused_adapters.AdapterGroup.run
+
+    def seen(self, x, residual=None):
+        onto.append(residual is not None)
+        return run(self, x, residual)
+
+    monkeypatch.setattr(fused_adapters.AdapterGroup, "run", seen)
+    with fused.applied(model, ["lora", "residual"]) as used:
+        assert used["residual"] == 4
+        assert_equal(drawn(), expected, 1e-5)
+        assert sum(onto) == 8 and len(onto) == 24
+        model.eval()
+        calm = model(input_ids=torch.arange(9)[None]).logits
+    torch.testing.assert_close(model(input_ids=torch.arange(9)[None]).logits, calm)
+
+
+def test_outputs_stay_apart_under_residual_dropout_and_behind_a_norm():
+    model = adapted("phi")
+    blocks = model.get_decoder().layers
+    for block in blocks:
+        block.resid_dropout.p = 0.5
+    with fused.applied(model) as used:
+        assert used["residual"] == 0
+    blocks[0].resid_dropout.p = 0.0
+    with fused.applied(model) as used:
+        assert used["residual"] == 1
+        blocks[0].resid_dropout.p = 0.5  # switched on later: two masks, as without the part
+        torch.manual_seed(0)
+        found = step(model)
+    torch.manual_seed(0)
+    assert_equal(found, step(model), 1e-5)
+    model = adapted("phi", model=published_phi())
+    expected = step(model)
+    with fused.applied(model) as used:
+        assert (used["lora"], used["merged"], used["residual"]) == (8, 2, 0)
+        assert_equal(step(model), expected, 1e-5)
+
+
 def test_checkpointing_under_the_fused_parts():
     model = adapted("phi")
     expected = step(model)
@@ -106,8 +197,6 @@ def test_checkpointing_under_the_fused_parts():
 
 def test_4_bits_under_the_fused_parts():
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    from pointalign.models import PointAlignForConditionalGeneration
-
     config = tiny_text_config("llama")
     config.hidden_size, config.intermediate_size = 64, 128
     text = quantization.random_language_model(config, "nf4", torch.float32, torch.device("cpu"))
@@ -153,12 +242,12 @@ def test_dropout_drops_for_every_adapter_by_itself():
 def test_products_by_finite_differences():
     model = adapted("llama").double()
     block = model.model.language_model.get_decoder().layers[0]
-    group = fused.AdapterGroup([block.mlp.gate_proj, block.mlp.up_proj])
+    group = fused_adapters.AdapterGroup([block.mlp.gate_proj, block.mlp.up_proj])
     x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
     adapters = [layer.lora_A["default"].weight for layer in group.modules]
     adapters += [layer.lora_B["default"].weight for layer in group.modules]
     assert torch.autograd.gradcheck(
-        lambda x, *given: fused.LoraProducts.apply(x, group, torch.float64, 0.0, *given),
+        lambda x, *given: fused_adapters.LoraProducts.apply(x, group, torch.float64, 0.0, None, *given),
         (x, *adapters),
         atol=1e-6,
         fast_mode=True,
@@ -206,8 +295,9 @@ def test_refusals():
     model = adapted("llama")
     with pytest.raises(ValueError, match="unknown part 'rope'"), fused.applied(model, ["rope"]):
         pass
-    with pytest.raises(ValueError, match="name both"), fused.applied(model, ["merged"]):
-        pass
+    for part in ("merged", "residual"):
+        with pytest.raises(ValueError, match=f"{part} products are those of lora"), fused.applied(model, [part]):
+            pass
 
 
 def test_layers_that_train_are_left_alone():
@@ -220,33 +310,114 @@ def test_layers_that_train_are_left_alone():
         assert_equal(step(model), expected, 1e-5)
 
 
-def test_liger_takes_over_on_cuda_only(monkeypatch):
+def test_trained_norms_that_are_frozen_keep_every_bit():
+    """The published Phi's norms train in fp32: bf16 would round away what a stage taught them."""
+    model = published_phi()
+    text = model.model.language_model
+    for name, parameter in text.named_parameters():
+        parameter.data = parameter.data.float() if "layernorm" in name else parameter.data.bfloat16()
+        if "layernorm.weight" in name:
+            parameter.data += 1e-3  # 1.001 is 1 in bf16
+    model = adapted("phi", model=model)
+    expected = step(model, torch.bfloat16)
+    with fused.applied(model, ["norms"]) as used:
+        assert used["norms"] == 0
+        assert_equal(step(model, torch.bfloat16), expected, 1e-7)
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it lies on a GPU, to see what is chosen there."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """A stand-in for liger-kernel by its signatures (0.8.5), computing in PyTorch; returns the calls it saw."""
     import sys
     import types
 
     calls = []
 
-    class Function:
-        @staticmethod
-        def apply(x, weight, epsilon, offset, mode, in_place):
-            calls.append((epsilon, offset, mode, in_place))
-            return x
+    def stand_in(name, function, forward):
+        def apply(*arguments):
+            calls.append((name, *arguments))
+            return forward(*arguments)
 
-    module = types.ModuleType("liger_kernel.ops.rms_norm")
-    module.LigerRMSNormFunction = Function
+        module = types.ModuleType(f"liger_kernel.ops.{name}")
+        setattr(module, function, types.SimpleNamespace(apply=apply))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
     for name in ("liger_kernel", "liger_kernel.ops"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", module)
+    stand_in(
+        "rms_norm",
+        "LigerRMSNormFunction",
+        lambda x, weight, epsilon, *_: functional.rms_norm(x, weight.shape, weight, epsilon),
+    )
+    stand_in("rope", "LigerRopeFunction", modeling_phi.apply_rotary_pos_emb)
 
-    class OnCuda(torch.Tensor):
-        is_cuda = True
+    def cross_entropy(rows, weight, targets, bias, *options):
+        assert len(options) == 14 and options[4] == "sum"
+        loss = functional.cross_entropy(functional.linear(rows, weight, bias), targets, reduction="sum")
+        return loss, None, None, None
+
+    stand_in("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction", cross_entropy)
+    return calls
+
+
+def test_liger_takes_over_on_cuda_only(liger, monkeypatch):
+    import sys
 
     model = adapted("llama")
     norm = model.model.language_model.get_decoder().norm
-    with fused.applied(model, ["norms"]):
-        norm(torch.randn(1, 2, 32))
-        assert not calls
+    plain = modeling_llama.apply_rotary_pos_emb
+    expected = step(model)
+    with fused.applied(model) as used:
+        assert used["rotary"] == 1
+        assert_equal(step(model), expected, 1e-5)  # on a CPU, by PyTorch
+        assert not liger
         norm(torch.randn(1, 2, 32).as_subclass(OnCuda))
-    assert calls == [(norm.variance_epsilon, 0.0, "llama", False)]
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
-    assert fused.liger_rms_norm() is None
+        q, k = (torch.randn(1, heads, 5, 8).as_subclass(OnCuda) for heads in (4, 2))
+        cos = torch.randn(1, 5, 8)
+        found = modeling_llama.apply_rotary_pos_emb(q, k, cos, cos)
+        for one, other in zip(found, plain(q, k, cos, cos), strict=True):
+            assert torch.equal(one, other)
+        for refused in ({"cos": cos.double()}, {"unsqueeze_dim": 1}):
+            modeling_llama.apply_rotary_pos_emb(q, k, **({"cos": cos, "sin": cos} | refused))
+        fused.head_cross_entropy(
+            model.get_output_embeddings(), torch.randn(3, 32).as_subclass(OnCuda), torch.tensor([1, 2, 3])
+        )
+    assert [call[0] for call in liger] == ["rms_norm", "rope", "fused_linear_cross_entropy"]
+    assert liger[0][3:] == (norm.variance_epsilon, 0.0, "llama", False)
+    assert modeling_llama.apply_rotary_pos_emb is plain
+    for name in ("rms_norm", "rope", "fused_linear_cross_entropy"):
+        monkeypatch.setitem(sys.modules, f"liger_kernel.ops.{name}", None)
+    assert fused.liger_rms_norm() is fused.liger_rotary() is fused.liger_cross_entropy() is None
+    with fused.applied(model) as used:
+        assert used["rotary"] == 0
+        assert modeling_llama.apply_rotary_pos_emb is plain
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_liger_cross_entropy_keeps_labels_normalisation_and_bias(liger, monkeypatch, bias):
+    """Through the model: ignored labels, the token count of the global batch, Phi's head with its bias, in pieces."""
+    model = adapted("phi")
+    head = model.get_output_embeddings()
+    head.bias = nn.Parameter(torch.randn(259), requires_grad=False) if bias else None
+    monkeypatch.setattr(fused, "ROWS_AT_ONCE", 7)
+    for tokens in ({}, {"num_items_in_batch": torch.tensor(77)}):
+        expected = step(model, **tokens)
+        with fused.applied(model, ["cross_entropy"]), monkeypatch.context() as patch:
+            patch.setattr(model, "supervised_cross_entropy", on_cuda(model.supervised_cross_entropy))
+            assert_equal(step(model, **tokens), expected, 1e-5)
+    assert {call[0] for call in liger} == {"fused_linear_cross_entropy"}
+    assert [len(call[1]) for call in liger[:6]] == [7, 7, 7, 7, 7, 5]  # 40 labels of 60: the rest never reach it
+    assert all((call[3] != -100).all() and (call[4] is not None) == bias for call in liger)
+    assert liger[0][-1] * 32 >= 259  # a piece is not split again
+    empty = torch.randn(0, 32, requires_grad=True).as_subclass(OnCuda)
+    assert fused.head_cross_entropy(head, empty, torch.zeros(0, dtype=torch.long)) == 0
+
+
+def on_cuda(function):
+    return lambda rows, targets: function(rows.as_subclass(OnCuda), targets).as_subclass(torch.Tensor)

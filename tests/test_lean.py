@@ -6,11 +6,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLOUDS, tiny_text_config
+from safetensors.torch import load_file
 from test_train import TINY
 from transformers import AutoModelForCausalLM
 
-from pointalign import feature_cache, memory, train
-from pointalign.models import configuration
+from pointalign import feature_cache, memory, stages, train
+from pointalign.models import (
+    PointAlignFeatureExtractor,
+    PointAlignForConditionalGeneration,
+    PointAlignPhiConfig,
+    PointAlignPhiForCausalLM,
+    PointAlignProcessor,
+    configuration,
+)
+from pointalign.options import ModelOptions
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +68,7 @@ def test_packed_and_fused_runs_equal_the_plain_one(run, capsys):
     assert "memory of a training step" in capsys.readouterr().out
     assert_same(run("packed", "--data.packing", "true"), plain)
     assert_same(run("fused", "--data.packing", "true", "--fused"), plain)
-    assert "fused: lora (24), merged (4), gelu (4)" in capsys.readouterr().out
+    assert "fused: lora (24), merged (4), residual (4), gelu (4)" in capsys.readouterr().out
     assert_same(run("parts", "--fused", "--fused_parts", "[gelu,norms]"), plain)
     assert "fused: gelu (4), norms (5)\n" in capsys.readouterr().out
     assert_same(run("checkpointed", "--fused", "--training.gradient_checkpointing", "true"), plain)
@@ -126,3 +135,53 @@ def test_impossible_options_are_named(run, tmp_path, capsys):
     ]:
         assert train.main([run.recipe, *folder, *options]) == 1
         assert named in capsys.readouterr().err
+
+
+def test_the_recipe_for_24_gb_trains_the_published_phi(tmp_path, tokenizer, capsys):
+    """`align_24gb` itself on a small converted folder: 4 bits, adapters and norms; --fused, and dequantised once."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = PointAlignPhiConfig(**sizes, vocab_size=259, bos_token_id=None, eos_token_id=256)
+    model = PointAlignForConditionalGeneration.from_language_model(PointAlignPhiForCausalLM(config), "mini")
+    adapters = {"lora_rank": 4, "lora_dropout": 0.0, "lora_targets": ["query_key_value", "dense"]}
+    stages.add_adapters(model, ModelOptions(**adapters))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data.normal_(std=0.2)
+    extractor = PointAlignFeatureExtractor(num_points=256, min_points=64)
+    converted = tmp_path / "converted"
+    model.save_pretrained(converted)
+    PointAlignProcessor(extractor, tokenizer, model.config.num_query_tokens).save_pretrained(converted)
+    options = {
+        "model.llm": converted,
+        "model.dtype": "float32",
+        "data.annotations": CLOUDS / "annotations.json",
+        "data.clouds": CLOUDS,
+        "data.num_points": 256,
+        "alignment.layer": "[2]",
+        "training.max_steps": 2,
+        "training.logging_steps": 2,
+        "training.warmup_steps": 1,
+        "training.memory_limit_gb": "null",
+        "training.use_cpu": "true",
+        "training.save_strategy": "no",
+        "training.dataloader_num_workers": 0,
+        "training.report_to": "none",
+        "training.learning_rate": 1e-2,
+        "training.warmup_learning_rate": 1e-2,
+    }
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    logs = {}
+    once = ["--fused", "--model.dequantize_once", "true"]
+    for name, extra in {"plain": [], "fused": ["--fused"], "once": once}.items():
+        folder = tmp_path / name
+        assert train.main(["align_24gb", *arguments, "--training.output_dir", str(folder), *extra]) == 0
+        logs[name] = json.loads((folder / "stage.json").read_text())["last_log"]
+    assert_same(logs["fused"], logs["plain"])
+    assert_same(logs["once"], logs["plain"])
+    assert "fused: lora (8), merged (0), residual (0), gelu (4), swiglu (0), norms (0)" in capsys.readouterr().out
+    state = load_file(tmp_path / "fused" / "stage.safetensors")
+    before = model.state_dict()
+    norms = [name for name in state if ".language_model." in name and name.endswith("layernorm.weight")]
+    assert len(norms) == 4 * 4 + 1 and all(not torch.equal(state[name], before[name]) for name in norms)

@@ -80,6 +80,43 @@ def test_liger_norm_equals_the_plain_one():
     assert (found - expected).norm() / expected.norm() < 1e-2
 
 
+def test_liger_rotary_equals_the_plain_one():
+    from transformers.models.phi.modeling_phi import apply_rotary_pos_emb
+
+    liger = fused.liger_rotary()
+    if liger is None:
+        pytest.skip("liger-kernel is not installed")
+    q, k = (torch.randn(1, 50, heads, 80, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (32, 8))
+    leaves = [one.clone().requires_grad_() for one in (q, k)]
+    angles = torch.randn(1, 50, 16, device="cuda").repeat(1, 1, 2)
+    given = (*(one[..., :32] for one in leaves), angles.cos().bfloat16(), angles.sin().bfloat16())
+    found, expected = liger(*given), apply_rotary_pos_emb(*(one.double() for one in given))
+    form = [torch.randn_like(one) for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() / other.norm() < 1e-2
+    one, other = (
+        torch.autograd.grad(sum((a * b).sum() for a, b in zip(some, form, strict=True)), leaves)
+        for some in (found, expected)
+    )
+    for found_gradient, gradient in zip(one, other, strict=True):
+        assert (found_gradient - gradient).norm() / gradient.norm() < 1e-2
+
+
+def test_liger_cross_entropy_equals_the_plain_one():
+    liger = fused.liger_cross_entropy()
+    if liger is None:
+        pytest.skip("liger-kernel is not installed")
+    rows = torch.randn(1500, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(5000, 256, device="cuda", dtype=torch.bfloat16) / 16
+    bias, targets = torch.randn(5000, device="cuda").bfloat16(), torch.randint(0, 5000, (1500,), device="cuda")
+    logits = rows.double() @ weight.double().mT + bias.double()
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    found = liger(rows, weight, targets, bias)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), rel=1e-3)
+    truth, gradient = (torch.autograd.grad(one * 0.3, rows)[0].double() for one in (expected, found))
+    assert (gradient - truth).norm() / truth.norm() < 1e-2
+
+
 def test_memory_is_capped():
     device = torch.device("cuda")
     limit = torch.cuda.memory_reserved() / 1e9 + 1
