@@ -56,9 +56,12 @@ def run(options: "Options") -> int:
     evaluation = None
     if options.data.evaluate != "none" and main_process:
         evaluation = Evaluation(options.data.evaluate, folder)
-    if options.training.contrastive_steps and not resume:
-        warm_up(model, processor, options)
-        stages.save_stage(model, folder / "warm-up.safetensors", describe(options))
+    if options.training.contrastive_steps:
+        warmed = (Path(resume).parent if resume else folder) / "warm-up.safetensors"
+        if not resume:
+            warm_up(model, processor, options)
+            stages.save_stage(model, warmed, describe(options))
+        stages.load_stage(model, warmed)  # of what froze since, a checkpoint knows nothing
     elif evaluation is not None and options.model.checkpoint is not None:
         evaluation.before(model, processor)
 
