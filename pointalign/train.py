@@ -229,19 +229,17 @@ def choose_impl(fused: bool) -> str:
 def describe(options: "Options") -> dict[str, Any]:
     """The options as JSON values, with the versions they ran under."""
     import platform
-    import subprocess
     from dataclasses import asdict, fields
 
     import torch
     import transformers
 
+    from pointalign import checkpointing
+
     values = {one.name: (getattr(options.training, one.name), one.default) for one in fields(options.training)}
     changed = {name: value for name, (value, default) in values.items() if value != default}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["transformers"] = transformers.__version__
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     described = {
         "model": asdict(options.model),
         "data": asdict(options.data),
@@ -251,7 +249,7 @@ def describe(options: "Options") -> dict[str, Any]:
         "fused_parts": options.fused_parts,
         "versions": versions,
         "data_sha256": file_hash(data_paths(options)[0]),
-        "commit": git.stdout.strip() or None,
+        "commit": checkpointing.commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
     }
     return json.loads(json.dumps(described, default=str))
