@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pointalign.options import Options
+    from pointalign.options import DataOptions, Options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def run(options: "Options") -> int:
         checkpointing.write_json(folder / "options.json", describe(options))
     evaluation = None
     if options.data.evaluate != "none" and main_process:
-        evaluation = Evaluation(options.data.evaluate, folder)
+        evaluation = Evaluation(options.data, folder)
     if options.training.contrastive_steps:
         warmed = (Path(resume).parent if resume else folder) / "warm-up.safetensors"
         if not resume:
@@ -125,6 +125,8 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
         raise ValueError("data.mixture has batches of its own: no data.pack_tokens (data.packing lays them in one row)")
     if options.alignment.span == "release" and data.packing:
         raise ValueError("alignment.span=release is a place of padded rows: no data.packing")
+    if data.annotations is None:
+        stages.require_fold(options.model.checkpoint, data.fold)
     datasets = make_datasets(options)
     model, processor = stages.build(options.model, data)
     features = lean.open_cache(model, processor.feature_extractor, options)
@@ -193,7 +195,7 @@ def data_paths(options: "Options") -> tuple[Path, Path | list[Path]]:
         return Path(options.data.annotations), [Path(one) for one in ([clouds] if isinstance(clouds, str) else clouds)]
     from pointalign import assets
 
-    furniture = assets.furniture()
+    furniture = assets.furniture(options.data.fold)
     return furniture / "annotations" / "train.json", furniture / "clouds"
 
 
@@ -270,7 +272,7 @@ def warm_up(model: Any, processor: Any, options: "Options") -> None:
         raise ValueError(
             "training.contrastive_steps needs the names of the embedded objects: leave data.annotations out"
         )
-    objects = load_objects(assets.furniture(), "train")
+    objects = load_objects(assets.furniture(options.data.fold), "train")
     contrastive.warm_up(
         model,
         processor,
@@ -286,13 +288,14 @@ def warm_up(model: Any, processor: Any, options: "Options") -> None:
 class Evaluation:
     """Held-out objects before and after training, beside the baselines; and ten questions with their answers."""
 
-    def __init__(self, split: str, folder: Path):
+    def __init__(self, data: "DataOptions", folder: Path):
         from pointalign import assets
         from pointalign.evaluation import naming
 
-        self.split, self.folder = split, folder
-        self.held_out = naming.load_objects(assets.furniture(), split)
-        self.training = naming.load_objects(assets.furniture(), "train")
+        objects = assets.furniture(data.fold)
+        self.split, self.folder = data.evaluate, folder
+        self.held_out = naming.load_objects(objects, self.split)
+        self.training = naming.load_objects(objects, "train")
         self.results: dict[str, Any] = {}
 
     def before(self, model: Any, processor: Any) -> None:

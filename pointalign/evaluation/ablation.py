@@ -53,6 +53,8 @@ class Recipe:
         few_shot: numbers of examples about set B of the shapes that a trained arm is fine-tuned on; none by default.
         arms: by name.
         output: folder of the results.
+        fold: of the furniture's families, hold out this fold of five in place of the committed split;
+            `model.checkpoint` must have been trained under the same.
     """
 
     data: str = "furniture"
@@ -69,6 +71,7 @@ class Recipe:
     few_shot: list[int] = field(default_factory=list)
     arms: dict[str, Arm] = field(default_factory=dict)
     output: str = "runs/ablation"
+    fold: int | None = None
 
     def __post_init__(self) -> None:
         if self.baseline not in self.arms:
@@ -99,13 +102,23 @@ def read_recipe(name: str) -> Recipe:
     return parser.instantiate(parser.parse_object({"recipe": values})).recipe
 
 
-def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
-    """Run what is missing of an ablation, then write tables and plots. Returns the table, as Markdown."""
+def run_ablation(
+    name: str, seeds: int | None, output: str | None, fold: int | None = None, checkpoint: str | None = None
+) -> str:
+    """Run what is missing of an ablation, then write tables and plots. Returns the table, as Markdown.
+
+    What is not None takes the place of the recipe's own value.
+    """
     recipe = read_recipe(name)
     recipe.seeds = seeds or recipe.seeds
+    recipe.fold = recipe.fold if fold is None else fold
+    recipe.model.checkpoint = checkpoint or recipe.model.checkpoint
+    if recipe.data == "furniture":
+        stages.require_fold(recipe.model.checkpoint, recipe.fold)
     folder = Path(output or recipe.output)
     described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")}
-    if recipe.model.checkpoint is not None:
+    if recipe.model.checkpoint is not None:  # known by its weights, wherever it lies
+        described["model"]["checkpoint"] = Path(recipe.model.checkpoint).name
         described["weights"] = file_hash(stages.find_stage(recipe.model.checkpoint))
     definition = json.loads(json.dumps(described))
     check_definition(folder, definition)
@@ -114,7 +127,7 @@ def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
         model, processor = build(recipe)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         train, held_out = material.load(
-            recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out
+            recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out, recipe.fold
         )
         if not (folder / "ceiling.json").exists():
             checkpointing.write_json(folder / "ceiling.json", qformer_probes(train, held_out))

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +104,10 @@ def furniture(
     split: str,
     cache: Path,
     limit: int | None,
+    fold: int | None = None,
 ) -> Material:
     """The embedded objects of a split; the closed set is the nouns of the test split that occur in training."""
-    folder = assets.furniture()
+    folder = assets.furniture(fold)
     everything = json.loads((folder / "objects.json").read_text())
     records = [one for one in everything if one["split"] == split]
     records = [records[row] for row in evenly(len(records), limit)]
@@ -190,9 +192,17 @@ def load(
     cache: Path,
     train: int | None = None,
     held_out: int | None = None,
+    fold: int | None = None,
 ) -> tuple[Material, Material]:
-    """Training and held-out objects of `furniture` or `shapes`, at most `train` and `held_out` of them."""
+    """Training and held-out objects of `furniture` or `shapes`, at most `train` and `held_out` of them.
+
+    With `fold`, that fold of the furniture's families is held out.
+    """
     if name not in SOURCES:
         raise ValueError(f"data {name!r}: expected of {', '.join(SOURCES)}")
     make = SOURCES[name]
+    if fold is not None:
+        if make is not furniture:
+            raise ValueError(f"fold {fold}: only data furniture has folds, not {name}")
+        make = partial(furniture, fold=fold)
     return make(model, processor, "train", cache, train), make(model, processor, HELD_OUT, cache, held_out)
