@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in one run: build, tests, sanitizer, benchmarks, training, experiments.
 
-    python benchmarks/gpu_suite.py [--stages build,tests,sanitizer,parity,benchmarks,scratch,experiments] [--output DIR]
+    python benchmarks/gpu_suite.py [--stages build,tests,sanitizer,parity,benchmarks,scratch,experiments,folds]
+                                   [--output DIR]
 
 Each stage writes DIR/<stage>.log while it runs and its line of DIR/gpu_suite.json when it ends, so a run that is cut
 off keeps what it had; a stage that fails does not stop the next. POINTALIGN_COMMIT names the commit where git
@@ -38,7 +39,8 @@ STAGES: list[tuple[str, list[str]]] = [
     ("benchmarks", [f"{PYTEST} benchmarks --benchmark-only --results {{output}}"]),
     # needs the embedded assets, see pointalign.assets
     ("scratch", [f"{sys.executable} -m pointalign.train scratch --training.output_dir {{output}}/scratch"]),
-    ("experiments", [f"{sys.executable} -m pointalign.evaluate ablation full"]),
+    ("experiments", [f"{sys.executable} -m pointalign.evaluate ablation full --output {{output}}/ablation_full"]),
+    ("folds", [f"{sys.executable} -m pointalign.folds --seeds 3 --output {{output}}/ablation_folds"]),
 ]
 
 

@@ -3,16 +3,19 @@
     python benchmarks/report.py
 
 Writes results/<section>_table.md and plots, and replaces what stands in README.md between the lines
-`<!-- <section>:begin -->` and `<!-- <section>:end -->`, where it has them.
+`<!-- <section>:begin -->` and `<!-- <section>:end -->`, where it has them. A section whose file is missing says
+"not measured".
 """
 
 import ast
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
+from evidence_tables import ablation, evaluation, probe
 from test_alignment_loss import Case
 from train_step_table import parity, train_step
 
@@ -218,12 +221,17 @@ def files() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "ablation_folds": partial(ablation, "ablation_folds"),
+    "ablation_objects": partial(ablation, "ablation_objects"),
+    "ablation_shapes": partial(ablation, "ablation_shapes"),
     "alignment": alignment,
     "alignment_check": alignment_check,
     "demo": demo,
+    "evaluation": evaluation,
     "files": files,
     "parity": parity,
     "point_ops": point_ops,
+    "probe": probe,
     "train_step": train_step,
 }
 
@@ -235,9 +243,10 @@ def main() -> None:
         try:
             text = section()
         except FileNotFoundError as missing:
-            print(f"{name}: not measured yet, {Path(missing.filename).name} is missing")
-            continue
-        (RESULTS / f"{name}_table.md").write_text(text)
+            print(f"{name}: {Path(missing.filename).name} is missing")
+            text = "Not measured.\n"
+        else:
+            (RESULTS / f"{name}_table.md").write_text(text)
         marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         updated = marked.sub(lambda match, text=text: f"{match[1]}{text}{match[2]}", updated)
     if updated != readme:

@@ -32,7 +32,7 @@ from typing import Any
 STAMP = ".complete.json"
 LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
 WORDNET_FORMAT = "1"
-FURNITURE_FORMAT = "2"  # raise it when sampling, facts or conversations change; splits and names are hashed
+FURNITURE_FORMAT = "2"  # raise it when sampling, facts, conversations or folds change; splits and names are hashed
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,31 @@ def sentence_encoder() -> Path:
     return _asset("sentence/all-minilm-l6-v2", MINILM, SENTENCE_ENCODER_FORMAT, _extract_sentence_encoder)
 
 
-def furniture() -> Path:
-    """Folder with `clouds/{object_id}_8192.npy`, `annotations/{train,validation,test}.json` and `objects.json`."""
+def furniture(fold: int | None = None) -> Path:
+    """Folder with `clouds/{object_id}_8192.npy`, `annotations/{train,validation,test}.json` and `objects.json`.
+
+    With `fold`, that fold of families is the test part, the others are the training part, and there is no validation.
+
+    Raises: ValueError: there is no such fold.
+    """
     data = Path(__file__).parent / "data" / "furniture_data"
     committed = hashlib.sha256((data / "splits.json").read_bytes() + (data / "names.json").read_bytes()).hexdigest()
-    return _asset("furniture", SWEETHOME3D, f"{FURNITURE_FORMAT} {committed}", _build_furniture)
+    folder = _asset("furniture", SWEETHOME3D, f"{FURNITURE_FORMAT} {committed}", _build_furniture)
+    return folder if fold is None else _fold(folder, fold)
+
+
+def _fold(folder: Path, fold: int) -> Path:
+    from . import checkpointing
+    from .data.furniture import FOLDS, write_fold
+
+    if not 0 <= fold < FOLDS:
+        raise ValueError(f"fold {fold}: expected 0 to {FOLDS - 1}")
+    made = folder / "folds" / str(fold)
+    with _lock(folder.with_name(folder.name + ".lock")):
+        if not made.exists():
+            with checkpointing.replacing(made) as temporary:
+                write_fold(folder, fold, temporary)
+    return made
 
 
 def wordnet() -> Path:

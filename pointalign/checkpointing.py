@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,16 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     with replacing(path) as temporary:
         save_file({name: one.detach().contiguous() for name, one in tensors.items()}, temporary, metadata=metadata)
+
+
+def commit() -> str | None:
+    """The commit of the code that writes; where git or its folder is absent, what POINTALIGN_COMMIT says."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        said = ""
+    return said or os.environ.get("POINTALIGN_COMMIT")
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -111,12 +111,14 @@ def probe(arguments: list[str]) -> None:
 def ablation(arguments: list[str]) -> None:
     from pointalign.evaluation.ablation import run_ablation
 
-    parser = _parser("ablation RECIPE [--seeds N] [--arms NAME ...] [--output FOLDER]")
+    parser = _parser("ablation RECIPE [--seeds N] [--fold K --checkpoint STAGE] [--output FOLDER]")
     parser.add_argument("recipe", type=str, help="a YAML file or the name of a shipped one")
     parser.add_argument("--seeds", type=int, default=None, help="paired seeds of the arms that name none")
     parser.add_argument("--output", type=str, default=None)
+    parser.add_argument("--fold", type=int, default=None, help="hold out this fold of the embedded families, 0 to 4")
+    parser.add_argument("--checkpoint", type=str, default=None, help="where every arm starts; trained under that fold")
     built = parser.parse_args(arguments)
-    print(run_ablation(built.recipe, built.seeds, built.output))
+    print(run_ablation(built.recipe, built.seeds, built.output, built.fold, built.checkpoint))
 
 
 def report(arguments: list[str]) -> None:

@@ -112,6 +112,8 @@ class DataOptions:
             `training.per_device_train_batch_size`.
         feature_cache: folder written by `python -m pointalign.feature_cache`, read in place of the clouds.
         skip_bad: leave out objects that cannot be read, named and counted, in place of stopping.
+        fold: of the embedded objects, hold out this fold of five, 0 to 4, in place of the committed split; a fold has
+            no validation part.
         evaluate: held-out questions at the end of the run: `none`, or the `validation` or `test` part of the embedded
             objects.
     """
@@ -128,6 +130,7 @@ class DataOptions:
     pack_tokens: int = 0
     feature_cache: str | None = None
     skip_bad: bool = False
+    fold: int | None = None
     evaluate: str = "none"
 
     def __post_init__(self) -> None:
@@ -139,6 +142,8 @@ class DataOptions:
             raise ValueError("data.feature_cache holds features of the clouds as they are: no data.augmentation")
         if self.evaluate not in ("none", "validation", "test"):
             raise ValueError(f"data.evaluate={self.evaluate!r}: expected none, validation or test")
+        if self.fold is not None and (self.annotations is not None or self.evaluate == "validation"):
+            raise ValueError("data.fold: of the embedded objects only, without validation (data.evaluate=none or test)")
 
 
 @dataclass

@@ -309,6 +309,20 @@ def find_stage(checkpoint: str) -> Path:
     )
 
 
+def require_fold(checkpoint: str | None, fold: int | None) -> None:
+    """Refuse a stage that was trained with another part of the embedded objects held out: it may know what is asked.
+
+    Raises: ValueError: the stage's own `data.fold`, as its description says, is not `fold`.
+    """
+    if checkpoint is None:
+        return
+    description = find_stage(checkpoint).with_suffix(".json")
+    trained = json.loads(description.read_text()).get("data", {}).get("fold") if description.exists() else None
+    if trained != fold:
+        split = ["the committed split" if one is None else f"fold {one}" for one in (trained, fold)]
+        raise ValueError(f"{checkpoint} was trained under {split[0]}, and may know objects that {split[1]} holds out")
+
+
 def _stage_contents(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
     """Header and shapes of a stage file."""
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pointalign.options import Options
+    from pointalign.options import DataOptions, Options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,10 +55,13 @@ def run(options: "Options") -> int:
         checkpointing.write_json(folder / "options.json", describe(options))
     evaluation = None
     if options.data.evaluate != "none" and main_process:
-        evaluation = Evaluation(options.data.evaluate, folder)
-    if options.training.contrastive_steps and not resume:
-        warm_up(model, processor, options)
-        stages.save_stage(model, folder / "warm-up.safetensors", describe(options))
+        evaluation = Evaluation(options.data, folder)
+    if options.training.contrastive_steps:
+        warmed = (Path(resume).parent if resume else folder) / "warm-up.safetensors"
+        if not resume:
+            warm_up(model, processor, options)
+            stages.save_stage(model, warmed, describe(options))
+        stages.load_stage(model, warmed)  # of what froze since, a checkpoint knows nothing
     elif evaluation is not None and options.model.checkpoint is not None:
         evaluation.before(model, processor)
 
@@ -122,6 +125,8 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
         raise ValueError("data.mixture has batches of its own: no data.pack_tokens (data.packing lays them in one row)")
     if options.alignment.span == "release" and data.packing:
         raise ValueError("alignment.span=release is a place of padded rows: no data.packing")
+    if data.annotations is None:
+        stages.require_fold(options.model.checkpoint, data.fold)
     datasets = make_datasets(options)
     model, processor = stages.build(options.model, data)
     features = lean.open_cache(model, processor.feature_extractor, options)
@@ -190,7 +195,7 @@ def data_paths(options: "Options") -> tuple[Path, Path | list[Path]]:
         return Path(options.data.annotations), [Path(one) for one in ([clouds] if isinstance(clouds, str) else clouds)]
     from pointalign import assets
 
-    furniture = assets.furniture()
+    furniture = assets.furniture(options.data.fold)
     return furniture / "annotations" / "train.json", furniture / "clouds"
 
 
@@ -226,19 +231,17 @@ def choose_impl(fused: bool) -> str:
 def describe(options: "Options") -> dict[str, Any]:
     """The options as JSON values, with the versions they ran under."""
     import platform
-    import subprocess
     from dataclasses import asdict, fields
 
     import torch
     import transformers
 
+    from pointalign import checkpointing
+
     values = {one.name: (getattr(options.training, one.name), one.default) for one in fields(options.training)}
     changed = {name: value for name, (value, default) in values.items() if value != default}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["transformers"] = transformers.__version__
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     described = {
         "model": asdict(options.model),
         "data": asdict(options.data),
@@ -248,7 +251,7 @@ def describe(options: "Options") -> dict[str, Any]:
         "fused_parts": options.fused_parts,
         "versions": versions,
         "data_sha256": file_hash(data_paths(options)[0]),
-        "commit": git.stdout.strip() or None,
+        "commit": checkpointing.commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
     }
     return json.loads(json.dumps(described, default=str))
@@ -269,7 +272,7 @@ def warm_up(model: Any, processor: Any, options: "Options") -> None:
         raise ValueError(
             "training.contrastive_steps needs the names of the embedded objects: leave data.annotations out"
         )
-    objects = load_objects(assets.furniture(), "train")
+    objects = load_objects(assets.furniture(options.data.fold), "train")
     contrastive.warm_up(
         model,
         processor,
@@ -285,13 +288,14 @@ def warm_up(model: Any, processor: Any, options: "Options") -> None:
 class Evaluation:
     """Held-out objects before and after training, beside the baselines; and ten questions with their answers."""
 
-    def __init__(self, split: str, folder: Path):
+    def __init__(self, data: "DataOptions", folder: Path):
         from pointalign import assets
         from pointalign.evaluation import naming
 
-        self.split, self.folder = split, folder
-        self.held_out = naming.load_objects(assets.furniture(), split)
-        self.training = naming.load_objects(assets.furniture(), "train")
+        objects = assets.furniture(data.fold)
+        self.split, self.folder = data.evaluate, folder
+        self.held_out = naming.load_objects(objects, self.split)
+        self.training = naming.load_objects(objects, "train")
         self.results: dict[str, Any] = {}
 
     def before(self, model: Any, processor: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 
 from pointalign import evaluate, stages
-from pointalign.evaluation import ablation, arms, few_shot, material, representations, statistics
+from pointalign.evaluation import ablation, arms, comparison, few_shot, material, representations, statistics
 from pointalign.evaluation.arms import Arm, ArmLoss, Schedule, train_arm, training_batch
 from pointalign.evaluation.material import Material
 from pointalign.evaluation.representations import linear_cka, point_states, ridge_probe, similarity
@@ -238,6 +238,8 @@ def test_a_rerun_gives_the_same_numbers(processor, monkeypatch):
     )
     first, second = (ablation.run_arm(adapted(), processor, recipe, "a", 3, made(), made(6, 1)) for _ in range(2))
     assert first == second
+    recipe.decoder, recipe.layers = {"hidden_size": 32}, 5  # a small decoder: similarity is measured everywhere
+    assert list(ablation.run_arm(adapted(), processor, recipe, "a", 3, made(), made(6, 1))["similarity"]) == [*"01234"]
 
 
 def test_shipped_recipes_are_readable():
@@ -251,3 +253,69 @@ def test_shipped_recipes_are_readable():
         ablation.read_recipe("nothing")
     with pytest.raises(ValueError, match="defined for the qformer target"):
         Arm(source="other", target="encoder")
+
+
+def compared(nouns: int, methods: list[float], others: dict[str, list[float]], set_b: float = 0.0):
+    """Rows of arms whose margins lie so far above the baseline's, seed by seed, and the arms themselves."""
+    rng = np.random.default_rng(0)
+    start = rng.normal(0, 1, nouns)
+
+    def run(shift: float, seed: int, gain: float = 0.0) -> dict:
+        values = start + shift + np.random.default_rng(seed).normal(0, 0.05, nouns)
+        scores = {ablation.PRIMARY: values.tolist(), ablation.SECOND: (values > 0).astype(float).tolist()}
+        probes = {"A: colour": {"Q-Former": 0.9, "0": 0.9, "2": 0.9}}
+        probes["B: taper"] = {"Q-Former": 0.8, "0": 0.8, "2": 0.3 + gain + 0.01 * seed}
+        similar = {"1": {"centred cosine": 0.1, "retrieval@1": 0.1, "CKA": 0.1}}
+        return {"scores": scores, "families": [str(i) for i in range(nouns)], "layer": 1, "similarity": similar,
+                "probes": probes, "few_shot": {}}  # fmt: skip
+
+    shifts = {"no alignment": [0.0] * len(methods), "alignment": methods} | others
+    runs = {
+        name: {
+            seed: run(shift, seed if name == "no alignment" else seed + 10, set_b * (name == "alignment"))
+            for seed, shift in enumerate(given)
+        }
+        for name, given in shifts.items()
+    }
+    arms = {"no alignment": Arm(weight=0.0), "alignment": Arm()} | {name: Arm(source="other") for name in others}
+    rows = [comparison._row(name, results, {}) for name, results in runs.items()]
+    comparison._compare(rows, runs, "no alignment", "differences")
+    comparison._compare(rows[1:], runs, "alignment", "differences from alignment")
+    return rows, arms
+
+
+@pytest.mark.parametrize(
+    ("methods", "others", "said"),
+    [
+        ([0.0, 0.0, 0.0], {"wrong": [0.0] * 3}, ["cannot tell alignment", "controls (wrong) explain"]),
+        ([-0.5] * 3, {"wrong": [0.0] * 3}, ["Shown: alignment lowers", "No gain of alignment"]),
+        ([0.5] * 3, {"wrong": [0.0] * 3}, ["Shown: alignment raises", "Alignment beats wrong."]),
+        ([0.5] * 3, {"wrong": [0.5] * 3}, ["Shown: alignment raises", "plain regularisation may explain both"]),
+    ],
+)  # fmt: skip
+def test_the_conclusion_says_what_is_shown_and_what_is_not(methods, others, said, monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    rows, arms = compared(60, methods, others)
+    paragraphs = comparison.conclusion(rows, "no alignment", arms)
+    for words, paragraph in zip(said, paragraphs, strict=False):
+        assert words in paragraph
+    assert "3 paired seeds, 60 objects" in paragraphs[0] and "would have been found" in paragraphs[0]
+    wrong, aligned = rows[2]["differences from alignment"][ablation.PRIMARY], rows[1]["differences"][ablation.PRIMARY]
+    assert wrong["mean"] == pytest.approx(others["wrong"][0] - methods[0], abs=0.05)
+    assert aligned["mean"] == pytest.approx(methods[0], abs=0.05)
+    assert "differences from alignment" not in rows[0] and "differences from alignment" not in rows[1]
+
+
+def test_what_captions_never_mention_is_compared_over_seeds(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 100)
+    rows, arms = compared(20, [0.0, 0.0, 0.0], {}, set_b=0.2)
+    kept = rows[1]["differences"]["set B"]
+    assert kept["mean"] == pytest.approx(0.3) and kept["low"] > 0 and kept["count"] == 3
+    assert "alignment keeps more of it" in comparison.conclusion(rows, "no alignment", arms)[-1]
+    table = comparison.probe_table(rows, "no alignment")
+    assert "| B: taper | 0.800 | 0.310 | 0.610 |" in table
+    assert "Q-Former | last layer, no alignment | last layer, alignment" in table
+
+
+def test_probes_are_fitted_on_objects_from_everywhere():
+    assert material.evenly(10, 4) == [0, 3, 6, 9] and material.evenly(3, None) == material.evenly(3, 9) == [0, 1, 2]

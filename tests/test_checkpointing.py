@@ -162,3 +162,12 @@ def test_only_safetensors_and_json_are_written(tmp_path):
         "optimizer.json", "optimizer.safetensors", "random_0.json", "random_0.safetensors",
     ]  # fmt: skip
     assert "0.exp_avg" in load_file(tmp_path / "optimizer.safetensors")
+
+
+def test_the_commit_is_named_where_there_is_no_git(monkeypatch, tmp_path):
+    assert checkpointing.commit()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("POINTALIGN_COMMIT", "abc123")
+    assert checkpointing.commit() == "abc123"
+    monkeypatch.delenv("POINTALIGN_COMMIT")
+    assert checkpointing.commit() is None

@@ -11,7 +11,7 @@ from conftest import CLOUDS, tiny_model
 
 from pointalign import evaluate
 from pointalign.data.modelnet import CLASSES, load_modelnet40
-from pointalign.evaluation import answering, runs
+from pointalign.evaluation import answering, report, runs
 from pointalign.evaluation.answering import Features, Generation, Journal, prompt_batch, with_input
 from pointalign.evaluation.geometry import chosen, geometry_questions
 from pointalign.evaluation.likelihood import AnswerTree, answer_likelihoods
@@ -145,6 +145,20 @@ def test_the_report_is_one_file(saved, tmp_path):
     assert "http:" not in page and "https:" not in page and "<script" not in page and "src='data:image/png" in page
     (tmp_path / "report.html").unlink()
     assert evaluate.main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
+
+
+@pytest.mark.parametrize("metric", ["likelihood margin", "MiniLM cosine", None])
+def test_the_gallery_shows_the_worst_answers_first(metric):
+    values = {"good": 0.9, "bad": 0.1, "middling": 0.5}
+    questions = [
+        {"objects": [], "question": "?", "answer": name, "truth": "t", "values": {metric: value} if metric else {}}
+        for name, value in values.items()
+    ]
+    task = {"kind": "classification", "metrics": {metric: {}} if metric else {}, "questions": questions}
+    page = report._gallery("t", task, None)
+    places = [page.index(f"</span> {name}<") for name in ("bad", "middling", "good")]
+    assert metric is None or (places == sorted(places) and f"by {metric}" in page)
+    assert metric or "by order" in page
 
 
 def test_compare_pairs_the_questions(tmp_path):

@@ -7,7 +7,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pointalign.evaluation.judge import Case, JudgeFailure, JudgeOptions, judge_cases, judge_file, summary, verdict
+from pointalign.evaluation.judge import (
+    Case,
+    JudgeFailure,
+    JudgeOptions,
+    judge_cases,
+    judge_file,
+    judge_tasks,
+    summary,
+    verdict,
+)
 
 openai = pytest.importorskip("openai", reason="the endpoint judge needs the openai package (extra: eval)")
 
@@ -189,10 +198,22 @@ def test_replies_are_read_strictly(kind, reply, expected):
     assert verdict(kind, reply, Case("a bed", "a bed", "bed", classes=("chair", "bed"))) == expected
 
 
+def write_answers(folder, texts):
+    rows = [{"object_id": f"o{i}", "ground_truth": "a red chair", "model_output": text} for i, text in enumerate(texts)]
+    (folder / "answers.json").write_text(json.dumps({"prompt": "p", "results": rows}))
+
+
+def test_a_judged_evaluation_counts_families_once(serve, tmp_path):
+    server = serve(lambda number, prompt: (200, "100#" if "good" in prompt else "0#", {}))
+    write_answers(tmp_path, ["good"] * 9 + ["bad"])
+    families = ["one"] * 9 + ["two"]
+    evaluation = {"tasks": {"answers": {"kind": "captioning", "questions": [{"family": one} for one in families]}}}
+    assert "90.0 [0.0, 100.0] over 10 answers" in judge_tasks(tmp_path, evaluation, options(server))
+
+
 def test_a_file_of_answers_is_judged_and_written(serve, tmp_path):
     server = serve(lambda number, prompt: (200, "40#some", {}))
-    rows = [{"object_id": f"o{i}", "ground_truth": "a red chair", "model_output": "a chair"} for i in range(3)]
-    (tmp_path / "answers.json").write_text(json.dumps({"prompt": "p", "results": rows}))
+    write_answers(tmp_path, ["a chair"] * 3)
     said = judge_file(tmp_path / "answers.json", "caption", options(server))
     written = json.loads((tmp_path / "answers.judged.json").read_text())
     assert "40.0 [40.0, 40.0] over 3 answers" in said
@@ -247,5 +268,8 @@ def test_a_local_model_judges(tmp_path, tokenizer):
     judged = judge_cases(judge, "object", CASES[:2], tmp_path / "kept.jsonl")
     assert judged.usage.requests == 2 and judged.usage.completion_tokens > 0
     assert judged.invalid == 2  # random weights say nothing usable, and that is reported
+    AutoModelForCausalLM.from_config(tiny_text_config("phi")).save_pretrained(tmp_path / "other" / "judge")
+    tokenizer.save_pretrained(tmp_path / "other" / "judge")
+    assert build(JudgeOptions(model=str(tmp_path / "other" / "judge"))).name != judge.name  # its replies are its own
     again = build(JudgeOptions(model=str(folder)))
     assert [again.reply("object", case) for case in CASES[:2]] == judged.replies

@@ -74,6 +74,15 @@ def test_closed_set_leaves_out_labels_outside_of_the_set():
     assert scores["likelihood margin"] == [2.0, -1.5, None]
 
 
+def test_generated_names_are_counted_over_the_closed_set_too():
+    labels = ["chair", "bed", "lamp"]
+    questions = [Question(name, (name,), "?", "t", name) for name in labels]
+    task = Task("t", "classification", "?", questions, {"chair": "This is a chair.", "bed": "This is a bed."})
+    answers = Answers(["This is a chair.", "This is a sofa.", "This is a lamp."], np.zeros((3, 2)))
+    scores = metrics.score(task, answers, {})
+    assert scores["head noun"] == [1.0, 0.0, 1.0] and scores["head noun, closed set"] == [1.0, 0.0, None]
+
+
 def test_summary_is_clustered_by_family():
     questions = [Question(str(i), (str(i),), "?", "t", "chair", family="one" if i < 9 else "two") for i in range(10)]
     task = Task("classification-prompt0", "classification", "?", questions)

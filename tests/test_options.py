@@ -41,6 +41,7 @@ def test_a_recipe_by_name_by_path_and_under_options(tmp_path):
         (["--model.dtype", "float16"], "model.dtype='float16'"),
         (["--data.evaluate", "all"], "data.evaluate='all'"),
         (["--data.annotations", "a.json"], "data.annotations and data.clouds belong together"),
+        (["scratch", "--data.fold", "0"], "data.fold: of the embedded objects only, without validation"),
         (["nowhere"], "no recipe 'nowhere'"),
         (["nowhere.yaml"], "no recipe 'nowhere.yaml'"),
     ],

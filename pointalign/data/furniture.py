@@ -31,6 +31,8 @@ import numpy as np
 POINTS = 8192
 SPLITS = ("train", "validation", "test")
 SPLIT_FILE = Path(__file__).parent / "furniture_data" / "splits.json"
+FOLDS = 5
+FOLD_SALT = 530  # the first under which every fold has a fifth of the objects and of the families, within 0.015
 LICENSES = {  # catalogue -> SPDX licence of its models (file LICENSE.TXT inside each)
     "BlendSwap-CC-0": "CC0-1.0",
     "BlendSwap-CC-BY": "CC-BY-3.0",
@@ -273,3 +275,33 @@ def build_furniture(catalogues: Path, out: Path, progress: Callable[[list], Iter
         annotations = [item for record in chosen for item in conversations(record)]
         (out / "annotations" / f"{split}.json").write_text(json.dumps(annotations, indent=1), encoding="utf-8")
     return counts
+
+
+# -------------------------------------------------------------------------------------------------------------- folds
+
+
+def fold_of(family: str) -> int:
+    """The fold that holds a family out, 0 to FOLDS - 1, by the hash of its name."""
+    return int.from_bytes(hashlib.sha256(f"fold/{FOLD_SALT}/{family}".encode()).digest()[:8], "big") % FOLDS
+
+
+def write_fold(built: Path, fold: int, out: Path) -> None:
+    """The built objects under another split: one fold is the test part, the other four are the training part.
+
+    Args:
+        built: folder that `build_furniture` wrote.
+        out: a new folder two levels below it, for `objects.json`, `annotations/{train,test}.json` and a link to the
+            clouds.
+    """
+    records = json.loads((built / "objects.json").read_text(encoding="utf-8"))
+    part = {one["object_id"]: "test" if fold_of(one["family"]) == fold else "train" for one in records}
+    said: dict[str, list] = {"train": [], "test": []}
+    for split in SPLITS:
+        for entry in json.loads((built / "annotations" / f"{split}.json").read_text(encoding="utf-8")):
+            said[part[entry["object_id"]]].append(entry)
+    (out / "annotations").mkdir(parents=True)
+    for split, entries in said.items():
+        (out / "annotations" / f"{split}.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    moved = [one | {"split": part[one["object_id"]]} for one in records]
+    (out / "objects.json").write_text(json.dumps(moved, indent=1), encoding="utf-8")
+    (out / "clouds").symlink_to(Path("..", "..", "clouds"), target_is_directory=True)

@@ -18,21 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from pointalign import checkpointing, stages
-from pointalign.evaluation import material, statistics
+from pointalign.evaluation import material
 from pointalign.evaluation.answering import Features, Generation, prompt_batch
 from pointalign.evaluation.arms import Arm, Schedule, train_arm
+from pointalign.evaluation.comparison import PRIMARY, SECOND, run_file, summarise
 from pointalign.evaluation.few_shot import few_shot
 from pointalign.evaluation.likelihood import AnswerTree, answer_likelihoods, margins
 from pointalign.evaluation.loading import file_hash
 from pointalign.evaluation.material import Material
 from pointalign.evaluation.metrics import naming_scores
-from pointalign.evaluation.probe import QFORMER, probe_layers, qformer_probes, spaced
+from pointalign.evaluation.probe import probe_layers, qformer_probes, spaced
 from pointalign.evaluation.tasks import PROMPTS, Question
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.models.processing import PLAIN_CHAT_TEMPLATE
 from pointalign.options import RECIPES, DataOptions, ModelOptions
-
-PRIMARY, SECOND = "likelihood margin", "generated accuracy"
 
 
 @dataclass
@@ -54,6 +53,8 @@ class Recipe:
         few_shot: numbers of examples about set B of the shapes that a trained arm is fine-tuned on; none by default.
         arms: by name.
         output: folder of the results.
+        fold: of the furniture's families, hold out this fold of five in place of the committed split;
+            `model.checkpoint` must have been trained under the same.
     """
 
     data: str = "furniture"
@@ -70,6 +71,7 @@ class Recipe:
     few_shot: list[int] = field(default_factory=list)
     arms: dict[str, Arm] = field(default_factory=dict)
     output: str = "runs/ablation"
+    fold: int | None = None
 
     def __post_init__(self) -> None:
         if self.baseline not in self.arms:
@@ -100,13 +102,23 @@ def read_recipe(name: str) -> Recipe:
     return parser.instantiate(parser.parse_object({"recipe": values})).recipe
 
 
-def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
-    """Run what is missing of an ablation, then write tables and plots. Returns the table, as Markdown."""
+def run_ablation(
+    name: str, seeds: int | None, output: str | None, fold: int | None = None, checkpoint: str | None = None
+) -> str:
+    """Run what is missing of an ablation, then write tables and plots. Returns the table, as Markdown.
+
+    What is not None takes the place of the recipe's own value.
+    """
     recipe = read_recipe(name)
     recipe.seeds = seeds or recipe.seeds
+    recipe.fold = recipe.fold if fold is None else fold
+    recipe.model.checkpoint = checkpoint or recipe.model.checkpoint
+    if recipe.data == "furniture":
+        stages.require_fold(recipe.model.checkpoint, recipe.fold)
     folder = Path(output or recipe.output)
     described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")}
-    if recipe.model.checkpoint is not None:
+    if recipe.model.checkpoint is not None:  # known by its weights, wherever it lies
+        described["model"]["checkpoint"] = Path(recipe.model.checkpoint).name
         described["weights"] = file_hash(stages.find_stage(recipe.model.checkpoint))
     definition = json.loads(json.dumps(described))
     check_definition(folder, definition)
@@ -115,7 +127,7 @@ def run_ablation(name: str, seeds: int | None, output: str | None) -> str:
         model, processor = build(recipe)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         train, held_out = material.load(
-            recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out
+            recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out, recipe.fold
         )
         if not (folder / "ceiling.json").exists():
             checkpointing.write_json(folder / "ceiling.json", qformer_probes(train, held_out))
@@ -170,10 +182,6 @@ def _trainable(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def run_file(folder: Path, arm: str, seed: int) -> Path:
-    return folder / "runs" / f"{arm.replace(' ', '-').replace(':', '')}-{seed}.json"
-
-
 def check_definition(folder: Path, definition: dict[str, Any]) -> None:
     """Refuse to mix runs of two recipes: arms may be added to a folder, nothing else may change."""
     path = folder / "recipe.json"
@@ -215,10 +223,8 @@ def run_arm(
     layers = sorted({*spaced(recipe.layers, depth), *similar})
     if recipe.decoder is not None:  # small enough for every layer
         similar = layers
-    fitted = train.subset(range(min(recipe.probed or len(train.labels), len(train.labels))))
-    probes = probe_layers(
-        model, processor, fitted, held_out, layers, sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
-    )
+    fitted = train.subset(material.evenly(len(train.labels), recipe.probed))
+    probes = probe_layers(model, processor, fitted, held_out, layers, similar)
     shots = few_shot(model, processor, train, held_out, recipe.few_shot, recipe.schedule, seed, arm.blind)
     return {
         "arm": name,
@@ -274,122 +280,3 @@ def measure(
 
 def _on(batch: dict[str, Tensor], model: PointAlignForConditionalGeneration) -> dict[str, Tensor]:
     return {name: one.to(model.device) for name, one in batch.items()}
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def read_runs(folder: Path, recipe: Recipe) -> dict[str, dict[int, dict[str, Any]]]:
-    """Finished runs: arm -> seed -> result."""
-    runs: dict[str, dict[int, dict[str, Any]]] = {}
-    for arm, seed in recipe.plan():
-        if (path := run_file(folder, arm, seed)).exists():
-            runs.setdefault(arm, {})[seed] = json.loads(path.read_text())
-    return runs
-
-
-def summarise(folder: Path, recipe: Recipe) -> str:
-    """Compare every arm with the baseline; writes `ablation.json`, `ablation.md` and two plots."""
-    from pointalign.evaluation.plots import arm_differences, layer_curves
-
-    runs = read_runs(folder, recipe)
-    base = runs[recipe.baseline]
-    ceiling = json.loads((folder / "ceiling.json").read_text())
-    rows = [_row(name, results, base, recipe, ceiling) for name, results in runs.items()]
-    for metric in (PRIMARY, SECOND):
-        compared = [row for row in rows if metric in row.get("differences", {})]
-        corrected = statistics.holm([row["differences"][metric]["p"] for row in compared])
-        for row, p in zip(compared, corrected, strict=True):
-            row["differences"][metric]["p_holm"] = p
-    from pointalign.evaluation.runs import versions
-
-    described = {
-        "recipe": json.loads((folder / "recipe.json").read_text()),
-        "versions": versions(),
-        "ceiling": ceiling,
-        "arms": rows,
-    }
-    checkpointing.write_json(folder / "ablation.json", described)
-    text = table(rows, recipe)
-    (folder / "ablation.md").write_text(text + "\n")
-    arm_differences(rows, PRIMARY, recipe.baseline, folder / "differences.png")
-    layer_curves({name: average(results) for name, results in list(runs.items())[:4]}, folder / "layers.png")
-    missing = sum(not run_file(folder, arm, seed).exists() for arm, seed in recipe.plan())
-    return text + (f"\n\n{missing} runs of the plan are missing" if missing else "")
-
-
-def _row(
-    name: str,
-    results: dict[int, dict[str, Any]],
-    base: dict[int, dict[str, Any]],
-    recipe: Recipe,
-    ceiling: dict[str, float],
-) -> dict[str, Any]:
-    everything = list(results.values())
-    families = everything[0]["families"]
-    row: dict[str, Any] = {"arm": name, "seeds": sorted(results), "metrics": {}}
-    for metric in everything[0]["scores"]:
-        values = np.array([one["scores"][metric] for one in everything])
-        row["metrics"][metric] = statistics.cluster_mean(values.mean(axis=0), families).as_dict()
-    layer = str(everything[0]["layer"])  # the default one, for every arm alike
-    row["layer"] = int(layer)
-    for measure in everything[0]["similarity"][layer]:
-        row[measure] = float(np.mean([one["similarity"][layer][measure] for one in everything]))
-    named = "noun" if "noun" in everything[0]["probes"] else "A: colour"
-    row["retention"] = row["metrics"][SECOND]["mean"] / ceiling["noun"] if ceiling.get("noun") else None
-    last = [place for place in everything[0]["probes"][named] if place != QFORMER][-1]
-    row["probes at the last layer"] = {
-        prop: float(np.mean([one["probes"][prop][last] for one in everything])) for prop in everything[0]["probes"]
-    }
-    row["few_shot"] = {
-        name: {count: float(np.mean([one["few_shot"][name][count] for one in everything])) for count in counts}
-        for name, counts in everything[0]["few_shot"].items()
-    }
-    shared = sorted(set(results) & set(base))
-    if name != recipe.baseline and shared:
-        row["differences"] = {}
-        for metric in (PRIMARY, SECOND):
-            ours, theirs = (np.array([runs[seed]["scores"][metric] for seed in shared]) for runs in (results, base))
-            estimate, p = statistics.paired_runs(ours - theirs, families)
-            detectable = statistics.minimum_detectable_effect(ours - theirs, families)
-            per_seed = (ours - theirs).mean(axis=1).tolist()
-            row["differences"][metric] = estimate.as_dict() | {"p": p, "detectable": detectable, "per_seed": per_seed}
-    return row
-
-
-def average(results: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Probes and similarity of an arm, averaged over its seeds."""
-    first, *_ = everything = list(results.values())
-    merged = dict(first)
-    for part in ("probes", "similarity"):
-        merged[part] = {
-            key: {place: float(np.mean([one[part][key][place] for one in everything])) for place in places}
-            for key, places in first[part].items()
-        }
-    return merged
-
-
-def table(rows: list[dict[str, Any]], recipe: Recipe) -> str:
-    """The arms as Markdown: means, and differences from the baseline with what could have been detected."""
-    lines = [
-        f"| arm | seeds | {PRIMARY} (nats) | against {recipe.baseline} | p (Holm) | detectable | {SECOND} "
-        "| centred cosine | retrieval@1 | CKA | retention |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        primary, second = row["metrics"][PRIMARY], row["metrics"][SECOND]
-        cells = [row["arm"], str(len(row["seeds"])), f"{primary['mean']:+.3f}"]
-        if "differences" in row:
-            one = row["differences"][PRIMARY]
-            cells += [
-                f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]",
-                f"{one['p_holm']:.3f}",
-                f"{one['detectable']:.3f}",
-            ]
-        else:
-            cells += ["", "", ""]
-        cells.append(f"{100 * second['mean']:.1f} % [{100 * second['low']:.1f}, {100 * second['high']:.1f}]")
-        cells += [f"{row[key]:.3f}" for key in ("centred cosine", "retrieval@1", "CKA")]
-        cells.append("" if row["retention"] is None else f"{row['retention']:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pointalign import checkpointing
 from pointalign.evaluation.likelihood import AnswerTree, answer_likelihoods
 from pointalign.evaluation.tasks import MAX_NEW_TOKENS, ObjectSet, Question, Task
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
@@ -60,8 +61,8 @@ class Journal:
         self.path = path
         self.done: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().split("\n") if path.exists() else []
-        complete = lines[:-1]  # a line that was cut short has no end
+        known = path.read_text() if path.exists() else ""
+        *complete, _torn = known.split("\n")  # a line that was cut short has no end
         if complete:
             if (other := json.loads(complete[0])) != json.loads(json.dumps(run)):
                 different = sorted(key for key in run.keys() | other.keys() if run.get(key) != other.get(key))
@@ -72,7 +73,9 @@ class Journal:
                 entry = json.loads(line)
                 self.done[entry["key"]] = entry["value"]
         text = "".join(line + "\n" for line in complete) or json.dumps(run) + "\n"
-        path.write_text(text)
+        if text != known:
+            with checkpointing.replacing(path) as temporary:
+                temporary.write_text(text)
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
         """The value of `key` (JSON values only), computed and written down if it is not there yet."""

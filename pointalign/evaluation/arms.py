@@ -55,6 +55,11 @@ class Arm:
         if not 0 < self.captions <= 1:
             raise ValueError(f"arm: captions={self.captions}, expected a share above 0, up to 1")
 
+    @property
+    def is_control(self) -> bool:
+        """Whether it trains on an alignment that should not help: of wrong places, wrong targets, or unfelt."""
+        return self.span == "release" or self.states == "detached" or self.source != "own"
+
 
 @dataclass
 class Schedule:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from pointalign import checkpointing
 from pointalign.evaluation.statistics import cluster_mean
 
 PROMPT_VERSION = "1"
@@ -194,9 +195,11 @@ def _key(name: str, kind: str, case: Case) -> str:
 
 def _read_replies(path: Path) -> dict[str, str]:
     """What an earlier run kept; a last line that was cut short is dropped."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    if path.exists():
-        path.write_text("".join(line + "\n" for line in lines))
+    text = path.read_text() if path.exists() else ""
+    *lines, torn = text.split("\n")
+    if torn:
+        with checkpointing.replacing(path) as temporary:
+            temporary.write_text(text.removesuffix(torn))
     return {entry["key"]: entry["reply"] for entry in map(json.loads, lines)}
 
 
@@ -224,10 +227,12 @@ def described(kind: str, judge: Judge, one: dict[str, Any]) -> str:
     )
 
 
-def judge_file(answers: Path, kind: str, options: JudgeOptions) -> str:
-    """Judge a file in PointLLM's format; writes `<name>.judged.json` beside it and says what came out."""
-    from pointalign import checkpointing
+def judge_file(answers: Path, kind: str, options: JudgeOptions, families: Sequence[str] | None = None) -> str:
+    """Judge a file in PointLLM's format; writes `<name>.judged.json` beside it and says what came out.
 
+    Args:
+        families: the cluster of each answer, for the interval; by default every object is its own.
+    """
     if not options.chosen:
         raise ValueError(
             "no judge was named: --judge.base_url URL --judge.model NAME, or --judge.model FOLDER, or string"
@@ -240,9 +245,10 @@ def judge_file(answers: Path, kind: str, options: JudgeOptions) -> str:
         classes = CLASSES
         if unknown := sorted({row["label_name"] for row in results} - set(classes)):
             raise ValueError(f"{answers}: {unknown[0]!r} is no class of ModelNet40")
+    families = families or [str(row["object_id"]) for row in results]
     cases = [
-        Case(row["ground_truth"], row["model_output"], row.get("label_name", ""), str(row["object_id"]), classes)
-        for row in results
+        Case(row["ground_truth"], row["model_output"], row.get("label_name", ""), family, classes)
+        for row, family in zip(results, families, strict=True)
     ]
     from pointalign.evaluation.judges import build_judge
 
@@ -264,7 +270,7 @@ def judge_tasks(folder: Path, evaluation: dict[str, Any], options: JudgeOptions)
     """Judge the answers of an evaluation: names as objects (as classes for ModelNet40), captions by score."""
     kinds = {"classification": "object", "modelnet40": "class", "captioning": "caption"}
     lines = [
-        judge_file(folder / f"{name}.json", kinds[task["kind"]], options)
+        judge_file(folder / f"{name}.json", kinds[task["kind"]], options, [one["family"] for one in task["questions"]])
         for name, task in evaluation["tasks"].items()
         if task["kind"] in kinds
     ]

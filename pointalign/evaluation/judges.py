@@ -91,7 +91,10 @@ class LocalJudge:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.name = f"local {folder.name}"
+        from pointalign.evaluation.loading import file_hash
+
+        weights = file_hash(folder / "config.json", *sorted(folder.glob("*.safetensors")))
+        self.name = f"local {folder.name} {weights}"  # replies are kept under it: two folders may share a name
         self.workers = 1
         self.usage = Usage()
         device = "cuda" if torch.cuda.is_available() else "cpu"

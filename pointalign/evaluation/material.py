@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,19 +56,23 @@ class Material:
         )
 
 
+def evenly(count: int, limit: int | None) -> list[int]:
+    """Up to `limit` of `count` rows, spread over the whole: neighbours are of one catalogue and look alike."""
+    return np.linspace(0, count - 1, min(count, limit or count)).round().astype(int).tolist()
+
+
 def compute_features(
     model: PointAlignForConditionalGeneration,
     processor: PointAlignProcessor,
     clouds: list[Callable[[], np.ndarray]],
     kept: Path,
-    weights: str,
+    digest: str,
     batch_size: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """Q-Former and pooled encoder tokens of clouds, from the file `kept` if it was made with the same weights."""
+    """Q-Former and pooled encoder tokens of clouds, from the file `kept` if it was made under the same `digest`."""
     if kept.exists():
         stored = load_file(kept)
-        digest = bytes(stored["weights"].tolist()).decode()
-        if digest == weights and len(stored["qformer"]) == len(clouds):
+        if bytes(stored["digest"].tolist()).decode() == digest:
             return stored["qformer"], stored["encoder"]
     model.eval()
     qformer, encoder = [], []
@@ -81,7 +86,7 @@ def compute_features(
             qformer.append(made.qformer.float().cpu())
             encoder.append(pool_tokens(made.encoder.float(), model.config.num_query_tokens).cpu())
     tensors = {"qformer": torch.cat(qformer), "encoder": torch.cat(encoder)}
-    checkpointing.write_tensors(kept, tensors | {"weights": torch.tensor(list(weights.encode()), dtype=torch.uint8)})
+    checkpointing.write_tensors(kept, tensors | {"digest": torch.tensor(list(digest.encode()), dtype=torch.uint8)})
     return tensors["qformer"], tensors["encoder"]
 
 
@@ -99,14 +104,17 @@ def furniture(
     split: str,
     cache: Path,
     limit: int | None,
+    fold: int | None = None,
 ) -> Material:
     """The embedded objects of a split; the closed set is the nouns of the test split that occur in training."""
-    folder = assets.furniture()
+    folder = assets.furniture(fold)
     everything = json.loads((folder / "objects.json").read_text())
-    records = [one for one in everything if one["split"] == split][: limit or None]
+    records = [one for one in everything if one["split"] == split]
+    records = [records[row] for row in evenly(len(records), limit)]
     clouds = [lambda r=r: np.load(folder / "clouds" / f"{r['object_id']}_8192.npy") for r in records]
-    weights = point_branch_hash(model)
-    features, encoder = compute_features(model, processor, clouds, cache / f"furniture-{split}.safetensors", weights)
+    names = hashlib.sha256(" ".join(one["object_id"] for one in records).encode()).hexdigest()
+    digest = f"{point_branch_hash(model)} {names[:16]}"
+    features, encoder = compute_features(model, processor, clouds, cache / f"furniture-{split}.safetensors", digest)
     said: dict[str, list[tuple[str, str]]] = {}
     for entry in json.loads((folder / "annotations" / f"{split}.json").read_text()):
         if entry["conversation_type"] in ("simple_description", "single_round"):
@@ -184,9 +192,17 @@ def load(
     cache: Path,
     train: int | None = None,
     held_out: int | None = None,
+    fold: int | None = None,
 ) -> tuple[Material, Material]:
-    """Training and held-out objects of `furniture` or `shapes`, the first `train` and `held_out` of them."""
+    """Training and held-out objects of `furniture` or `shapes`, at most `train` and `held_out` of them.
+
+    With `fold`, that fold of the furniture's families is held out.
+    """
     if name not in SOURCES:
         raise ValueError(f"data {name!r}: expected of {', '.join(SOURCES)}")
     make = SOURCES[name]
+    if fold is not None:
+        if make is not furniture:
+            raise ValueError(f"fold {fold}: only data furniture has folds, not {name}")
+        make = partial(furniture, fold=fold)
     return make(model, processor, "train", cache, train), make(model, processor, HELD_OUT, cache, held_out)

@@ -40,8 +40,11 @@ def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Sco
         scores |= naming_scores(answers.texts, [question.label for question in task.questions])
     if answers.likelihoods is not None:
         scores |= closed_set_scores(answers.likelihoods, [q.label for q in task.questions], list(task.candidates))
+        scores["head noun, closed set"] = [
+            one if question.label in task.candidates else None
+            for one, question in zip(scores["head noun"], task.questions, strict=True)
+        ]  # the same objects, by generated text
     if task.kind == "captioning":
-        scores.pop("exact", None)  # a caption says more than the name
         scores.pop("exact", None)  # a caption says more than the name
         scores |= caption_scores(answers.texts, truths)
     # a name is short: its sentence embedding is compared with the name where there is one, with the caption where not

@@ -113,6 +113,7 @@ def probe_model(name: str | None, options: ProbeOptions) -> str:
     """Probe a model; writes `probe.json` and `layers.png`. Returns a Markdown table."""
     from pointalign.evaluation.loading import load, shipped
     from pointalign.evaluation.plots import layer_curves
+    from pointalign.evaluation.runs import versions
 
     torch.manual_seed(0)
     model, processor, weights = load(name or shipped())
@@ -121,7 +122,7 @@ def probe_model(name: str | None, options: ProbeOptions) -> str:
         options.data, model, processor, folder / "features", options.train, options.held_out
     )
     layers = spaced(options.layers, model.config.get_text_config().num_hidden_layers)
-    result = {"model": Path(name or shipped()).name, "weights": weights, "data": options.data}
+    result = {"model": Path(name or shipped()).name, "weights": weights, "data": options.data, "versions": versions()}
     result |= probe_layers(model, processor, train, held_out, layers, layers)
     checkpointing.write_json(folder / "probe.json", result)
     curves = {result["model"]: result}

@@ -13,7 +13,7 @@ from pointalign.evaluation import runs
 from pointalign.evaluation.gallery import as_data_url, render
 
 SHOWN = 40  # gallery entries per task
-WORST = {"classification": "likelihood margin", "modelnet40": "likelihood margin", "geometry": "accuracy"}
+WORST = ("likelihood margin", "accuracy")  # what the gallery is sorted by, the first that applies
 STYLE = """
 :root { --ink: #1c2430; --soft: #5d6876; --line: #d9dee5; --good: #1f7a4d; --bad: #b3372f; --panel: #f6f7f9; }
 * { box-sizing: border-box; }
@@ -120,7 +120,8 @@ def _figure(path: Path) -> str:
 
 def _gallery(name: str, task: dict[str, Any], cloud: Callable[[str], np.ndarray] | None) -> str:
     questions = task["questions"]
-    metric = WORST.get(task["kind"]) or next((m for m in task["metrics"] if m.endswith("cosine")), "BLEU-1")
+    cosines = [one for one in task["metrics"] if one.endswith("cosine")]
+    metric = next((one for one in (*WORST, *cosines, "BLEU-1") if one in task["metrics"]), "order")
     ordered = sorted(questions, key=lambda row: row["values"].get(metric, float("inf")))
     cards = [_card(row, metric, cloud) for row in ordered[:SHOWN]]
     note = "" if cloud is not None else "<p class=soft>The clouds are not where they were: no pictures.</p>"

@@ -1,7 +1,6 @@
 """An evaluation from a model's name to files: answers, metrics, tables; and two evaluations compared."""
 
 import json
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -163,12 +162,9 @@ def versions() -> dict[str, str | None]:
     import torch
     import transformers
 
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    commit = git.stdout.strip() or None
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit, "device": device}
+    software = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return software | {"commit": checkpointing.commit(), "device": device}
 
 
 def table(evaluation: dict[str, Any]) -> str:

@@ -98,3 +98,12 @@ def paired_runs(differences: np.ndarray, clusters: Sequence[str], seed: int = 0)
     average = differences.mean(axis=0)
     _, p = paired_difference(average, np.zeros_like(average), clusters, seed)
     return Estimate(float(differences.mean()), float(low), float(high), differences.shape[1]), p
+
+
+def over_runs(differences: Sequence[float]) -> Estimate:
+    """Mean of paired differences `[S]` of two or more runs, with Student's 95 % interval: these objects, other runs."""
+    from scipy.stats import t
+
+    data = np.asarray(differences, dtype=float)
+    half = float(t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / len(data) ** 0.5)
+    return Estimate(float(data.mean()), float(data.mean()) - half, float(data.mean()) + half, len(data))

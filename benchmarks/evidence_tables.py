@@ -1,0 +1,91 @@
+"""The evidence sections of benchmarks/report.py: held-out evaluation, ablations and probes, from their files alone.
+
+python -m pointalign.evaluate                    writes evaluation.json, to be copied to results/
+python -m pointalign.evaluate ablation objects   writes results/ablation_objects/, and so on
+python -m pointalign.evaluate probe --output benchmarks/results/probe
+"""
+
+import json
+from pathlib import Path
+
+from pointalign.evaluation import comparison, runs, statistics
+from pointalign.evaluation import probe as probing
+
+RESULTS = Path(__file__).parent / "results"
+# the rows that stand outside of the folded table
+SHOWN = {
+    "classification": ("head noun", "head noun, closed set", "closed-set accuracy", "likelihood margin"),
+    "captioning": ("ROUGE-L", "METEOR", "MiniLM cosine"),
+    "geometry": ("accuracy",),
+}
+
+
+def evaluation() -> str:
+    """Held-out accuracy of a model with intervals, and what its answers owe to the cloud."""
+    content = json.loads((RESULTS / "evaluation.json").read_text())
+    asked, tasks = content["asked"], content["tasks"]
+    way = "sampled answers" if content["generation"]["sample"] else "greedy answers"
+    note = (
+        f"{content['model']} (weights {content['weights']}) on the {asked['split']} objects, {way}; "
+        f"{_versions(content['versions'])}. 95 % intervals clustered by family; x 100, but for the margin, in nats."
+    )
+    short = {
+        name: {"metrics": {key: one for key, one in task["metrics"].items() if _is_shown(task["kind"], key)}}
+        for name, task in tasks.items()
+    }
+    parts = [note, runs.table(content | {"tasks": short})]
+    parts += [_against_shuffled(tasks, name) for name in tasks if f"{name}-shuffled" in tasks]
+    parts.append(_folded("Every metric of every task", runs.table(content)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_shown(kind: str, metric: str) -> bool:
+    return metric in SHOWN.get(kind, ()) or metric.startswith("accuracy, ")
+
+
+def _against_shuffled(tasks: dict, name: str) -> str:
+    """Paired difference of a task from the same questions about other objects' clouds."""
+    others = {row["id"]: row for row in tasks[f"{name}-shuffled"]["questions"]}
+    rows = tasks[name]["questions"]
+    values = [(row["values"]["head noun"], others[row["id"]]["values"]["head noun"], row["family"]) for row in rows]
+    estimate, p = statistics.paired_difference(*(list(column) for column in zip(*values, strict=True)))
+    mean, low, high = (f"{100 * one:+.1f}" for one in (estimate.mean, estimate.low, estimate.high))
+    return f"Own cloud less another object's, {name}: head noun {mean} [{low}, {high}] points, p = {p:.4f}."
+
+
+def ablation(name: str) -> str:
+    """What an ablation shows and does not show, its tables and its plots, from `results/<name>/`."""
+    folder = RESULTS / name
+    content = json.loads((folder / "ablation.json").read_text())
+    recipe, rows = content["recipe"], content["arms"]
+    schedule = recipe["schedule"]
+    note = (
+        f"{schedule['steps']} steps of {schedule['batch_size']}, lambda {recipe['weight']:g} where an arm names none; "
+        f"{_versions(content['versions'])}. Intervals over seeds and families."
+    )
+    parts = [note, *content["conclusion"]]
+    parts.append(_folded("Arms, controls and probes", "\n\n".join(comparison.tables(rows, recipe["baseline"]))))
+    plots = {"layers.png": "What each layer knows of the clouds", "differences.png": "Every arm against the baseline"}
+    parts += [
+        f"![{title}]({(folder / file).relative_to(RESULTS.parents[1])})"
+        for file, title in plots.items()
+        if (folder / file).exists()
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def probe() -> str:
+    """Probe accuracy and similarity to the Q-Former tokens by layer, from `results/probe/`."""
+    folder = RESULTS / "probe"
+    content = json.loads((folder / "probe.json").read_text())
+    note = f"{content['model']} (weights {content['weights']}), {content['data']}; {_versions(content['versions'])}."
+    picture = f"![Probes and similarity by layer]({(folder / 'layers.png').relative_to(RESULTS.parents[1])})"
+    return "\n\n".join([note, picture, _folded("By layer", probing.layer_table(content))]) + "\n"
+
+
+def _versions(versions: dict) -> str:
+    return f"{versions['device']}, torch {versions['torch']}, commit {versions['commit']}"
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"

@@ -1,0 +1,87 @@
+"""The README's evidence is made of files, and says so where there are none."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import evidence_tables
+
+
+def estimate(mean: float, **more) -> dict:
+    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "count": 4} | more
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence_tables, "RESULTS", tmp_path / "benchmarks" / "results")
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    return tmp_path / "benchmarks" / "results"
+
+
+VERSIONS = {"device": "a card", "torch": "2", "commit": "abc"}
+
+
+def test_an_evaluation_is_shown_with_what_its_cloud_adds(results):
+    def task(right: list[float]) -> dict:
+        rows = [{"id": str(i), "family": str(i), "values": {"head noun": one}} for i, one in enumerate(right)]
+        metrics = {"head noun": estimate(sum(right) / 4), "mentioned": estimate(0.9)}
+        return {"kind": "classification", "metrics": metrics, "questions": rows}
+
+    tasks = {"classification-prompt0": task([1, 1, 1, 0]), "classification-prompt0-shuffled": task([0, 1, 0, 0])}
+    asked = {"split": "test", "data": "furniture"}
+    content = {"model": "m", "weights": "w", "asked": asked, "generation": {"sample": False}, "versions": VERSIONS}
+    (results / "evaluation.json").write_text(json.dumps(content | {"tasks": tasks}))
+    text = evidence_tables.evaluation()
+    assert "| classification-prompt0 | head noun | 75.0 | 65.0 to 85.0 | 4 |" in text
+    assert "head noun +50.0 [+0.0, +100.0] points" in text and "a card, torch 2, commit abc" in text
+    outside, folded = text.split("<details>")
+    assert "mentioned" not in outside and "mentioned" in folded
+
+
+def test_an_ablation_is_shown_with_what_it_says(results):
+    folder = results / "ablation_objects"
+    folder.mkdir()
+    row = {"seeds": [0, 1], "metrics": {"likelihood margin": estimate(0.2), "generated accuracy": estimate(0.3)},
+           "layer": 3, "centred cosine": 0.1, "retrieval@1": 0.2, "CKA": 0.3, "retention": None, "few_shot": {},
+           "probes at the Q-Former": {"noun": 0.4}, "probes at the last layer": {"noun": 0.25}}  # fmt: skip
+    difference = {"likelihood margin": estimate(0.07, p=0.5, p_holm=0.5, detectable=0.3)}
+    arms = [row | {"arm": "no alignment"}, row | {"arm": "alignment", "differences": difference}]
+    recipe = {"schedule": {"steps": 7, "batch_size": 2}, "weight": 0.1, "baseline": "no alignment"}
+    content = {"recipe": recipe, "versions": VERSIONS, "arms": arms, "conclusion": ["Nothing is shown."]}
+    (folder / "ablation.json").write_text(json.dumps(content))
+    (folder / "layers.png").touch()
+    text = evidence_tables.ablation("ablation_objects")
+    assert "Nothing is shown." in text and "7 steps of 2, lambda 0.1" in text
+    assert "| alignment | +0.070 [-0.030, +0.170] | 0.500 | 0.300 |" in text
+    assert "| noun | 0.400 | 0.250 | 0.250 |" in text
+    assert "](benchmarks/results/ablation_objects/layers.png)" in text and "differences.png" not in text
+
+
+def test_probes_are_shown_by_layer(results):
+    (results / "probe").mkdir()
+    content = {"model": "m", "weights": "w", "data": "furniture", "versions": VERSIONS, "kinds": {"noun": "accuracy"},
+               "probes": {"noun": {"Q-Former": 0.5, "0": 0.4}}, "similarity": {"0": {"CKA": 0.3}}}  # fmt: skip
+    (results / "probe" / "probe.json").write_text(json.dumps(content))
+    text = evidence_tables.probe()
+    assert "| noun (accuracy) | 0.500 | 0.400 |" in text and "| CKA |  | 0.300 |" in text
+    assert "](benchmarks/results/probe/layers.png)" in text
+
+
+def test_without_files_nothing_is_claimed(results, tmp_path, monkeypatch, capsys):
+    import report
+
+    sections = {name: report.SECTIONS[name] for name in ("evaluation", "ablation_shapes", "probe")}
+    monkeypatch.setattr(report, "SECTIONS", sections)
+    monkeypatch.setattr(report, "RESULTS", results)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    marked = "".join(f"<!-- {name}:begin -->\nold figures\n<!-- {name}:end -->\n" for name in sections)
+    (tmp_path / "README.md").write_text(marked)
+    report.main()
+    assert (tmp_path / "README.md").read_text() == marked.replace("old figures", "Not measured.")
+    assert "evaluation: evaluation.json is missing" in capsys.readouterr().out and not list(results.iterdir())
+    readme = (report.ROOT / "README.md").read_text()
+    for name in [*sections, "ablation_objects", "ablation_folds"]:
+        assert f"<!-- {name}:begin -->\n" in readme and f"<!-- {name}:end -->" in readme

@@ -1,0 +1,162 @@
+"""Five folds: nothing of a fold is seen by the stage that is asked about it, and all folds count as one set."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLOUDS, tiny_text_config
+from safetensors.torch import load_file
+from test_train import TINY
+from transformers import AutoModelForCausalLM
+
+from pointalign import assets, contrastive, evaluate, folds, stages, train
+from pointalign.data import furniture
+from pointalign.evaluation import ablation, representations, statistics
+from pointalign.models import configuration
+
+NAMES = sorted(path.name.removesuffix("_8192.npy") for path in CLOUDS.glob("*.npy"))
+
+
+@pytest.fixture
+def objects(tmp_path, monkeypatch):
+    """The committed clouds as embedded objects: two folds, two nouns in each, two objects in a family."""
+    monkeypatch.setattr(furniture, "FOLDS", 2)
+    families = [[f"family {i}" for i in range(20) if furniture.fold_of(f"family {i}") == fold] for fold in range(2)]
+    folder = tmp_path / "furniture"
+    shutil.copytree(CLOUDS, folder / "clouds")
+    records = []
+    for i, name in enumerate(NAMES):
+        title = ("bench", "cactus")[i // 2 % 2]
+        entry = furniture.CatalogueEntry(name, title, "kitchen", "made", "CC0-1.0", Path(), "", (1, 1, 1), ())
+        points = np.load(CLOUDS / f"{name}_8192.npy").astype(np.float64)
+        records.append(furniture.describe_object(entry, points, families[i // 4][i // 2 % 2], furniture.SPLITS[i % 3]))
+    (folder / "objects.json").write_text(json.dumps(records))
+    (folder / "annotations").mkdir()
+    said = json.loads((CLOUDS / "annotations.json").read_text())
+    split = {one["object_id"]: one["split"] for one in records}
+    for part in furniture.SPLITS:
+        kept = [entry for entry in said if split[entry["object_id"]] == part]
+        (folder / "annotations" / f"{part}.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(assets, "_asset", lambda *_: folder)
+    return records
+
+
+def test_every_family_is_held_out_once_and_whole(objects):
+    held_out = []
+    for fold in range(2):
+        folder = assets.furniture(fold)
+        records = {one["object_id"]: one for one in json.loads((folder / "objects.json").read_text())}
+        parts = {part: {i for i, one in records.items() if one["split"] == part} for part in ("train", "test")}
+        assert parts["train"] | parts["test"] == set(NAMES) and all(parts.values())
+        assert not {records[i]["family"] for i in parts["train"]} & {records[i]["family"] for i in parts["test"]}
+        for part, ids in parts.items():
+            entries = json.loads((folder / "annotations" / f"{part}.json").read_text())
+            assert {entry["object_id"] for entry in entries} == ids
+        assert np.array_equal(np.load(folder / "clouds" / f"{NAMES[0]}_8192.npy"),
+                              np.load(CLOUDS / f"{NAMES[0]}_8192.npy"))  # fmt: skip
+        held_out += parts["test"]
+    assert sorted(held_out) == NAMES
+    with pytest.raises(ValueError, match="fold 2: expected 0 to 1"):
+        assets.furniture(2)
+
+
+def test_the_committed_objects_are_shared_out_evenly():
+    splits = furniture.read_splits().values()
+    for members in ([one["family"] for one in splits], sorted({one["family"] for one in splits})):
+        shares = np.bincount([furniture.fold_of(one) for one in members], minlength=5) / len(members)
+        assert shares == pytest.approx([0.2] * 5, abs=0.015)
+
+
+@pytest.fixture
+def recipes(tmp_path, tokenizer, monkeypatch):
+    """A stage 1 and an ablation, both tiny."""
+    monkeypatch.setitem(configuration.PRESETS, "mini", TINY)
+    monkeypatch.setattr(representations, "FIT_STEPS", 3)
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    model = f"llm: {tmp_path / 'llm'}, lora_rank: 4, dtype: float32"
+    (tmp_path / "stage1.yaml").write_text(f"""
+model: {{{model}, train: [qformer, modality_projector, lora]}}
+data: {{num_points: 256, evaluate: validation}}
+alignment: {{weight: 0.0}}
+training: {{contrastive_steps: 2, contrastive_batch_size: 4, max_steps: 2, save_steps: 1, report_to: none,
+            use_cpu: true, disable_tqdm: true, per_device_train_batch_size: 2}}
+""")
+    (tmp_path / "arms.yaml").write_text(f"""
+data: furniture
+model: {{{model}, train: [lora]}}
+schedule: {{steps: 1, batch_size: 2}}
+layers: 2
+arms:
+  no alignment: {{weight: 0.0}}
+  alignment: {{}}
+""")
+    return ["--recipe", str(tmp_path / "arms.yaml"), "--stage1", str(tmp_path / "stage1.yaml"), "--seeds", "2"]
+
+
+def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    warmed, trained, runs = [], [], []
+    warm_up, run_arm, stage = contrastive.warm_up, ablation.run_arm, train.main
+
+    def counted(*given):
+        runs.append(given[3:5])
+        if len(runs) == 6:  # of the second fold
+            raise KeyboardInterrupt
+        return run_arm(*given)
+
+    monkeypatch.setattr(contrastive, "warm_up", lambda *given: (warmed.append(given[2]), warm_up(*given)))
+    monkeypatch.setattr(ablation, "run_arm", counted)
+    monkeypatch.setattr(train, "main", lambda command: (trained.append(command), stage(command))[1])
+    command = [*recipes, "--output", str(out)]
+    assert folds.main(command) == 130
+    assert not (out / "ablation.json").exists()
+    # as if stage 1 of the second fold had been stopped at its first checkpoint
+    second = out / "fold-1" / "stage1"
+    whole = load_file(second / stages.STAGE_FILE)
+    (second / stages.STAGE_FILE).unlink()
+    shutil.rmtree(second / "checkpoint-2")
+    for made in ("runs", "features"):
+        shutil.rmtree(out / "fold-1" / made)
+    (out / "fold-1" / "recipe.json").unlink()
+    assert folds.main(command) == 0
+    resumed = load_file(second / stages.STAGE_FILE)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert len(runs) == 2 * 4 + 2 and len(warmed) == 2
+    assert [any("resume_from_checkpoint" in one for one in given) for given in trained] == [False, False, True]
+
+    family = {one["object_id"]: one["family"] for one in objects}
+    for fold, clouds in enumerate(warmed):
+        seen = [i for i in NAMES for c in clouds if np.array_equal(c, np.load(CLOUDS / f"{i}_8192.npy"))]
+        assert len(seen) == 4 and not {family[i] for i in seen} & {
+            f for f in family.values() if furniture.fold_of(f) == fold
+        }
+    result = json.loads((out / "ablation.json").read_text())
+    [plain, aligned] = result["arms"]
+    difference = aligned["differences"][ablation.PRIMARY]
+    assert difference["count"] == 8 and len(difference["per_seed"]) == 2 and 0 < difference["p_holm"] <= 1
+    kept = [json.loads((out / f"fold-{fold}" / "ablation.json").read_text())["arms"] for fold in (0, 1)]
+    for metric in plain["metrics"]:
+        each = [rows[0]["metrics"][metric]["mean"] for rows in kept]
+        assert plain["metrics"][metric]["mean"] == pytest.approx(np.mean(each))
+    assert plain["CKA"] == pytest.approx(np.mean([rows[0]["CKA"] for rows in kept]))
+    assert str(tmp_path) not in json.dumps(result["recipe"] | {"model": result["recipe"]["model"] | {"llm": ""}})
+    assert "all folds:" in capsys.readouterr().out
+
+    before = len(runs), len(trained)
+    assert folds.main(command) == 0 and (len(runs), len(trained)) == before  # nothing is left to do
+
+    # a stage of one fold knows what the other holds out
+    stage1, other = str(out / "fold-0" / "stage1"), ["--output", str(tmp_path / "other")]
+    assert evaluate.main(["ablation", recipes[1], "--fold", "1", "--checkpoint", stage1, *other]) == 1
+    assert "was trained under fold 0, and may know objects that fold 1 holds out" in capsys.readouterr().err
+    assert evaluate.main(["ablation", recipes[1], "--checkpoint", stage1, *other]) == 1
+    assert "that the committed split holds out" in capsys.readouterr().err
+    again = [recipes[3], "--data.fold", "1", "--data.evaluate", "none", "--model.checkpoint", stage1]
+    assert stage([*again, "--training.output_dir", str(tmp_path / "again")]) == 1
+    assert "was trained under fold 0" in capsys.readouterr().err
