@@ -13,7 +13,7 @@ from pointalign import evaluate
 from pointalign.data.modelnet import CLASSES, load_modelnet40
 from pointalign.evaluation import answering, report, runs
 from pointalign.evaluation.answering import Features, Generation, Journal, prompt_batch, with_input
-from pointalign.evaluation.geometry import chosen, geometry_questions
+from pointalign.evaluation.geometry import PER_KIND, chosen, geometry_questions
 from pointalign.evaluation.likelihood import AnswerTree, answer_likelihoods
 from pointalign.evaluation.tasks import PROMPTS, Question, Task, annotated_objects, build_tasks
 
@@ -213,6 +213,13 @@ def test_geometry_questions_have_one_clear_answer():
     pair = found["cube/two clouds"]
     assert len(pair.object_ids) == 2 and pair.object_ids[("first", "second").index(pair.label)] == "tall"
     assert geometry_questions([tall, cube]) == geometry_questions([tall, cube])
+
+
+def test_no_kind_of_question_outweighs_the_others():
+    records = [record(f"box {number}", 1.0, 2.5, 1.0) for number in range(PER_KIND + 7)]
+    found = geometry_questions(records)
+    asked = [q.object_ids[0] for q in found if q.kind == "aspect bucket"]
+    assert len(asked) == len(set(asked)) == PER_KIND and asked[-1] == f"box {PER_KIND + 6}"
 
 
 def test_the_first_choice_in_an_answer_counts():

@@ -13,16 +13,28 @@ BUCKETS = {
     "taller": MARGIN,
     "twice as tall": 2.0,
 }  # lower ends of height / width
+PER_KIND = 48  # the most questions of one kind
 PAIR_MARGIN = 1.5  # ratio of the two aspects below which no pair is asked about
 
 
 def geometry_questions(records: list[dict], seed: int = 0) -> list[Question]:
-    """Every question that the facts of the objects answer clearly, in a fixed order; pairs are drawn with `seed`.
+    """Questions that the facts of the objects answer clearly, in a fixed order; pairs are drawn with `seed`.
+
+    Of a kind with more than PER_KIND questions, so many are taken, spread evenly over the objects.
 
     Args:
         records: of the embedded objects, see `pointalign.data.furniture.describe_object`.
     """
-    return [one for record in records for one in _single(record)] + _pairs(records, seed)
+    by_kind: dict[str, list[Question]] = {}
+    for question in [one for record in records for one in _single(record)] + _pairs(records, seed):
+        by_kind.setdefault(question.kind, []).append(question)
+    return [one for found in by_kind.values() for one in _spread(found, PER_KIND)]
+
+
+def _spread(questions: list[Question], most: int) -> list[Question]:
+    if len(questions) <= most:
+        return questions
+    return [questions[i] for i in np.linspace(0, len(questions) - 1, most).round().astype(int)]
 
 
 def _single(record: dict) -> list[Question]:
