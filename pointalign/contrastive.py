@@ -81,7 +81,10 @@ def warm_up(
     if branch.query_tokens is None:
         raise ValueError("the contrastive warm-up is of a new point branch: query experts come in a later stage")
     embedding = model.get_input_embeddings().weight.detach()
-    kinds = [Kind([one[kind] for one in facts], tokenizer, embedding) for kind in facts[0]]
+    told = [kind for kind in facts[0] if any(one[kind] is not None for one in facts)]
+    if not told:
+        raise ValueError("the contrastive warm-up needs a fact of at least one object")
+    kinds = [Kind([one[kind] for one in facts], tokenizer, embedding) for kind in told]
     head = nn.Linear(2 * model.config.point_config.hidden_size, len(kinds) * embedding.shape[1])
     of_encoder = nn.Sequential(nn.Dropout(DROPOUT), head).to(device)
     encoder = [*branch.point_encoder.parameters(), *of_encoder.parameters()]

@@ -68,3 +68,10 @@ def test_fewer_clouds_than_a_batch_will_do(processor, clouds):
     few = [cloud[:12] for cloud in clouds[:2]]
     losses = warm_up(tiny_model(), processor, few, FACTS[:2], 3, batch_size=16, learning_rate=1e-3)
     assert len(losses) == 3
+
+
+def test_kinds_that_no_object_has_are_left_out(processor, clouds):
+    facts = [fact | {"place": None} for fact in FACTS]
+    assert len(warm_up(tiny_model(), processor, clouds[:4], facts, 1, batch_size=4, learning_rate=1e-3)) == 1
+    with pytest.raises(ValueError, match="a fact of at least one object"):
+        warm_up(tiny_model(), processor, clouds[:4], [{"noun": None}] * 4, 1, batch_size=4, learning_rate=1e-3)
