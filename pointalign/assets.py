@@ -23,11 +23,12 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pointalign.locking import lock
 
 STAMP = ".complete.json"
 LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
@@ -119,7 +120,7 @@ def _fold(folder: Path, fold: int) -> Path:
     if not 0 <= fold < FOLDS:
         raise ValueError(f"fold {fold}: expected 0 to {FOLDS - 1}")
     made = folder / "folds" / str(fold)
-    with _lock(folder.with_name(folder.name + ".lock")):
+    with lock(folder.with_name(folder.name + ".lock")):
         if not made.exists():
             with checkpointing.replacing(made) as temporary:
                 write_fold(folder, fold, temporary)
@@ -141,7 +142,7 @@ def _asset(name: str, source: Source, version: str, build: Callable[[Path, Path]
     if _is_complete(folder, stamp):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_name(folder.name + ".lock")):
+    with lock(folder.with_name(folder.name + ".lock")):
         if _is_complete(folder, stamp):  # another process built it while this one waited
             return folder
         for stale in folder.parent.glob(f".{folder.name}.*"):
@@ -164,19 +165,6 @@ def _is_complete(folder: Path, stamp: dict) -> bool:
         return json.loads((folder / STAMP).read_text(encoding="utf-8")) == stamp
     except FileNotFoundError:
         return False
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; released by the system even if the process is killed."""
-    if os.name != "posix":  # no flock: two processes may both build, and the rename keeps either result whole
-        yield
-        return
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _sha256(path: Path) -> str:

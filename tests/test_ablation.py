@@ -204,6 +204,24 @@ def test_an_ablation_resumes_and_compares_pairs(processor, tmp_path, monkeypatch
     assert evaluate.main(command) == 1 and "another recipe (schedule changed)" in capsys.readouterr().err
 
 
+def test_processes_share_the_runs_of_an_ablation(processor, tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    monkeypatch.setattr(stages, "build", lambda options, data: (adapted(), processor))
+    monkeypatch.setattr(material, "load", lambda *given: (made(20), made(9, seed=1)))
+    monkeypatch.setattr(ablation, "summarise", lambda folder, recipe: "")
+    runs: list[tuple[str, int]] = []
+
+    def run(model, processor, recipe, arm, seed, train, held_out):
+        runs.append((arm, seed))
+        if runs == [("no alignment", 0)]:  # meanwhile another process goes through the same plan
+            ablation.run_ablation(str(tmp_path / "recipe.yaml"), None, str(tmp_path / "out"))
+        return {"mean": {ablation.PRIMARY: 0.0}}
+
+    monkeypatch.setattr(ablation, "run_arm", run)
+    ablation.run_ablation(str(tmp_path / "recipe.yaml"), None, str(tmp_path / "out"))
+    assert sorted(runs) == sorted(ablation.read_recipe(str(tmp_path / "recipe.yaml")).plan())
+
+
 def test_few_shots_teach_and_leave_no_trace(processor, monkeypatch):
     train, held = made(40), made(12, seed=1)
     for part in (train, held):
@@ -248,7 +266,7 @@ def test_shipped_recipes_are_readable():
         assert recipe.arms["alignment"] == Arm() and recipe.arms["no alignment"].weight == 0
     plan = ablation.read_recipe("objects").plan()
     assert plan[:4] == [("no alignment", 0), ("alignment", 0), ("no alignment", 1), ("alignment", 1)]
-    assert plan[-1][1] == 1 and len(plan) == len(set(plan)) == 2 * 5 + 5 * 3 + 3 * 2
+    assert plan[-1][1] == 1 and len(plan) == len(set(plan)) == 2 * 5 + 3 * 3 + 5 * 2
     with pytest.raises(FileNotFoundError, match="one of full, objects, shapes"):
         ablation.read_recipe("nothing")
     with pytest.raises(ValueError, match="defined for the qformer target"):

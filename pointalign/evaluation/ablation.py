@@ -3,7 +3,8 @@
 Arms start from one checkpoint and see the same data in the same order; seeds are paired. The primary metric is fixed
 in advance: the log-likelihood margin of the true name (or caption) among a closed set, per held-out object. Every
 comparison carries its interval, a p-value corrected over arms, and the minimum effect that it could have detected.
-Finished runs are kept as files and never repeated, so an interrupted ablation goes on with the same command.
+Finished runs are kept as files and never repeated, so an interrupted ablation goes on with the same command, and the
+same command in several processes shares the runs out.
 """
 
 import copy
@@ -29,6 +30,7 @@ from pointalign.evaluation.material import Material
 from pointalign.evaluation.metrics import naming_scores
 from pointalign.evaluation.probe import probe_layers, qformer_probes, spaced
 from pointalign.evaluation.tasks import PROMPTS, Question
+from pointalign.locking import lock
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.models.processing import PLAIN_CHAT_TEMPLATE
 from pointalign.options import RECIPES, DataOptions, ModelOptions
@@ -133,18 +135,20 @@ def run_ablation(
             checkpointing.write_json(folder / "ceiling.json", qformer_probes(train, held_out))
         start = {key: value.clone() for key, value in model.state_dict().items() if key in _trainable(model)}
         for number, (arm, seed) in enumerate(todo):
-            began = time.monotonic()
-            with torch.no_grad():
-                for key, value in model.state_dict().items():
-                    if key in start:
-                        value.copy_(start[key])
-            result = run_arm(model, processor, recipe, arm, seed, train, held_out)
-            checkpointing.write_json(run_file(folder, arm, seed), result)
-            spent = time.monotonic() - began
-            print(
-                f"{number + 1}/{len(todo)} {arm}, seed {seed}: {PRIMARY} {result['mean'][PRIMARY]:+.3f}, {spent:.0f} s",
-                flush=True,
-            )
+            made = run_file(folder, arm, seed)
+            with lock(made.with_suffix(".lock"), wait=False) as ours:
+                if not ours or made.exists():  # another process has it
+                    continue
+                began = time.monotonic()
+                with torch.no_grad():
+                    for key, value in model.state_dict().items():
+                        if key in start:
+                            value.copy_(start[key])
+                result = run_arm(model, processor, recipe, arm, seed, train, held_out)
+                checkpointing.write_json(made, result)
+                spent = time.monotonic() - began
+                mean = f"{PRIMARY} {result['mean'][PRIMARY]:+.3f}"
+                print(f"{number + 1}/{len(todo)} {arm}, seed {seed}: {mean}, {spent:.0f} s", flush=True)
     return summarise(folder, recipe)
 
 
