@@ -28,22 +28,25 @@ class MiniPointNet(nn.Module):
 
     def forward(self, groups: Tensor) -> Tensor:
         """The convolutions as matrix products over all points at once; the second one splits `[global, local]` in two,
-        so that its global half runs once per group and nothing is concatenated. A frozen one is folded further."""
+        so that its global half runs once per group and nothing is concatenated. A bias is added once per group too,
+        behind the maximum: its gradient is then a sum over groups and not over points. A frozen one is folded further.
+        """
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
         if not self.training and not learns:
             return fold_pointnet(self.first_conv, self.second_conv).forward(groups)
         batch, num_groups, size, channels = groups.shape
         first, norm, act, second = self.first_conv
         x = act(norm(functional.linear(groups.reshape(-1, channels), first.weight[..., 0], first.bias)))
-        local = functional.linear(x, second.weight[..., 0], second.bias)  # [B G k, dim]
-        whole = local.view(batch * num_groups, size, -1).amax(dim=1)  # [B G, dim]
+        local = functional.linear(x, second.weight[..., 0])  # [B G k, dim], without its bias
+        whole = local.view(batch * num_groups, size, -1).amax(dim=1) + second.bias  # [B G, dim]
+        bias = second.bias
         first, norm, act, second = self.second_conv
         for_whole, for_local = first.weight[..., 0].chunk(2, dim=1)
         x = functional.linear(local, for_local).view(batch * num_groups, size, -1)
-        x = x + functional.linear(whole, for_whole, first.bias)[:, None]
+        x = x + (functional.linear(whole, for_whole, first.bias) + functional.linear(bias, for_local))[:, None]
         x = act(norm(x.flatten(0, 1)))
-        features = functional.linear(x, second.weight[..., 0], second.bias)
-        return features.view(batch, num_groups, size, -1).amax(dim=2)
+        features = functional.linear(x, second.weight[..., 0])
+        return features.view(batch, num_groups, size, -1).amax(dim=2) + second.bias
 
 
 class Attention(nn.Module):
