@@ -273,24 +273,31 @@ def test_shipped_recipes_are_readable():
         Arm(source="other", target="encoder")
 
 
-def compared(nouns: int, methods: list[float], others: dict[str, list[float]], set_b: float = 0.0):
+def compared(
+    nouns: int, methods: list[float], others: dict[str, list[float]], set_b: float = 0.0, retrieval: float = 0.0
+):
     """Rows of arms whose margins lie so far above the baseline's, seed by seed, and the arms themselves."""
     rng = np.random.default_rng(0)
     start = rng.normal(0, 1, nouns)
 
-    def run(shift: float, seed: int, gain: float = 0.0) -> dict:
+    def run(shift: float, seed: int, gain: float = 0.0, found: float = 0.0) -> dict:
         values = start + shift + np.random.default_rng(seed).normal(0, 0.05, nouns)
         scores = {ablation.PRIMARY: values.tolist(), ablation.SECOND: (values > 0).astype(float).tolist()}
         probes = {"A: colour": {"Q-Former": 0.9, "0": 0.9, "2": 0.9}}
         probes["B: taper"] = {"Q-Former": 0.8, "0": 0.8, "2": 0.3 + gain + 0.01 * seed}
-        similar = {"1": {"centred cosine": 0.1, "retrieval@1": 0.1, "CKA": 0.1}}
+        similar = {"1": {"centred cosine": 0.1, "retrieval@1": 0.1 + found + 0.01 * (seed % 10), "CKA": 0.1}}
         return {"scores": scores, "families": [str(i) for i in range(nouns)], "layer": 1, "similarity": similar,
                 "probes": probes, "few_shot": {}}  # fmt: skip
 
     shifts = {"no alignment": [0.0] * len(methods), "alignment": methods} | others
     runs = {
         name: {
-            seed: run(shift, seed if name == "no alignment" else seed + 10, set_b * (name == "alignment"))
+            seed: run(
+                shift,
+                seed if name == "no alignment" else seed + 10,
+                set_b * (name == "alignment"),
+                retrieval * (name == "alignment") + 0.001 * seed,
+            )
             for seed, shift in enumerate(given)
         }
         for name, given in shifts.items()
@@ -333,6 +340,24 @@ def test_what_captions_never_mention_is_compared_over_seeds(monkeypatch):
     table = comparison.probe_table(rows, "no alignment")
     assert "| B: taper | 0.800 | 0.310 | 0.610 |" in table
     assert "Q-Former | last layer, no alignment | last layer, alignment" in table
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"), [(0.3, "tokens keep more"), (-0.3, "tokens keep less"), (0.0, "not shown to keep more")]
+)
+def test_what_alignment_asks_for_is_said_apart_from_what_it_brings(gain, words, monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 100)
+    rows, arms = compared(20, [0.0, 0.0, 0.0], {}, retrieval=gain)
+    assert rows[1]["differences"]["retrieval@1"]["mean"] == pytest.approx(gain)
+    said = [one for one in comparison.conclusion(rows, "no alignment", arms) if "itself asks for" in one]
+    assert len(said) == 1 and words in said[0] and "cannot tell" in comparison.conclusion(rows, "no alignment", arms)[0]
+
+
+def test_an_arm_that_differs_is_named_even_where_alignment_does_not(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    rows, arms = compared(60, [0.0] * 3, {"wrong": [0.5] * 3, "same": [0.0] * 3})
+    said = [one for one in comparison.conclusion(rows, "no alignment", arms) if one.startswith("Shown of other arms")]
+    assert len(said) == 1 and "wrong +0.496" in said[0] and "same" not in said[0]
 
 
 def test_probes_are_fitted_on_objects_from_everywhere():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PRIMARY, SECOND = "likelihood margin", "generated accuracy"
 METHOD = "alignment"  # the arm that is the paper's method
+OWN = "retrieval@1"  # held-out clouds whose own Q-Former tokens are the nearest to what a layer holds of them
 LEVEL = 0.05
 
 Runs = dict[int, dict[str, Any]]  # seed -> what `ablation.run_arm` returned
@@ -94,8 +95,9 @@ def _last_layer(run: dict[str, Any]) -> str:
 def _compare(rows: list[dict[str, Any]], runs: dict[str, Runs], other: str, key: str) -> None:
     """Paired differences of every arm from the arm `other`, under `key` of its row, corrected over arms.
 
-    Metrics: estimate, `p`, `p_holm`, `detectable`, and the mean of each seed. `set B`, where there is one and two seeds
-    or more: its probes at the last layer, averaged, with an interval over seeds, for these objects.
+    Metrics: estimate, `p`, `p_holm`, `detectable`, and the mean of each seed. With two seeds or more also, with an
+    interval over seeds, for these objects: `retrieval@1` at the default layer, and, where there is a `set B`, its
+    probes at the last layer, averaged.
     """
     compared = []
     for row in rows:
@@ -115,6 +117,9 @@ def _compare(rows: list[dict[str, Any]], runs: dict[str, Runs], other: str, key:
                 "detectable": statistics.minimum_detectable_effect(difference, families),
                 "per_seed": difference.mean(axis=1).tolist(),
             }
+        if len(shared) > 1:
+            found = [_retrieval(ours[s]) - _retrieval(theirs[s]) for s in shared]
+            row[key][OWN] = statistics.over_runs(found).as_dict()
         if len(shared) > 1 and _set_b(ours[shared[0]]):
             kept = [np.mean(_set_b(ours[s])) - np.mean(_set_b(theirs[s])) for s in shared]
             row[key]["set B"] = statistics.over_runs(kept).as_dict()
@@ -122,6 +127,10 @@ def _compare(rows: list[dict[str, Any]], runs: dict[str, Runs], other: str, key:
         corrected = statistics.holm([row[key][metric]["p"] for row in compared])
         for row, p in zip(compared, corrected, strict=True):
             row[key][metric]["p_holm"] = p
+
+
+def _retrieval(run: dict[str, Any]) -> float:
+    return run["similarity"][str(run["layer"])][OWN]
 
 
 def _set_b(run: dict[str, Any]) -> list[float]:
@@ -154,6 +163,9 @@ def direction(difference: dict[str, float]) -> int:
     return int(difference["low"] > 0) - int(difference["high"] < 0)
 
 
+NOTHING = {PRIMARY: {"low": 0.0, "high": 0.0}}  # the differences of an arm that was not compared
+
+
 def conclusion(rows: list[dict[str, Any]], baseline: str, arms: dict[str, Arm]) -> list[str]:
     """What the arms show and what they do not, one paragraph each; nothing where the method was not compared."""
     by_name = {row["arm"]: row for row in rows}
@@ -179,6 +191,17 @@ def conclusion(rows: list[dict[str, Any]], baseline: str, arms: dict[str, Arm]) 
         paragraphs.append(f"No gain of {METHOD} is shown, so its controls ({', '.join(controls)}) explain none.")
     elif controls:
         paragraphs.append(" ".join(_against_control(by_name[name], baseline) for name in controls))
+    if others := [row for row in rows if row["arm"] != METHOD and direction(row.get("differences", NOTHING)[PRIMARY])]:
+        told = (f"{row['arm']} {_signed(row['differences'][PRIMARY])}" for row in others)
+        paragraphs.append(f"Shown of other arms, {PRIMARY} less {baseline}: {', '.join(told)}.")
+    if own := found.get(OWN):
+        words = {1: "keep more", -1: "keep less", 0: "are not shown to keep more"}[direction(own)]
+        paragraphs.append(
+            f"What {METHOD} itself asks for, read at layer {by_name[METHOD]['layer']} by a projector fitted afterwards:"
+            f" {OWN} of held-out objects {100 * own['mean']:+.1f} points [{100 * own['low']:+.1f}, "
+            f"{100 * own['high']:+.1f}] over {own['count']} seeds. For these objects, the point tokens {words} of what "
+            f"the Q-Former said."
+        )
     if kept := found.get("set B"):
         words = {
             1: f"Shown, for these objects: {METHOD} keeps more of it.",
