@@ -5,7 +5,7 @@ such as its noun and its main colour, and a fact is told from the others of its 
 embeddings: a token of the modality projector that lies near the embedding of "chair" says chair, and that is where the
 language model will look for it. The queries share out the kinds of facts, so that they do not all learn the same. The
 encoder is asked by itself as well, because a gradient through the Q-Former alone reaches it only once the Q-Former has
-learned to look.
+learned to look; and it learns which clouds are alike, because names alone it would learn by heart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from pointalign.data.augment import augment
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+from pointalign.neighbours import neighbour_loss
 
 TEMPERATURE = 0.05  # of the comparison with the words
 SMOOTHING = 0.1  # of the targets
 DROPOUT = 0.3  # in front of the encoder's own head
 WEIGHT_DECAY = 0.2
 QFORMER_RATE = 0.3  # of the encoder's learning rate: at the whole of it, all queries become the same
+WORDS_TO_ENCODER = 0.3  # weight of the words that the encoder's own head says
+NEIGHBOURS = 256  # width of the embedding that says which clouds are alike
 UNKNOWN = -100  # target where a fact is not clear
 
 
@@ -68,7 +71,7 @@ def warm_up(
     learning_rate: float,
     device: torch.device | str = "cpu",
 ) -> list[float]:
-    """Train the whole point branch in place, whichever of its parts train afterwards; the encoder's head is discarded.
+    """Train the whole point branch in place, whichever of its parts train afterwards, with heads that are discarded.
 
     Args:
         clouds: arrays `[N, 6]`.
@@ -85,9 +88,10 @@ def warm_up(
     if not told:
         raise ValueError("the contrastive warm-up needs a fact of at least one object")
     kinds = [Kind([one[kind] for one in facts], tokenizer, embedding) for kind in told]
-    head = nn.Linear(2 * model.config.point_config.hidden_size, len(kinds) * embedding.shape[1])
-    of_encoder = nn.Sequential(nn.Dropout(DROPOUT), head).to(device)
-    encoder = [*branch.point_encoder.parameters(), *of_encoder.parameters()]
+    width = 2 * model.config.point_config.hidden_size
+    says = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(width, len(kinds) * embedding.shape[1])).to(device)
+    compares = nn.Linear(width, NEIGHBOURS).to(device)
+    encoder = [*branch.point_encoder.parameters(), *says.parameters(), *compares.parameters()]
     qformer = [branch.query_tokens]
     for part in (branch.point_mlp, branch.qformer, branch.modality_projector):
         qformer += part.parameters()
@@ -114,12 +118,13 @@ def warm_up(
             features = model.encode_point_clouds(points)
         assert features.encoder is not None
         pooled = torch.cat([features.encoder[:, 0], features.encoder[:, 1:].amax(dim=1)], dim=-1).float()
-        by_encoder = of_encoder(pooled).unflatten(-1, (len(kinds), -1))  # [B, kinds, H]
+        by_encoder = says(pooled).unflatten(-1, (len(kinds), -1))  # [B, kinds, H]
         objects = torch.from_numpy(chosen).to(device)
-        loss = pooled.new_zeros(())
+        loss = neighbour_loss(compares(pooled), points[..., :3])
         for number, kind in enumerate(kinds):
             by_queries = features.projected[:, number :: len(kinds)]
-            loss = loss + kind.loss(by_encoder[:, number : number + 1], objects) + kind.loss(by_queries, objects)
+            loss = loss + WORDS_TO_ENCODER * kind.loss(by_encoder[:, number : number + 1], objects)
+            loss = loss + kind.loss(by_queries, objects)
         optimizer.zero_grad()
         loss.backward()
         for parameters in (encoder, qformer):
