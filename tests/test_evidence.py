@@ -50,11 +50,12 @@ def test_an_ablation_is_shown_with_what_it_says(results):
     difference = {"likelihood margin": estimate(0.07, p=0.5, p_holm=0.5, detectable=0.3)}
     arms = [row | {"arm": "no alignment"}, row | {"arm": "alignment", "differences": difference}]
     recipe = {"schedule": {"steps": 7, "batch_size": 2}, "weight": 0.1, "baseline": "no alignment"}
-    content = {"recipe": recipe, "versions": VERSIONS, "arms": arms, "conclusion": ["Nothing is shown."]}
+    content = {"recipe": recipe, "versions": VERSIONS, "arms": arms, "conclusion": ["Nothing is shown."],
+               "date": "2026-11-25"}  # fmt: skip
     (folder / "ablation.json").write_text(json.dumps(content))
     (folder / "layers.png").touch()
     text = evidence_tables.ablation("ablation_objects")
-    assert "Nothing is shown." in text and "7 steps of 2, lambda 0.1" in text
+    assert "Nothing is shown." in text and "7 steps of 2, lambda 0.1" in text and "commit abc, 2026-11-25" in text
     assert "| alignment | +0.070 [-0.030, +0.170] | 0.500 | 0.300 |" in text
     assert "| noun | 0.400 | 0.250 | 0.250 |" in text
     assert "](benchmarks/results/ablation_objects/layers.png)" in text and "differences.png" not in text

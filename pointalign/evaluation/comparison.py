@@ -1,6 +1,7 @@
 """The finished runs of an ablation compared: rows, tables, plots, and in words what is shown and what is not."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ def summarise(folder: Path, recipe: "Recipe") -> str:
     described = {
         "recipe": json.loads((folder / "recipe.json").read_text()),
         "versions": versions(),
+        "date": date.today().isoformat(),
         "ceiling": ceiling,
         "arms": rows,
         "conclusion": said,

@@ -7,6 +7,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+LEAST_SPAN = 0.1  # of the axis of a probe or similarity, so that noise does not fill the picture
+
 
 def loss_curves(history: list[dict], path: Path, weight: float) -> None:
     """Both losses over steps, from the Trainer's log, as a PNG."""
@@ -58,6 +60,9 @@ def layer_curves(results: dict[str, dict], path: Path) -> None:
                 curve = {int(place): values[title] for place, values in result["similarity"].items()}
             places = sorted(curve)
             axis.plot(places, [curve[place] for place in places], marker="o", markersize=3, linewidth=1.4, label=name)
+        low, high = axis.get_ylim()
+        if high - low < LEAST_SPAN:
+            axis.set_ylim((low + high - LEAST_SPAN) / 2, (low + high + LEAST_SPAN) / 2)
         kind = first["kinds"].get(title)
         axis.set_title(title + (f" ({kind.replace('R2', 'R²')})" if kind else ""), fontsize=10)
         axis.set_xlabel("layer", fontsize=9)
