@@ -38,15 +38,16 @@ class MiniPointNet(nn.Module):
         first, norm, act, second = self.first_conv
         x = act(norm(functional.linear(groups.reshape(-1, channels), first.weight[..., 0], first.bias)))
         local = functional.linear(x, second.weight[..., 0])  # [B G k, dim], without its bias
-        whole = local.view(batch * num_groups, size, -1).amax(dim=1) + second.bias  # [B G, dim]
-        bias = second.bias
+        bias: Tensor = second.bias  # type: ignore[assignment]
+        whole = local.view(batch * num_groups, size, -1).amax(dim=1) + bias  # [B G, dim]
         first, norm, act, second = self.second_conv
         for_whole, for_local = first.weight[..., 0].chunk(2, dim=1)
         x = functional.linear(local, for_local).view(batch * num_groups, size, -1)
         x = x + (functional.linear(whole, for_whole, first.bias) + functional.linear(bias, for_local))[:, None]
         x = act(norm(x.flatten(0, 1)))
         features = functional.linear(x, second.weight[..., 0])
-        return features.view(batch, num_groups, size, -1).amax(dim=2) + second.bias
+        bias = second.bias  # type: ignore[assignment]
+        return features.view(batch, num_groups, size, -1).amax(dim=2) + bias
 
 
 class Attention(nn.Module):
