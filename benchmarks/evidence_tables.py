@@ -61,7 +61,7 @@ def ablation(name: str) -> str:
     schedule = recipe["schedule"]
     note = (
         f"{schedule['steps']} steps of {schedule['batch_size']}, lambda {recipe['weight']:g} where an arm names none; "
-        f"{_versions(content['versions'])}, {content['date']}. Intervals over seeds and families."
+        f"{_versions(content['versions'])}, {content['versions']['date']}. Intervals over seeds and families."
     )
     parts = [note, *content["conclusion"]]
     parts.append(_folded("Arms, controls and probes", "\n\n".join(comparison.tables(rows, recipe["baseline"]))))

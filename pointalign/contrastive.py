@@ -27,7 +27,7 @@ DROPOUT = 0.3  # in front of the encoder's own head
 WEIGHT_DECAY = 0.2
 QFORMER_RATE = 0.3  # of the encoder's learning rate: at the whole of it, all queries become the same
 WORDS_TO_ENCODER = 0.3  # weight of the words that the encoder's own head says
-NEIGHBOURS = 256  # width of the embedding that says which clouds are alike
+METRIC_WIDTH = 256  # of the embedding that says which clouds are alike
 UNKNOWN = -100  # target where a fact is not clear
 
 
@@ -78,7 +78,7 @@ def warm_up(
         facts: of each cloud, by kind; every cloud has the same kinds, None where its fact is not clear.
 
     Returns:
-        The loss of every step, summed over encoder and queries.
+        The loss of every step: of the words, by encoder and queries, and of the neighbours.
     """
     branch, tokenizer = model.model, processor.tokenizer
     if branch.query_tokens is None:
@@ -89,9 +89,9 @@ def warm_up(
         raise ValueError("the contrastive warm-up needs a fact of at least one object")
     kinds = [Kind([one[kind] for one in facts], tokenizer, embedding) for kind in told]
     width = 2 * model.config.point_config.hidden_size
-    says = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(width, len(kinds) * embedding.shape[1])).to(device)
-    compares = nn.Linear(width, NEIGHBOURS).to(device)
-    encoder = [*branch.point_encoder.parameters(), *says.parameters(), *compares.parameters()]
+    word_head = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(width, len(kinds) * embedding.shape[1])).to(device)
+    metric_head = nn.Linear(width, METRIC_WIDTH).to(device)
+    encoder = [*branch.point_encoder.parameters(), *word_head.parameters(), *metric_head.parameters()]
     qformer = [branch.query_tokens]
     for part in (branch.point_mlp, branch.qformer, branch.modality_projector):
         qformer += part.parameters()
@@ -118,9 +118,9 @@ def warm_up(
             features = model.encode_point_clouds(points)
         assert features.encoder is not None
         pooled = torch.cat([features.encoder[:, 0], features.encoder[:, 1:].amax(dim=1)], dim=-1).float()
-        by_encoder = says(pooled).unflatten(-1, (len(kinds), -1))  # [B, kinds, H]
+        by_encoder = word_head(pooled).unflatten(-1, (len(kinds), -1))  # [B, kinds, H]
         objects = torch.from_numpy(chosen).to(device)
-        loss = neighbour_loss(compares(pooled), points[..., :3])
+        loss = neighbour_loss(metric_head(pooled), points[..., :3])
         for number, kind in enumerate(kinds):
             by_queries = features.projected[:, number :: len(kinds)]
             loss = loss + WORDS_TO_ENCODER * kind.loss(by_encoder[:, number : number + 1], objects)

@@ -60,7 +60,10 @@ def pool(recipe: "Recipe", folder: Path) -> str:
     folders = [folder / f"fold-{fold}" for fold in range(FOLDS)]
     counts: list[int] = []
     for arm, seed in recipe.plan():
-        parts = [json.loads(run_file(one, arm, seed).read_text()) for one in folders]
+        files = [run_file(one, arm, seed) for one in folders]
+        if missing := [one for one in files if not one.exists()]:
+            raise ValueError(f"{missing[0]} is missing: another process may still be at it, then run this again")
+        parts = [json.loads(one.read_text()) for one in files]
         counts = [len(one["families"]) for one in parts]
         scores = {key: [value for one in parts for value in one["scores"][key]] for key in parts[0]["scores"]}
         joined = {
@@ -69,7 +72,7 @@ def pool(recipe: "Recipe", folder: Path) -> str:
             "mean": {key: float(np.mean(values)) for key, values in scores.items()},
         }
         means = {key: blend([one[key] for one in parts], counts) for key in ("probes", "similarity", "majority")}
-        kept = {key: parts[0][key] for key in ("arm", "seed", "layer", "few_shot", "kinds")}
+        kept = {key: parts[0][key] for key in ("arm", "versions", "seed", "layer", "few_shot", "kinds")}
         checkpointing.write_json(run_file(folder, arm, seed), kept | joined | means)
     ceilings = [json.loads((one / "ceiling.json").read_text()) for one in folders]
     checkpointing.write_json(folder / "ceiling.json", blend(ceilings, counts))

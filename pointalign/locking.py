@@ -14,8 +14,7 @@ def lock(path: Path, wait: bool = True) -> Iterator[bool]:
         wait: until another process lets go of it; else the block runs at once, without the lock.
 
     Yields:
-        Whether it is held. Always true where the system has no flock: work may then be done twice, and as results are
-        renamed into place, either is whole.
+        Whether it is held. Always true where the system has no flock: processes then are not kept apart.
     """
     if os.name != "posix":
         yield True

@@ -1,4 +1,4 @@
-"""Which shapes are alike, turned any way: a metric that an encoder can learn without a word, and from few objects.
+"""Which shapes are alike, however they are turned about the vertical: a metric that an encoder learns without words.
 
 Shape legend: B clouds, P points of each, R turns, E width of an embedding.
 """

@@ -1,6 +1,7 @@
 """Probes and ablation arms: they measure what they say, are paired, and resume."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -274,7 +275,11 @@ def test_shipped_recipes_are_readable():
 
 
 def compared(
-    nouns: int, methods: list[float], others: dict[str, list[float]], set_b: float = 0.0, retrieval: float = 0.0
+    nouns: int,
+    methods: list[float],
+    others: dict[str, list[float]],
+    set_b: float = 0.0,
+    read: Sequence[float] = (0.0, 0.0, 0.0),
 ):
     """Rows of arms whose margins lie so far above the baseline's, seed by seed, and the arms themselves."""
     rng = np.random.default_rng(0)
@@ -285,7 +290,7 @@ def compared(
         scores = {ablation.PRIMARY: values.tolist(), ablation.SECOND: (values > 0).astype(float).tolist()}
         probes = {"A: colour": {"Q-Former": 0.9, "0": 0.9, "2": 0.9}}
         probes["B: taper"] = {"Q-Former": 0.8, "0": 0.8, "2": 0.3 + gain + 0.01 * seed}
-        similar = {"1": {"centred cosine": 0.1, "retrieval@1": 0.1 + found + 0.01 * (seed % 10), "CKA": 0.1}}
+        similar = {"1": {"centred cosine": 0.1 + found, "retrieval@1": 0.1, "CKA": 0.1}}
         return {"scores": scores, "families": [str(i) for i in range(nouns)], "layer": 1, "similarity": similar,
                 "probes": probes, "few_shot": {}}  # fmt: skip
 
@@ -296,7 +301,7 @@ def compared(
                 shift,
                 seed if name == "no alignment" else seed + 10,
                 set_b * (name == "alignment"),
-                retrieval * (name == "alignment") + 0.001 * seed,
+                read[seed] * (name == "alignment"),
             )
             for seed, shift in enumerate(given)
         }
@@ -331,6 +336,13 @@ def test_the_conclusion_says_what_is_shown_and_what_is_not(methods, others, said
     assert "differences from alignment" not in rows[0] and "differences from alignment" not in rows[1]
 
 
+def test_a_control_that_harms_is_not_called_indistinguishable(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    rows, arms = compared(60, [0.5] * 3, {"wrong": [-0.5] * 3})
+    rows[2]["differences from alignment"][ablation.PRIMARY]["p_holm"] = 1.0  # as if nothing were shown of it
+    assert "Wrong is shown to do worse than no alignment" in comparison.conclusion(rows, "no alignment", arms)[1]
+
+
 def test_what_captions_never_mention_is_compared_over_seeds(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 100)
     rows, arms = compared(20, [0.0, 0.0, 0.0], {}, set_b=0.2)
@@ -343,21 +355,31 @@ def test_what_captions_never_mention_is_compared_over_seeds(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gain", "words"), [(0.3, "tokens keep more"), (-0.3, "tokens keep less"), (0.0, "not shown to keep more")]
+    ("read", "words"),
+    [([0.3, 0.28, 0.33], "reads more"), ([-0.3, -0.28, -0.33], "reads less"), ([0.9, -0.5, 0.2], "reads no more")],
 )
-def test_what_alignment_asks_for_is_said_apart_from_what_it_brings(gain, words, monkeypatch):
+def test_what_alignment_asks_for_is_said_apart_from_what_it_brings(read, words, monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 100)
-    rows, arms = compared(20, [0.0, 0.0, 0.0], {}, retrieval=gain)
-    assert rows[1]["differences"]["retrieval@1"]["mean"] == pytest.approx(gain)
-    said = [one for one in comparison.conclusion(rows, "no alignment", arms) if "itself asks for" in one]
-    assert len(said) == 1 and words in said[0] and "cannot tell" in comparison.conclusion(rows, "no alignment", arms)[0]
+    rows, arms = compared(20, [0.0, 0.0, 0.0], {}, read=read)
+    assert rows[1]["differences"]["centred cosine"]["mean"] == pytest.approx(np.mean(read))
+    paragraphs = comparison.conclusion(rows, "no alignment", arms)
+    said = [one for one in paragraphs if one.startswith("What alignment asks for")]
+    assert len(said) == 1 and words in said[0] and "over 3 seeds" in said[0] and "cannot tell" in paragraphs[0]
+
+
+def test_two_seeds_have_no_interval_over_seeds(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 100)
+    rows, arms = compared(20, [0.0, 0.0], {}, read=[0.3, 0.4])
+    assert "centred cosine" not in rows[1]["differences"] and "set B" not in rows[1]["differences"]
+    assert not any("asks for" in one for one in comparison.conclusion(rows, "no alignment", arms))
 
 
 def test_an_arm_that_differs_is_named_even_where_alignment_does_not(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 1000)
     rows, arms = compared(60, [0.0] * 3, {"wrong": [0.5] * 3, "same": [0.0] * 3})
     said = [one for one in comparison.conclusion(rows, "no alignment", arms) if one.startswith("Shown of other arms")]
-    assert len(said) == 1 and "wrong +0.496" in said[0] and "same" not in said[0]
+    assert len(said) == 1 and "wrong +0.496" in said[0] and "over 3 seeds" in said[0]
+    assert "same" not in said[0]
 
 
 def test_probes_are_fitted_on_objects_from_everywhere():

@@ -50,8 +50,12 @@ def test_an_ablation_is_shown_with_what_it_says(results):
     difference = {"likelihood margin": estimate(0.07, p=0.5, p_holm=0.5, detectable=0.3)}
     arms = [row | {"arm": "no alignment"}, row | {"arm": "alignment", "differences": difference}]
     recipe = {"schedule": {"steps": 7, "batch_size": 2}, "weight": 0.1, "baseline": "no alignment"}
-    content = {"recipe": recipe, "versions": VERSIONS, "arms": arms, "conclusion": ["Nothing is shown."],
-               "date": "2026-11-25"}  # fmt: skip
+    content = {
+        "recipe": recipe,
+        "versions": VERSIONS | {"date": "2026-11-25"},
+        "arms": arms,
+        "conclusion": ["Nothing is shown."],
+    }
     (folder / "ablation.json").write_text(json.dumps(content))
     (folder / "layers.png").touch()
     text = evidence_tables.ablation("ablation_objects")

@@ -11,6 +11,7 @@ import copy
 import json
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pointalign.evaluation.loading import file_hash
 from pointalign.evaluation.material import Material
 from pointalign.evaluation.metrics import naming_scores
 from pointalign.evaluation.probe import probe_layers, qformer_probes, spaced
+from pointalign.evaluation.runs import versions
 from pointalign.evaluation.tasks import PROMPTS, Question
 from pointalign.locking import lock
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
@@ -123,16 +125,19 @@ def run_ablation(
         described["model"]["checkpoint"] = Path(recipe.model.checkpoint).name
         described["weights"] = file_hash(stages.find_stage(recipe.model.checkpoint))
     definition = json.loads(json.dumps(described))
-    check_definition(folder, definition)
+    shared = folder / "shared.lock"  # of what all processes write
+    with lock(shared):
+        check_definition(folder, definition)
     todo = [(arm, seed) for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
     if todo:
         model, processor = build(recipe)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-        train, held_out = material.load(
-            recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out, recipe.fold
-        )
-        if not (folder / "ceiling.json").exists():
-            checkpointing.write_json(folder / "ceiling.json", qformer_probes(train, held_out))
+        with lock(shared):
+            train, held_out = material.load(
+                recipe.data, model, processor, folder / "features", recipe.train, recipe.held_out, recipe.fold
+            )
+            if not (folder / "ceiling.json").exists():
+                checkpointing.write_json(folder / "ceiling.json", qformer_probes(train, held_out))
         start = {key: value.clone() for key, value in model.state_dict().items() if key in _trainable(model)}
         for number, (arm, seed) in enumerate(todo):
             made = run_file(folder, arm, seed)
@@ -149,7 +154,8 @@ def run_ablation(
                 spent = time.monotonic() - began
                 mean = f"{PRIMARY} {result['mean'][PRIMARY]:+.3f}"
                 print(f"{number + 1}/{len(todo)} {arm}, seed {seed}: {mean}, {spent:.0f} s", flush=True)
-    return summarise(folder, recipe)
+    with lock(shared):
+        return summarise(folder, recipe)
 
 
 def build(recipe: Recipe) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
@@ -232,6 +238,7 @@ def run_arm(
     shots = few_shot(model, processor, train, held_out, recipe.few_shot, recipe.schedule, seed, arm.blind)
     return {
         "arm": name,
+        "versions": versions() | {"date": date.today().isoformat()},
         "layer": tapped(Arm(), depth)[0],
         "few_shot": shots,
         "seed": seed,

@@ -1,7 +1,6 @@
 """The finished runs of an ablation compared: rows, tables, plots, and in words what is shown and what is not."""
 
 import json
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,9 @@ if TYPE_CHECKING:
 
 PRIMARY, SECOND = "likelihood margin", "generated accuracy"
 METHOD = "alignment"  # the arm that is the paper's method
-OWN = "retrieval@1"  # held-out clouds whose own Q-Former tokens are the nearest to what a layer holds of them
+SIMILARITY = ("centred cosine", "retrieval@1", "CKA")  # of a layer's states with the Q-Former tokens
 LEVEL = 0.05
+FEWEST = 3  # seeds for an interval over seeds
 
 Runs = dict[int, dict[str, Any]]  # seed -> what `ablation.run_arm` returned
 
@@ -39,7 +39,6 @@ def read_runs(folder: Path, recipe: "Recipe") -> dict[str, Runs]:
 def summarise(folder: Path, recipe: "Recipe") -> str:
     """Compare every arm with the baseline and with the method; writes `ablation.json`, `ablation.md` and two plots."""
     from pointalign.evaluation.plots import arm_differences, layer_curves
-    from pointalign.evaluation.runs import versions
 
     runs = read_runs(folder, recipe)
     ceiling = json.loads((folder / "ceiling.json").read_text())
@@ -48,10 +47,11 @@ def summarise(folder: Path, recipe: "Recipe") -> str:
     if METHOD in runs:
         _compare([row for row in rows if row["arm"] != recipe.baseline], runs, METHOD, f"differences from {METHOD}")
     said = conclusion(rows, recipe.baseline, recipe.arms)
+    if missing := sum(not run_file(folder, arm, seed).exists() for arm, seed in recipe.plan()):
+        said.append(f"{missing} runs of the plan are missing.")
     described = {
         "recipe": json.loads((folder / "recipe.json").read_text()),
-        "versions": versions(),
-        "date": date.today().isoformat(),
+        "versions": _versions([one for results in runs.values() for one in results.values()]),
         "ceiling": ceiling,
         "arms": rows,
         "conclusion": said,
@@ -61,8 +61,12 @@ def summarise(folder: Path, recipe: "Recipe") -> str:
     (folder / "ablation.md").write_text(text + "\n")
     arm_differences(rows, PRIMARY, recipe.baseline, folder / "differences.png")
     layer_curves({name: average(results) for name, results in list(runs.items())[:4]}, folder / "layers.png")
-    missing = sum(not run_file(folder, arm, seed).exists() for arm, seed in recipe.plan())
-    return text + (f"\n\n{missing} runs of the plan are missing" if missing else "")
+    return text
+
+
+def _versions(runs: list[dict[str, Any]]) -> dict[str, str]:
+    """What the runs ran under, and when: every value that occurs."""
+    return {key: ", ".join(sorted({str(one["versions"][key]) for one in runs})) for key in runs[0]["versions"]}
 
 
 def _row(name: str, results: Runs, ceiling: dict[str, float]) -> dict[str, Any]:
@@ -97,9 +101,9 @@ def _last_layer(run: dict[str, Any]) -> str:
 def _compare(rows: list[dict[str, Any]], runs: dict[str, Runs], other: str, key: str) -> None:
     """Paired differences of every arm from the arm `other`, under `key` of its row, corrected over arms.
 
-    Metrics: estimate, `p`, `p_holm`, `detectable`, and the mean of each seed. With two seeds or more also, with an
-    interval over seeds, for these objects: `retrieval@1` at the default layer, and, where there is a `set B`, its
-    probes at the last layer, averaged.
+    Metrics: estimate, `p`, `p_holm`, `detectable`, and the mean of each seed. With `FEWEST` seeds also, with an
+    interval over seeds, for these objects: `SIMILARITY` at the default layer, and, where there is a `set B`, its probes
+    at the last layer, averaged.
     """
     compared = []
     for row in rows:
@@ -119,10 +123,12 @@ def _compare(rows: list[dict[str, Any]], runs: dict[str, Runs], other: str, key:
                 "detectable": statistics.minimum_detectable_effect(difference, families),
                 "per_seed": difference.mean(axis=1).tolist(),
             }
-        if len(shared) > 1:
-            found = [_retrieval(ours[s]) - _retrieval(theirs[s]) for s in shared]
-            row[key][OWN] = statistics.over_runs(found).as_dict()
-        if len(shared) > 1 and _set_b(ours[shared[0]]):
+        if len(shared) < FEWEST:
+            continue
+        for measure in SIMILARITY:
+            found = [_similar(ours[s], measure) - _similar(theirs[s], measure) for s in shared]
+            row[key][measure] = statistics.over_runs(found).as_dict()
+        if _set_b(ours[shared[0]]):
             kept = [np.mean(_set_b(ours[s])) - np.mean(_set_b(theirs[s])) for s in shared]
             row[key]["set B"] = statistics.over_runs(kept).as_dict()
     for metric in (PRIMARY, SECOND):
@@ -131,8 +137,8 @@ def _compare(rows: list[dict[str, Any]], runs: dict[str, Runs], other: str, key:
             row[key][metric]["p_holm"] = p
 
 
-def _retrieval(run: dict[str, Any]) -> float:
-    return run["similarity"][str(run["layer"])][OWN]
+def _similar(run: dict[str, Any], measure: str) -> float:
+    return run["similarity"][str(run["layer"])][measure]
 
 
 def _set_b(run: dict[str, Any]) -> list[float]:
@@ -165,9 +171,6 @@ def direction(difference: dict[str, float]) -> int:
     return int(difference["low"] > 0) - int(difference["high"] < 0)
 
 
-NOTHING = {PRIMARY: {"low": 0.0, "high": 0.0}}  # the differences of an arm that was not compared
-
-
 def conclusion(rows: list[dict[str, Any]], baseline: str, arms: dict[str, Arm]) -> list[str]:
     """What the arms show and what they do not, one paragraph each; nothing where the method was not compared."""
     by_name = {row["arm"]: row for row in rows}
@@ -193,16 +196,16 @@ def conclusion(rows: list[dict[str, Any]], baseline: str, arms: dict[str, Arm]) 
         paragraphs.append(f"No gain of {METHOD} is shown, so its controls ({', '.join(controls)}) explain none.")
     elif controls:
         paragraphs.append(" ".join(_against_control(by_name[name], baseline) for name in controls))
-    if others := [row for row in rows if row["arm"] != METHOD and direction(row.get("differences", NOTHING)[PRIMARY])]:
-        told = (f"{row['arm']} {_signed(row['differences'][PRIMARY])}" for row in others)
+    others = [row for row in rows if row["arm"] != METHOD and len(row["seeds"]) > 1 and "differences" in row]
+    if told := [_shown(row) for row in others if direction(row["differences"][PRIMARY])]:
         paragraphs.append(f"Shown of other arms, {PRIMARY} less {baseline}: {', '.join(told)}.")
-    if own := found.get(OWN):
-        words = {1: "keep more", -1: "keep less", 0: "are not shown to keep more"}[direction(own)]
+    if SIMILARITY[0] in found:
+        read = {1: "more", -1: "less", 0: "no more, as far as is shown,"}[direction(found[SIMILARITY[0]])]
+        measured = ", ".join(f"{measure} {_signed(found[measure])}" for measure in SIMILARITY)
         paragraphs.append(
-            f"What {METHOD} itself asks for, read at layer {by_name[METHOD]['layer']} by a projector fitted afterwards:"
-            f" {OWN} of held-out objects {100 * own['mean']:+.1f} points [{100 * own['low']:+.1f}, "
-            f"{100 * own['high']:+.1f}] over {own['count']} seeds. For these objects, the point tokens {words} of what "
-            f"the Q-Former said."
+            f"What {METHOD} asks for: at layer {by_name[METHOD]['layer']}, a projector fitted afterwards reads {read} "
+            f"of the held-out objects' Q-Former tokens off their point tokens. {METHOD.capitalize()} less {baseline} "
+            f"over {found[SIMILARITY[0]]['count']} seeds, none of it corrected: {measured}."
         )
     if kept := found.get("set B"):
         words = {
@@ -223,9 +226,15 @@ def _against_control(row: dict[str, Any], baseline: str) -> str:
     below = row.get(f"differences from {METHOD}", {}).get(PRIMARY)
     if below and direction(below) < 0:
         return f"{METHOD.capitalize()} beats {name}."
-    if direction(row["differences"][PRIMARY]) > 0:
+    if (shown := direction(row["differences"][PRIMARY])) > 0:
         return f"{name.capitalize()} helps too, and is not shown to help less: plain regularisation may explain both."
+    if shown < 0:
+        return f"{name.capitalize()} is shown to do worse than {baseline}, but not to do worse than {METHOD}."
     return f"{name.capitalize()} can be told neither from {METHOD} nor from {baseline}."
+
+
+def _shown(row: dict[str, Any]) -> str:
+    return f"{row['arm']} {_signed(row['differences'][PRIMARY])} over {len(row['seeds'])} seeds"
 
 
 def _signed(one: dict[str, float]) -> str:
@@ -238,16 +247,15 @@ def tables(rows: list[dict[str, Any]], baseline: str) -> list[str]:
 
 
 def arm_table(rows: list[dict[str, Any]]) -> str:
-    similar = ("centred cosine", "retrieval@1", "CKA")
     lines = []
     for row in rows:
         primary, second = row["metrics"][PRIMARY], row["metrics"][SECOND]
         accuracy = f"{100 * second['mean']:.1f} [{100 * second['low']:.1f}, {100 * second['high']:.1f}]"
         retention = "" if row["retention"] is None else f"{row['retention']:.2f}"
-        cells = [f"{primary['mean']:+.3f}", accuracy, *(f"{row[key]:.3f}" for key in similar), retention]
+        cells = [f"{primary['mean']:+.3f}", accuracy, *(f"{row[key]:.3f}" for key in SIMILARITY), retention]
         lines.append([row["arm"], str(len(row["seeds"])), *cells])
     layer = f"at layer {rows[0]['layer']}"
-    names = [f"{similar[0]} {layer}", *similar[1:]]
+    names = [f"{SIMILARITY[0]} {layer}", *SIMILARITY[1:]]
     return _markdown(["arm", "seeds", f"{PRIMARY}, nats", f"{SECOND}, %", *names, "retention"], lines)
 
 

@@ -28,8 +28,8 @@ class MiniPointNet(nn.Module):
 
     def forward(self, groups: Tensor) -> Tensor:
         """The convolutions as matrix products over all points at once; the second one splits `[global, local]` in two,
-        so that its global half runs once per group and nothing is concatenated. A bias is added once per group too,
-        behind the maximum: its gradient is then a sum over groups and not over points. A frozen one is folded further.
+        so that its global half runs once per group and nothing is concatenated. All biases but the first are added once
+        per group too, so that their gradients are sums over groups and not over points. A frozen one is folded further.
         """
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
         if not self.training and not learns:
