@@ -160,3 +160,9 @@ def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, 
     again = [recipes[3], "--data.fold", "1", "--data.evaluate", "none", "--model.checkpoint", stage1]
     assert stage([*again, "--training.output_dir", str(tmp_path / "again")]) == 1
     assert "was trained under fold 0" in capsys.readouterr().err
+
+    recipe = ablation.read_recipe(recipes[1])
+    recipe.seeds = 2
+    (out / "fold-1" / "runs" / "alignment-1.json").unlink()
+    with pytest.raises(ValueError, match=r"alignment-1\.json is missing: another process"):
+        folds.pool(recipe, out)
