@@ -128,6 +128,7 @@ def run_ablation(
     shared = folder / "shared.lock"  # of what all processes write
     with lock(shared):
         check_definition(folder, definition)
+    under = versions() | {"date": date.today().isoformat()}
     todo = [(arm, seed) for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
     if todo:
         model, processor = build(recipe)
@@ -150,7 +151,7 @@ def run_ablation(
                         if key in start:
                             value.copy_(start[key])
                 result = run_arm(model, processor, recipe, arm, seed, train, held_out)
-                checkpointing.write_json(made, result)
+                checkpointing.write_json(made, result | {"versions": under})
                 spent = time.monotonic() - began
                 mean = f"{PRIMARY} {result['mean'][PRIMARY]:+.3f}"
                 print(f"{number + 1}/{len(todo)} {arm}, seed {seed}: {mean}, {spent:.0f} s", flush=True)
@@ -238,7 +239,6 @@ def run_arm(
     shots = few_shot(model, processor, train, held_out, recipe.few_shot, recipe.schedule, seed, arm.blind)
     return {
         "arm": name,
-        "versions": versions() | {"date": date.today().isoformat()},
         "layer": tapped(Arm(), depth)[0],
         "few_shot": shots,
         "seed": seed,

@@ -38,7 +38,7 @@ def layer_curves(results: dict[str, dict], path: Path) -> None:
         results: name of a model or arm -> what `probe.probe_layers` returns.
     """
     first = next(iter(results.values()))
-    similar = ("centred cosine", "retrieval@1", "CKA") if first["similarity"] else ()
+    similar = ("centred cosine", "retrieval@1", "CKA") if len(first["similarity"]) > 1 else ()  # one layer is no curve
     titles = [*first["probes"], *similar]
     columns = min(4, len(titles))
     rows = -(-len(titles) // columns)
