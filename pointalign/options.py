@@ -212,6 +212,7 @@ def parse(arguments: list[str]) -> Options:
         recipe, arguments = arguments[0], arguments[1:]
     parser = ArgumentParser(
         prog="python -m pointalign.train",
+        allow_abbrev=False,
         usage="python -m pointalign.train [RECIPE.yaml] [--model.* --data.* --alignment.* --training.*] [--fused]",
         description=f"Train with the alignment loss. RECIPE is a YAML file or one of: {shipped} (default: demo).",
     )

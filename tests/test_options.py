@@ -67,3 +67,9 @@ def test_a_malformed_recipe_is_named(text, named, tmp_path, capsys):
 
 def test_defaults_are_valid_alone():
     assert ModelOptions().train == ["lora"] and DataOptions().num_points is None
+
+
+def test_an_abbreviated_option_is_unknown(capsys):
+    with pytest.raises(SystemExit):
+        parse(["scratch", "--training.contrastive_step", "3"])
+    assert "--training.contrastive_step" in capsys.readouterr().err
