@@ -1,141 +1,203 @@
-"""Warm-up of a new point branch: encoder, Q-Former and modality projector learn to say in words what they see.
+"""Warm-up of a new point encoder, and of Q-Former and modality projector behind it: they learn to say what they see.
 
-A few hundred objects are too few to teach an encoder through a language model alone. Every object comes with facts,
-such as its noun and its main colour, and a fact is told from the others of its kind by the language model's own input
+A few hundred objects are too few to teach an encoder through a language model. Every object comes with facts, such as
+its noun and its main colour, and a fact is told from the others of its kind by the language model's own input
 embeddings: a token of the modality projector that lies near the embedding of "chair" says chair, and that is where the
-language model will look for it. The queries share out the kinds of facts, so that they do not all learn the same. The
-encoder is asked by itself as well, because a gradient through the Q-Former alone reaches it only once the Q-Former has
-learned to look; and it learns which clouds are alike, because names alone it would learn by heart.
+language model will look for it.
+
+First the encoder learns the facts by a head of its own, and which clouds are alike, because names alone it would learn
+by heart. Then the queries, which share out the kinds of facts so that they do not all learn the same, learn to say what
+that head says. They are not shown the facts: what they say of an object of the training set is then not much more often
+right than what they say of another object, and the language model learns to read tokens of the kind that it will meet.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedTokenizerBase
 
-from pointalign.data.augment import augment
+from pointalign.data.augment import augment, random_pose
+from pointalign.data.captions import facts
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.neighbours import neighbour_loss
 
-TEMPERATURE = 0.05  # of the comparison with the words
-SMOOTHING = 0.1  # of the targets
+TEMPERATURE = 0.05  # of the encoder's comparison with the words
+# Of the queries' comparison. It bounds how sure they can be: to come near to what the encoder's head says, tokens have
+# to come near to the words themselves, and then the language model reads them with little training.
+QUERY_TEMPERATURE = 0.15
+SMOOTHING = 0.1  # of the facts
 DROPOUT = 0.3  # in front of the encoder's own head
 WEIGHT_DECAY = 0.2
-QFORMER_RATE = 0.3  # of the encoder's learning rate: at the whole of it, all queries become the same
-WORDS_TO_ENCODER = 0.3  # weight of the words that the encoder's own head says
+ENCODER_SHARE = 0.7  # of the steps, the rest is for the queries
+QUERY_RATE = 0.5  # of the encoder's learning rate: at the whole of it, all queries become the same
 METRIC_WIDTH = 256  # of the embedding that says which clouds are alike
+STRETCH = 0.4  # of the views: a table half as wide is a table, and its sides are measured anew
 UNKNOWN = -100  # target where a fact is not clear
 
 
 class Kind:
-    """One kind of facts: the words that occur, as the language model embeds them, and which of them each object has.
+    """One kind of facts: the words that occur, as the language model embeds them.
 
     Args:
-        facts: one word per object, or None.
+        facts: words in any order, or None.
         embedding: `[V, H]`, the language model's input embeddings.
     """
 
     def __init__(self, facts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase, embedding: Tensor):
         self.words = sorted({word for word in facts if word is not None})
+        self.places = {word: place for place, word in enumerate(self.words)}
         ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in self.words]
         means = torch.stack([embedding[one].float().mean(dim=0) for one in ids])
         self.embeddings = functional.normalize(means, dim=-1)  # [W, H]
-        index = [UNKNOWN if word is None else self.words.index(word) for word in facts]
-        self.target = torch.tensor(index, device=embedding.device)  # [objects]
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def targets(self, facts: Sequence[str | None]) -> Tensor:
+        """Places `[B]` of the facts among the words; UNKNOWN for None and for words that did not occur."""
+        places = [UNKNOWN if word is None else self.places.get(word, UNKNOWN) for word in facts]
+        return torch.tensor(places, device=self.embeddings.device)
+
+    def logits(self, tokens: Tensor, temperature: float = TEMPERATURE) -> Tensor:
         """`[..., W]` of tokens `[..., H]`."""
-        return functional.normalize(tokens.float(), dim=-1) @ self.embeddings.T / TEMPERATURE
+        return functional.normalize(tokens.float(), dim=-1) @ self.embeddings.T / temperature
 
-    def loss(self, tokens: Tensor, objects: Tensor) -> Tensor:
-        """Mean cross-entropy of tokens `[B, T, H]` that say this fact of `objects [B]`; 0 where none has it."""
-        target = self.target[objects][:, None].expand(tokens.shape[:2]).flatten()
-        logits = self.logits(tokens).flatten(0, 1)
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of logits `[B, W]` where the fact is known; 0 where none is."""
         summed = functional.cross_entropy(
-            logits, target, ignore_index=UNKNOWN, label_smoothing=SMOOTHING, reduction="sum"
+            logits, targets, ignore_index=UNKNOWN, label_smoothing=SMOOTHING, reduction="sum"
         )
-        return summed / (target != UNKNOWN).sum().clamp(min=1)
+        return summed / (targets != UNKNOWN).sum().clamp(min=1)
+
+    def reading_loss(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """Mean cross-entropy of tokens `[B, T, H]` with the probabilities that logits `[B, W]` give the words."""
+        wanted = logits.softmax(dim=-1)[:, None].expand(-1, tokens.shape[1], -1)
+        said = self.logits(tokens, QUERY_TEMPERATURE)
+        return functional.cross_entropy(said.flatten(0, 1), wanted.flatten(0, 1))
+
+
+class Encoder(nn.Module):
+    """The point encoder with its head for words and its head for likeness, which are discarded."""
+
+    def __init__(
+        self, point_encoder: nn.Module, width: int, num_kinds: int, word_width: int, precision: torch.autocast
+    ):
+        super().__init__()
+        self.point_encoder, self.num_kinds, self.precision = point_encoder, num_kinds, precision
+        self.word_head = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(2 * width, num_kinds * word_width))
+        self.metric_head = nn.Linear(2 * width, METRIC_WIDTH)
+
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens `[B, T, D]`, words `[B, kinds, H]` and embeddings `[B, METRIC_WIDTH]` of points `[B, N, C]`."""
+        with self.precision:
+            tokens = self.point_encoder(points)
+        pooled = torch.cat([tokens[:, 0], tokens[:, 1:].amax(dim=1)], dim=-1).float()
+        return tokens, self.word_head(pooled).unflatten(-1, (self.num_kinds, -1)), self.metric_head(pooled)
 
 
 def warm_up(
     model: PointAlignForConditionalGeneration,
     processor: PointAlignProcessor,
     clouds: Sequence[np.ndarray],
-    facts: Sequence[Mapping[str, str | None]],
+    records: Sequence[dict],
     steps: int,
     batch_size: int,
     learning_rate: float,
     device: torch.device | str = "cpu",
 ) -> list[float]:
-    """Train the whole point branch in place, whichever of its parts train afterwards, with heads that are discarded.
+    """Train the whole point branch in place, whichever of its parts train afterwards.
+
+    The encoder starts anew: one that knows its objects by heart does not unlearn it. The other parts go on from where
+    they are.
 
     Args:
         clouds: arrays `[N, 6]`.
-        facts: of each cloud, by kind; every cloud has the same kinds, None where its fact is not clear.
+        records: of each cloud, what `captions.facts` reads.
 
     Returns:
-        The loss of every step: of the words, by encoder and queries, and of the neighbours.
+        The loss of every step: first the encoder's, of words and neighbours, then the queries'.
     """
-    branch, tokenizer = model.model, processor.tokenizer
+    branch = model.model
     if branch.query_tokens is None:
         raise ValueError("the contrastive warm-up is of a new point branch: query experts come in a later stage")
     embedding = model.get_input_embeddings().weight.detach()
-    told = [kind for kind in facts[0] if any(one[kind] is not None for one in facts)]
-    if not told:
+    known = [facts(record) for record in records]
+    kinds: dict[str, Kind] = {}
+    for name in known[0]:
+        if any(one[name] is not None for one in known):
+            kinds[name] = Kind([one[name] for one in known], processor.tokenizer, embedding)
+    if not kinds:
         raise ValueError("the contrastive warm-up needs a fact of at least one object")
-    kinds = [Kind([one[kind] for one in facts], tokenizer, embedding) for kind in told]
-    width = 2 * model.config.point_config.hidden_size
-    word_head = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(width, len(kinds) * embedding.shape[1])).to(device)
-    metric_head = nn.Linear(width, METRIC_WIDTH).to(device)
-    encoder = [*branch.point_encoder.parameters(), *word_head.parameters(), *metric_head.parameters()]
-    qformer = [branch.query_tokens]
-    for part in (branch.point_mlp, branch.qformer, branch.modality_projector):
-        qformer += part.parameters()
-    frozen = [parameter for parameter in (*encoder, *qformer) if not parameter.requires_grad]
-    groups = [{"params": encoder}, {"params": qformer}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=WEIGHT_DECAY)
-    rates = [learning_rate, QFORMER_RATE * learning_rate]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1)
-    rng = np.random.default_rng(int(torch.randint(2**62, (1,))))
-    half = branch.language_model.dtype == torch.bfloat16
 
-    losses: list[float] = []
-    for parameter in frozen:
+    branch.point_encoder.load_state_dict(AutoModel.from_config(model.config.point_config).state_dict())
+    width = model.config.point_config.hidden_size
+    half = branch.language_model.dtype == torch.bfloat16
+    precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
+    encoder = Encoder(branch.point_encoder, width, len(kinds), embedding.shape[1], precision).to(device)
+    readers = nn.ModuleList([branch.point_mlp, branch.qformer, branch.modality_projector])
+    batches = _batches(clouds, records, list(kinds), batch_size, processor)
+
+    def encoder_loss() -> Tensor:
+        views, seen = next(batches)
+        points = torch.from_numpy(views).to(device)
+        _, words, embeddings = encoder(points)
+        loss = neighbour_loss(embeddings, points[..., :3])
+        for number, (name, kind) in enumerate(kinds.items()):
+            loss = loss + kind.loss(kind.logits(words[:, number]), kind.targets(seen[name]))
+        return loss
+
+    def query_loss() -> Tensor:
+        points = torch.from_numpy(next(batches)[0]).to(device)
+        with torch.no_grad():
+            tokens, words, _ = encoder(points)
+        with precision:
+            projected = branch.modality_projector(branch.query(tokens))
+        loss = projected.new_zeros((), dtype=torch.float32)
+        for number, kind in enumerate(kinds.values()):
+            loss = loss + kind.reading_loss(projected[:, number :: len(kinds)], kind.logits(words[:, number]))
+        return loss
+
+    first = round(ENCODER_SHARE * steps)
+    trainable = [parameter for parameter in branch.parameters() if parameter.requires_grad]
+    branch.requires_grad_(False)
+    encoder.train()
+    losses = _descend([*encoder.parameters()], encoder_loss, first, learning_rate, "encoder")
+    encoder.eval()
+    readers.train()
+    queries = [branch.query_tokens, *readers.parameters()]
+    losses += _descend(queries, query_loss, steps - first, QUERY_RATE * learning_rate, "queries")
+    for parameter in trainable:
         parameter.requires_grad_(True)
-    model.train()
-    order = np.array([], dtype=int)
-    progress = tqdm(range(steps), desc="contrastive warm-up", unit="step", mininterval=1.0)
+    with torch.no_grad():
+        points = torch.from_numpy(next(batches)[0]).to(device)
+        _scale_like_words(branch.modality_projector[-1], model.eval().encode_point_clouds(points).projected, embedding)
+    return losses
+
+
+def _descend(
+    parameters: list[nn.Parameter], loss_of_batch: Callable[[], Tensor], steps: int, rate: float, what: str
+) -> list[float]:
+    """Minimise a loss that differs from batch to batch, over parameters that are frozen before and after."""
+    if not steps:
+        return []
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    losses: list[float] = []
+    progress = tqdm(range(steps), desc=f"contrastive warm-up, {what}", unit="step", mininterval=1.0)
     for _ in progress:
-        if len(order) < batch_size:
-            order = np.concatenate([order, rng.permutation(len(clouds))])
-        chosen, order = order[:batch_size], order[batch_size:]
-        points = torch.from_numpy(_views([clouds[i] for i in chosen], processor, rng)).to(device)
-        with torch.autocast(points.device.type, torch.bfloat16, enabled=half):
-            features = model.encode_point_clouds(points)
-        assert features.encoder is not None
-        pooled = torch.cat([features.encoder[:, 0], features.encoder[:, 1:].amax(dim=1)], dim=-1).float()
-        by_encoder = word_head(pooled).unflatten(-1, (len(kinds), -1))  # [B, kinds, H]
-        objects = torch.from_numpy(chosen).to(device)
-        loss = neighbour_loss(metric_head(pooled), points[..., :3])
-        for number, kind in enumerate(kinds):
-            by_queries = features.projected[:, number :: len(kinds)]
-            loss = loss + WORDS_TO_ENCODER * kind.loss(by_encoder[:, number : number + 1], objects)
-            loss = loss + kind.loss(by_queries, objects)
+        loss = loss_of_batch()
         optimizer.zero_grad()
         loss.backward()
-        for parameters in (encoder, qformer):
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
         progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    for parameter in frozen:
+    for parameter in parameters:
         parameter.requires_grad_(False)
-    _scale_like_words(branch.modality_projector[-1], features.projected, embedding)
     return losses
 
 
@@ -147,11 +209,36 @@ def _scale_like_words(last: nn.Linear, tokens: Tensor, embedding: Tensor) -> Non
     last.bias *= ratio
 
 
-def _views(clouds: Sequence[np.ndarray], processor: PointAlignProcessor, rng: np.random.Generator) -> np.ndarray:
-    """Augmented clouds `[B, N, 6]` of one random density, so that they need no padding."""
+def _batches(
+    clouds: Sequence[np.ndarray],
+    records: Sequence[dict],
+    kinds: Sequence[str],
+    batch_size: int,
+    processor: PointAlignProcessor,
+) -> Iterator[tuple[np.ndarray, dict[str, list[str | None]]]]:
+    """Without end: clouds `[B, N, 6]` in random poses, and of each kind their facts in that pose."""
     extractor = processor.feature_extractor
     assert extractor is not None
-    views = [augment(cloud, rng, fewest=extractor.min_points) for cloud in clouds]
-    most = min(extractor.num_points, *(len(view) for view in views))
-    size = max(extractor.min_points, int(most * rng.uniform(0.5, 1.0))) if rng.random() < 0.5 else most
-    return np.stack([extractor.prepare(view[:size]) for view in views])
+    rng = np.random.default_rng(int(torch.randint(2**62, (1,))))
+    order = np.array([], dtype=int)
+    while True:
+        if len(order) < batch_size:
+            order = np.concatenate([order, rng.permutation(len(clouds))])
+        chosen, order = order[:batch_size], order[batch_size:]
+        poses = [random_pose(rng, STRETCH) for _ in chosen]
+        views = [
+            augment(clouds[i], rng, fewest=extractor.min_points, pose=pose)
+            for i, pose in zip(chosen, poses, strict=True)
+        ]
+        # one random density for all, so that they need no padding
+        most = min(extractor.num_points, *(len(view) for view in views))
+        size = max(extractor.min_points, int(most * rng.uniform(0.5, 1.0))) if rng.random() < 0.5 else most
+        seen = [facts(posed(records[i], pose)) for i, pose in zip(chosen, poses, strict=True)]
+        prepared = np.stack([extractor.prepare(view[:size]) for view in views])
+        yield prepared, {kind: [one[kind] for one in seen] for kind in kinds}
+
+
+def posed(record: dict, pose: np.ndarray) -> dict:
+    """The record with its sides as long as they are in another pose `[3, 3]`, see `random_pose`."""
+    growth = np.linalg.norm(pose, axis=1).tolist()
+    return record | {side: record[side] * by for side, by in zip(("width", "height", "depth"), growth, strict=True)}

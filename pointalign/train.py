@@ -265,7 +265,6 @@ def file_hash(path: Path) -> str:
 
 def warm_up(model: Any, processor: Any, options: "Options") -> None:
     from pointalign import assets, contrastive
-    from pointalign.data.captions import facts
     from pointalign.evaluation.naming import load_objects
 
     if options.data.annotations is not None:
@@ -277,7 +276,7 @@ def warm_up(model: Any, processor: Any, options: "Options") -> None:
         model,
         processor,
         objects.clouds,
-        [facts(record) for record in objects.records],
+        objects.records,
         options.training.contrastive_steps,
         options.training.contrastive_batch_size,
         options.training.contrastive_learning_rate,

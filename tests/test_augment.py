@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pointalign.data.augment import augment, turn
+from pointalign.data.augment import augment, random_pose, turn
 
 
 def test_turning_is_a_rotation_about_the_vertical(clouds):
@@ -49,3 +49,25 @@ def test_small_clouds_keep_enough_points(number, clouds):
     for seed in range(20):
         view = augment(clouds[0][:number], np.random.default_rng(seed), fewest=40)
         assert min(number, 40) <= len(view) <= number and np.isfinite(view).all()
+
+
+def test_a_pose_tells_how_long_the_sides_become():
+    corners = np.array([[x, y, z] for x in (-1, 1) for y in (-2, 2) for z in (-3, 3)], dtype=np.float32)
+    pose = random_pose(np.random.default_rng(3), stretch=0.4)
+    posed = corners @ pose
+    sides = [
+        np.linalg.norm(posed[4] - posed[0]),
+        np.linalg.norm(posed[2] - posed[0]),
+        np.linalg.norm(posed[1] - posed[0]),
+    ]
+    np.testing.assert_allclose(sides, np.array([2, 4, 6]) * np.linalg.norm(pose, axis=1), rtol=1e-5)
+    assert pose[1, 0] == pose[1, 2] == pose[0, 1] == pose[2, 1] == 0, "upright stays upright"
+    rigid = random_pose(np.random.default_rng(3), stretch=0)
+    np.testing.assert_allclose(rigid @ rigid.T, np.eye(3), atol=1e-6)
+
+
+def test_a_given_pose_is_taken(clouds):
+    pose = np.diag([1.0, 5.0, 1.0]).astype(np.float32)
+    high = augment(clouds[0], np.random.default_rng(0), pose=pose)
+    extent = np.ptp(high[:, :3], axis=0) / np.ptp(clouds[0][:, :3], axis=0)
+    assert extent[1] > 4 * max(extent[0], extent[2])

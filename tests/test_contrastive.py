@@ -1,15 +1,22 @@
 """A warm-up that teaches a new point branch words without touching the language model."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
 
 from pointalign import contrastive
-from pointalign.contrastive import Kind, warm_up
+from pointalign.contrastive import Kind, posed, warm_up
 
-FACTS = [
-    {"noun": noun, "colour": colour}
-    for noun, colour in (("bench", "brown"), ("cactus", "green"), ("extinguisher", "red"), ("forklift", None))
+SIDES = {"width": 1.0, "height": 2.0, "depth": 1.5, "category": "kitchen"}
+RECORDS = [
+    {"head_noun": noun, "colors": colours} | SIDES
+    for noun, colours in (
+        ("bench", {"brown": 1.0}),
+        ("cactus", {"green": 1.0}),
+        ("extinguisher", {"red": 1.0}),
+        ("forklift", {"yellow": 0.5, "black": 0.5}),
+    )
 ]
 
 
@@ -19,28 +26,40 @@ def test_warm_up_learns_the_facts_and_leaves_the_language_model(processor, cloud
         model.model.point_encoder.requires_grad_(False)  # for the stage that follows
         before = {name: one.clone() for name, one in model.state_dict().items()}
         torch.manual_seed(1)
-        losses = warm_up(model, processor, clouds[:4], FACTS, steps, batch_size=4, learning_rate=1e-2)
+        losses = warm_up(model, processor, clouds[:4], RECORDS, steps, batch_size=4, learning_rate=1e-2)
         return model, before, losses
 
     model, before, losses = run(25)
     assert len(losses) == 25
     after = model.state_dict()
-    assert after.keys() == before.keys(), "the encoder's own head stays behind"
+    assert after.keys() == before.keys(), "the encoder's own heads stay behind"
     for name in after:
         if ".language_model." in name:
             assert torch.equal(after[name], before[name]), name
     for part in ("point_encoder", "point_mlp", "qformer", "query_tokens", "modality_projector"):
         assert any(not torch.equal(after[n], before[n]) for n in after if n.startswith(f"model.{part}")), part
     assert not any(p.requires_grad for p in model.model.point_encoder.parameters())
-    again, _, same = run(3)
-    assert same == run(3)[2]
-    assert not torch.equal(again.state_dict()["model.query_tokens"], before["model.query_tokens"])
+    assert all(p.requires_grad for p in model.model.qformer.parameters())
+    assert run(3)[2] == run(3)[2]
+
+
+def test_the_encoder_starts_anew_and_the_queries_go_on(processor, clouds):
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.model.point_encoder.parameters():
+            parameter.fill_(100.0)  # no rate of these steps could bring it back
+        model.model.query_tokens.fill_(100.0)
+    warm_up(model, processor, clouds[:4], RECORDS, 3, batch_size=4, learning_rate=1e-4)
+    assert all(parameter.abs().max() < 10 for parameter in model.model.point_encoder.parameters())
+    assert model.model.query_tokens.min() > 90
 
 
 def test_words_are_learned_and_neighbours_beside_them(processor, clouds, monkeypatch):
+    monkeypatch.setattr(contrastive, "ENCODER_SHARE", 1.0)
+
     def first_and_last() -> tuple[float, float]:
         torch.manual_seed(1)
-        losses = warm_up(tiny_model(), processor, clouds[:4], FACTS, 25, batch_size=4, learning_rate=1e-2)
+        losses = warm_up(tiny_model(), processor, clouds[:4], RECORDS, 25, batch_size=4, learning_rate=1e-2)
         return sum(losses[:5]), sum(losses[-5:])
 
     start, _ = first_and_last()
@@ -49,25 +68,28 @@ def test_words_are_learned_and_neighbours_beside_them(processor, clouds, monkeyp
     assert learned < 0.9 * words < 0.9 * start
 
 
-def test_point_tokens_end_up_as_long_as_words(processor, clouds):
+def test_queries_learn_to_say_what_the_encoder_says(processor, clouds):
+    torch.manual_seed(1)
     model = tiny_model()
-    warm_up(model, processor, clouds[:4], FACTS, 5, batch_size=4, learning_rate=1e-3)
+    losses = warm_up(model, processor, clouds[:4], RECORDS, 100, batch_size=4, learning_rate=1e-2)
+    by_queries = losses[70:]
+    assert sum(by_queries[-5:]) < 0.95 * sum(by_queries[:5])
     batch = processor.feature_extractor(clouds[:4])
     with torch.no_grad():
         tokens = model.eval().encode_point_clouds(batch["point_values"]).projected
     words = model.get_input_embeddings().weight.norm(dim=-1).mean()
-    assert tokens.norm(dim=-1).mean() == pytest.approx(words.item(), rel=0.3)
+    assert tokens.norm(dim=-1).mean() == pytest.approx(words.item(), rel=0.3), "as long as words are"
 
 
 def test_an_unclear_fact_has_no_loss(tokenizer):
     embedding = torch.randn(len(tokenizer), 8, generator=torch.Generator().manual_seed(0))
     kind = Kind(["red", None, "green"], tokenizer, embedding)
-    tokens = torch.randn(3, 2, 8, requires_grad=True)
-    loss = kind.loss(tokens, torch.tensor([0, 1, 2]))
-    assert loss.item() == pytest.approx(kind.loss(tokens[[0, 2]], torch.tensor([0, 2])).item())
+    logits = torch.randn(3, 2, requires_grad=True)
+    loss = kind.loss(logits, kind.targets(["red", None, "green"]))
+    assert loss.item() == pytest.approx(kind.loss(logits[[0, 2]], kind.targets(["red", "green"])).item())
     loss.backward()
-    assert tokens.grad is not None and not tokens.grad[1].any() and tokens.grad[0].any()
-    assert kind.loss(tokens[:1], torch.tensor([1])).item() == 0
+    assert logits.grad is not None and not logits.grad[1].any() and logits.grad[0].any()
+    assert kind.loss(logits[:1], kind.targets(["blue"])).item() == 0, "a word that no object had"
 
 
 def test_a_token_near_a_word_says_it(tokenizer):
@@ -75,16 +97,29 @@ def test_a_token_near_a_word_says_it(tokenizer):
     kind = Kind(["red", "green", "red"], tokenizer, embedding)
     assert kind.words == ["green", "red"]
     assert kind.logits(3 * kind.embeddings).argmax(dim=-1).tolist() == [0, 1]
+    said = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
+    right, wrong = (kind.reading_loss(tokens[:, None], said) for tokens in (kind.embeddings, kind.embeddings.flip(0)))
+    assert right < wrong
+
+
+def test_sides_are_those_of_the_pose():
+    turned = np.array([[0, 0, 2], [0, 3, 0], [-4, 0, 0]])  # width doubled and turned towards depth, and so on
+    sides = posed(RECORDS[0], turned)
+    assert [sides[side] for side in ("width", "height", "depth")] == [2.0, 6.0, 6.0]
+    assert RECORDS[0]["width"] == 1.0
 
 
 def test_fewer_clouds_than_a_batch_will_do(processor, clouds):
     few = [cloud[:12] for cloud in clouds[:2]]
-    losses = warm_up(tiny_model(), processor, few, FACTS[:2], 3, batch_size=16, learning_rate=1e-3)
+    losses = warm_up(tiny_model(), processor, few, RECORDS[:2], 3, batch_size=16, learning_rate=1e-3)
     assert len(losses) == 3
 
 
 def test_kinds_that_no_object_has_are_left_out(processor, clouds):
-    facts = [fact | {"place": None} for fact in FACTS]
-    assert len(warm_up(tiny_model(), processor, clouds[:4], facts, 1, batch_size=4, learning_rate=1e-3)) == 1
+    elsewhere = [record | {"category": "none of the places"} for record in RECORDS]
+    assert len(warm_up(tiny_model(), processor, clouds[:4], elsewhere, 1, batch_size=4, learning_rate=1e-3)) == 1
+    nothing = [{"head_noun": None, "colors": {}, "category": "", "width": 1, "height": 1, "depth": 1}] * 4
     with pytest.raises(ValueError, match="a fact of at least one object"):
-        warm_up(tiny_model(), processor, clouds[:4], [{"noun": None}] * 4, 1, batch_size=4, learning_rate=1e-3)
+        warm_up(
+            tiny_model(), processor, [cloud[:, :6] for cloud in clouds[:4]], nothing, 1, batch_size=4, learning_rate=1
+        )

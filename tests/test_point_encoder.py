@@ -117,3 +117,14 @@ def test_equal_points_and_ties_are_no_trouble(encoder):
 def test_too_few_points_say_how_many_are_needed(encoder):
     with pytest.raises(ValueError, match=r"cloud of 7 points is too small.*8 groups of 4.*at least 8"):
         encoder(torch.rand(1, 7, 6))
+
+
+def test_while_the_encoder_trains_fewer_groups_may_do():
+    config = tiny_config().point_config
+    config.num_training_groups = 5
+    encoder = PointBertModel(config)
+    points = torch.rand(2, 40, 6, generator=torch.Generator().manual_seed(1))
+    assert encoder.train()(points).shape == (2, 6, 16)
+    torch.testing.assert_close(encoder.group(points)[1], encoder.eval().group(points)[1][:, :5])
+    assert encoder(points).shape == (2, 9, 16)
+    assert encoder.train().requires_grad_(False)(points).shape == (2, 9, 16), "frozen, it sees all"

@@ -2,19 +2,37 @@
 
 import numpy as np
 
-STRETCH = 0.15  # of each axis, up to e^0.15 = 16 % either way
+STRETCH = 0.15  # of each axis, up to e^0.15 = 16 % either way, where words must stay true
 JITTER = 0.01  # standard deviation of the noisiest views, of the radius
 TINT = 0.05  # added to each of red, green and blue: too little to change a colour's name
 
 
-def augment(points: np.ndarray, rng: np.random.Generator, pose_free: bool = True, fewest: int = 2) -> np.ndarray:
+def random_pose(rng: np.random.Generator, stretch: float = STRETCH) -> np.ndarray:
+    """A matrix `[3, 3]` that takes rows xyz to another pose: mirrored, turned about the vertical, stretched.
+
+    Row k is what becomes of axis k, and as long as a side along it grows.
+    """
+    pose = np.eye(3, dtype=np.float32)
+    pose[0] *= rng.choice([-1, 1])
+    pose = turn(pose, rng.uniform(0, 2 * np.pi))
+    return pose * np.exp(rng.uniform(-stretch, stretch, size=3)).astype(np.float32)
+
+
+def augment(
+    points: np.ndarray,
+    rng: np.random.Generator,
+    pose_free: bool = True,
+    fewest: int = 2,
+    pose: np.ndarray | None = None,
+) -> np.ndarray:
     """A different view of the same object: resampled, mirrored, turned, stretched, jittered, in another light.
 
     Args:
         points: `[N, 6]` float32, y up.
         rng: source of all randomness.
-        pose_free: mirror, turn about the vertical axis and stretch; off where words depend on pose and sides.
+        pose_free: give it another pose; off where words depend on pose and sides.
         fewest: resampling keeps at least so many points, where there are.
+        pose: `[3, 3]`, that pose; by default a random one.
 
     Returns:
         `[M, 6]` float32, centred, with N / 4 <= M <= N.
@@ -23,9 +41,7 @@ def augment(points: np.ndarray, rng: np.random.Generator, pose_free: bool = True
     points = points[rng.permutation(len(points))[:count]].copy()
     points[:, :3] -= points[:, :3].mean(axis=0)  # a file may lie anywhere, jitter goes by the size of the object
     if pose_free:
-        points[:, 0] *= rng.choice([-1, 1])
-        points[:, :3] = turn(points[:, :3], rng.uniform(0, 2 * np.pi))
-        points[:, :3] *= np.exp(rng.uniform(-STRETCH, STRETCH, size=3)).astype(np.float32)
+        points[:, :3] = points[:, :3] @ (random_pose(rng) if pose is None else pose)
     radius = np.linalg.norm(points[:, :3], axis=1).max()
     points[:, :3] += rng.normal(0, rng.uniform(0, JITTER) * radius, size=(len(points), 3))
     light, tint = rng.uniform(0.8, 1.2), rng.uniform(-TINT, TINT, size=3)

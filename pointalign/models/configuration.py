@@ -14,6 +14,8 @@ class PointBertConfig(PreTrainedConfig):
         in_channels: xyz and features per point.
         num_points: the most points of a cloud that the encoder is given; larger clouds are subsampled for it.
         num_groups: G, centres chosen by farthest-point sampling.
+        num_training_groups: of them, the first so many are enough while the encoder itself trains: they lie as far
+            apart as they can, and a step costs less. None for all.
         group_size: k, nearest neighbours per centre.
         group_dim: width of the mini-PointNet's output per group.
         hidden_size: width of the tokens.
@@ -25,6 +27,7 @@ class PointBertConfig(PreTrainedConfig):
     in_channels: int = 6
     num_points: int = 8192
     num_groups: int = 512
+    num_training_groups: int | None = None
     group_size: int = 32
     group_dim: int = 256
     hidden_size: int = 384
@@ -118,6 +121,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "point_config": {
             "num_points": 1024,  # 64 groups of 32 then cover the surface twice
             "num_groups": 64,
+            "num_training_groups": 32,
             "group_dim": 96,
             "hidden_size": 192,
             "num_hidden_layers": 4,

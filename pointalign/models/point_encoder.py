@@ -139,7 +139,10 @@ class PointBertModel(PreTrainedModel):
                 f"of {self.config.group_size} and needs at least {minimum} points"
             )
         points = points.float()
-        index = farthest_point_sample(points[..., :3].contiguous(), self.config.num_groups)
+        count = self.config.num_groups
+        if self.training and self.reduce_dim.weight.requires_grad:
+            count = self.config.num_training_groups or count
+        index = farthest_point_sample(points[..., :3].contiguous(), count)
         centres = points[..., :3].gather(1, index[..., None].expand(-1, -1, 3))
         return group_points(points, index, self.config.group_size), centres
 
