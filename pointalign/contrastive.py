@@ -26,9 +26,8 @@ from pointalign.models import PointAlignForConditionalGeneration, PointAlignProc
 from pointalign.neighbours import neighbour_loss
 
 TEMPERATURE = 0.05  # of the encoder's comparison with the words
-# Of the queries' comparison. It bounds how sure they can be: to come near to what the encoder's head says, tokens have
-# to come near to the words themselves, and then the language model reads them with little training.
-QUERY_TEMPERATURE = 0.15
+QUERY_TEMPERATURE = 0.4  # of the queries' comparison, see `Kind.reading_loss`
+SURER = 3.0  # than the encoder's head the queries shall be: logits so many times as large
 SMOOTHING = 0.1  # of the facts
 DROPOUT = 0.3  # in front of the encoder's own head
 WEIGHT_DECAY = 0.2
@@ -71,8 +70,12 @@ class Kind:
         return summed / (targets != UNKNOWN).sum().clamp(min=1)
 
     def reading_loss(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        """Mean cross-entropy of tokens `[B, T, H]` with the probabilities that logits `[B, W]` give the words."""
-        wanted = logits.softmax(dim=-1)[:, None].expand(-1, tokens.shape[1], -1)
+        """Mean cross-entropy of tokens `[B, T, H]` with the likeliest words by logits `[B, W]`.
+
+        A high temperature bounds how sure a token can be: to come near to what is wanted it has to come near to the
+        word itself, and then the language model reads it with little training.
+        """
+        wanted = (SURER * logits).softmax(dim=-1)[:, None].expand(-1, tokens.shape[1], -1)
         said = self.logits(tokens, QUERY_TEMPERATURE)
         return functional.cross_entropy(said.flatten(0, 1), wanted.flatten(0, 1))
 
