@@ -151,7 +151,8 @@ class TrainingOptions(TrainingArguments):
     """`transformers.TrainingArguments` with this project's defaults, and the warm-up of a new point branch.
 
     Attributes:
-        contrastive_steps: steps that teach encoder and Q-Former shapes and words, before the language model joins.
+        contrastive_steps: steps that teach a new encoder shapes and words, and the queries to say them, before the
+            language model joins; of the embedded objects only.
         contrastive_batch_size, contrastive_learning_rate: of those steps.
         point_learning_rate: for the point branch where it trains; `learning_rate` is the adapters' and projectors'.
         auto_batch: split every batch over gradient accumulation until it fits the memory; the training is the same.

@@ -114,6 +114,11 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
             raise ValueError("training.fsdp: accelerate shards on GPUs only, on a CPU it would copy without a word")
         # As accelerate does later: 4-bit weights are packed for it while they load.
         os.environ["ACCELERATE_USE_FSDP"] = "true"
+    if training.contrastive_steps and data.annotations is not None:
+        raise ValueError(
+            "training.contrastive_steps teaches a new point encoder the names of the embedded objects: with "
+            "data.annotations set it to 0, or take another recipe, such as align"
+        )
     if training.memory_limit_gb is not None:
         memory.cap_memory(training.memory_limit_gb, training.device)
     if mixture and (training.max_steps <= 0 or training.per_device_train_batch_size != 1):
@@ -267,10 +272,6 @@ def warm_up(model: Any, processor: Any, options: "Options") -> None:
     from pointalign import assets, contrastive
     from pointalign.evaluation.naming import load_objects
 
-    if options.data.annotations is not None:
-        raise ValueError(
-            "training.contrastive_steps needs the names of the embedded objects: leave data.annotations out"
-        )
     objects = load_objects(assets.furniture(options.data.fold), "train")
     contrastive.warm_up(
         model,

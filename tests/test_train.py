@@ -133,6 +133,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path, arguments):
         (["--model.llm", "nowhere"], "nowhere"),
         (["--data.up_axis", "w"], "up_axis"),
         (["--data.clouds", "null"], "belong together"),
+        (["--training.contrastive_steps", "3"], "data.annotations"),
         (["--model.train", "[]", "--alignment.weight", "0"], "nothing trains"),
     ],
 )
