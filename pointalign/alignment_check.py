@@ -80,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, parts in ARMS.items():
         folder = chosen.output / name.replace(" ", "-").lower()
         options = parse(["demo", f"--training.max_steps={chosen.steps}", "--training.save_strategy=no",
-                         f"--training.output_dir={folder}", f"--model.train={parts}", *chosen.options])  # fmt: skip
+                         f"--training.output_dir={folder}", f"--model.train={parts}",
+                         "--training.contrastive_steps=0", *chosen.options])  # fmt: skip
         trainer, _, processor = make_trainer(options)
         if not results:
             results["before training"] = measure(trainer.model, processor, objects.clouds)

@@ -48,15 +48,14 @@ class Kind:
 
     def __init__(self, facts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase, embedding: Tensor):
         self.words = sorted({word for word in facts if word is not None})
-        self.places = {word: place for place, word in enumerate(self.words)}
+        self.places: dict[str | None, int] = {word: place for place, word in enumerate(self.words)}
         ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in self.words]
         means = torch.stack([embedding[one].float().mean(dim=0) for one in ids])
         self.embeddings = functional.normalize(means, dim=-1)  # [W, H]
 
     def targets(self, facts: Sequence[str | None]) -> Tensor:
         """Places `[B]` of the facts among the words; UNKNOWN for None and for words that did not occur."""
-        places = [UNKNOWN if word is None else self.places.get(word, UNKNOWN) for word in facts]
-        return torch.tensor(places, device=self.embeddings.device)
+        return torch.tensor([self.places.get(word, UNKNOWN) for word in facts], device=self.embeddings.device)
 
     def logits(self, tokens: Tensor, temperature: float = TEMPERATURE) -> Tensor:
         """`[..., W]` of tokens `[..., H]`."""

@@ -62,7 +62,7 @@ def run(options: "Options") -> int:
             warm_up(model, processor, options)
             stages.save_stage(model, warmed, describe(options))
         stages.load_stage(model, warmed)  # of what froze since, a checkpoint knows nothing
-    elif evaluation is not None and options.model.checkpoint is not None:
+    if evaluation is not None and options.model.checkpoint is not None:
         evaluation.before(model, processor)
 
     with lean.training_form(model, options):

@@ -121,6 +121,4 @@ def test_kinds_that_no_object_has_are_left_out(processor, clouds):
     assert len(warm_up(tiny_model(), processor, clouds[:4], elsewhere, 1, batch_size=4, learning_rate=1e-3)) == 1
     nothing = [{"head_noun": None, "colors": {}, "category": "", "width": 1, "height": 1, "depth": 1}] * 4
     with pytest.raises(ValueError, match="a fact of at least one object"):
-        warm_up(
-            tiny_model(), processor, [cloud[:, :6] for cloud in clouds[:4]], nothing, 1, batch_size=4, learning_rate=1
-        )
+        warm_up(tiny_model(), processor, clouds[:4], nothing, 1, batch_size=4, learning_rate=1e-3)
