@@ -6,9 +6,11 @@ embeddings: a token of the modality projector that lies near the embedding of "c
 language model will look for it.
 
 First the encoder learns the facts by a head of its own, and which clouds are alike, because names alone it would learn
-by heart. Then the queries, which share out the kinds of facts so that they do not all learn the same, learn to say what
-that head says. They are not shown the facts: what they say of an object of the training set is then not much more often
-right than what they say of another object, and the language model learns to read tokens of the kind that it will meet.
+by heart; for the same reason a part of what it sees is procedural furniture, never twice the same. Then the queries,
+which share out the kinds of facts so that they do not all learn the same, learn to say what that head says. They are
+not shown the facts: what they say of an object of the training set is then not much more often right than what they say
+of another object, and the language model learns to read tokens of the kind that it will meet. Last, the final map of
+the modality projector is solved for in closed form, so that tokens which tell words apart come to lie near the words.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,18 +24,21 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 
 from pointalign.data.augment import augment, random_pose
 from pointalign.data.captions import facts
+from pointalign.data.procedural import MAKERS, furniture
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.neighbours import neighbour_loss
 
 TEMPERATURE = 0.05  # of the encoder's comparison with the words
-QUERY_TEMPERATURE = 0.4  # of the queries' comparison, see `Kind.reading_loss`
-SURER = 3.0  # than the encoder's head the queries shall be: logits so many times as large
+QUERY_TEMPERATURE = 0.15  # of the queries' comparison while they learn
+SURER = 3.0  # than the encoder's head the tokens shall be in the end: logits so many times as large
+RIDGE = 1e-3  # of the closed form, of the mean square of what it maps
+READINGS = 50  # batches that the closed form is fitted to
 SMOOTHING = 0.1  # of the facts
 DROPOUT = 0.3  # in front of the encoder's own head
 WEIGHT_DECAY = 0.2
 ENCODER_SHARE = 0.7  # of the steps, the rest is for the queries
-QUERY_RATE = 0.5  # of the encoder's learning rate: at the whole of it, all queries become the same
 METRIC_WIDTH = 256  # of the embedding that says which clouds are alike
+PROCEDURAL_SHARE = 0.35  # of every batch: things of `data.procedural` whose nouns occur
 STRETCH = 0.4  # of the views: a table half as wide is a table, and its sides are measured anew
 UNKNOWN = -100  # target where a fact is not clear
 
@@ -69,14 +74,14 @@ class Kind:
         return summed / (targets != UNKNOWN).sum().clamp(min=1)
 
     def reading_loss(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        """Mean cross-entropy of tokens `[B, T, H]` with the likeliest words by logits `[B, W]`.
-
-        A high temperature bounds how sure a token can be: to come near to what is wanted it has to come near to the
-        word itself, and then the language model reads it with little training.
-        """
-        wanted = (SURER * logits).softmax(dim=-1)[:, None].expand(-1, tokens.shape[1], -1)
+        """Mean cross-entropy of tokens `[B, T, H]` with what logits `[B, W]` say."""
+        wanted = logits.softmax(dim=-1)[:, None].expand(-1, tokens.shape[1], -1)
         said = self.logits(tokens, QUERY_TEMPERATURE)
         return functional.cross_entropy(said.flatten(0, 1), wanted.flatten(0, 1))
+
+    def expected(self, logits: Tensor) -> Tensor:
+        """Embeddings `[B, H]` of the words by logits `[B, W]`: of the likeliest, mostly, see SURER."""
+        return (SURER * logits).softmax(dim=-1) @ self.embeddings
 
 
 class Encoder(nn.Module):
@@ -160,6 +165,33 @@ def warm_up(
             loss = loss + kind.reading_loss(projected[:, number :: len(kinds)], kind.logits(words[:, number]))
         return loss
 
+    @torch.no_grad()
+    def near_words() -> None:
+        """A new last map of the projector: ridge regression of the expected words on what arrives at that map.
+
+        Comparison alone leaves tokens far from any word: it asks which is nearest, not how near. A language model
+        reads a word in a token that lies near it with no training at all.
+        """
+        *others, last = branch.modality_projector
+        assert isinstance(last, nn.Linear)
+        rows = last.in_features + 1
+        gram, moment = (torch.zeros(rows, columns, device=device) for columns in (rows, last.out_features))
+        for _ in range(READINGS):
+            points = torch.from_numpy(next(batches)[0]).to(device)
+            tokens, words, _ = encoder(points)
+            with precision:
+                arriving = nn.Sequential(*others)(branch.query(tokens)).float()  # [B, Q, P]
+            wanted = arriving.new_empty(*arriving.shape[:2], last.out_features)
+            for number, kind in enumerate(kinds.values()):
+                wanted[:, number :: len(kinds)] = kind.expected(kind.logits(words[:, number]))[:, None]
+            arriving = functional.pad(arriving, (0, 1), value=1.0).flatten(0, 1)  # with a column for the bias
+            gram += arriving.T @ arriving
+            moment += arriving.T @ wanted.flatten(0, 1)
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        solution = torch.linalg.solve(gram, moment)
+        last.weight.copy_(solution[:-1].T)
+        last.bias.copy_(solution[-1])
+
     first = round(ENCODER_SHARE * steps)
     trainable = [parameter for parameter in branch.parameters() if parameter.requires_grad]
     branch.requires_grad_(False)
@@ -168,9 +200,11 @@ def warm_up(
     encoder.eval()
     readers.train()
     queries = [branch.query_tokens, *readers.parameters()]
-    losses += _descend(queries, query_loss, steps - first, QUERY_RATE * learning_rate, "queries")
+    losses += _descend(queries, query_loss, steps - first, learning_rate, "queries")
     for parameter in trainable:
         parameter.requires_grad_(True)
+    readers.eval()
+    near_words()
     with torch.no_grad():
         points = torch.from_numpy(next(batches)[0]).to(device)
         _scale_like_words(branch.modality_projector[-1], model.eval().encode_point_clouds(points).projected, embedding)
@@ -218,24 +252,29 @@ def _batches(
     batch_size: int,
     processor: PointAlignProcessor,
 ) -> Iterator[tuple[np.ndarray, dict[str, list[str | None]]]]:
-    """Without end: clouds `[B, N, 6]` in random poses, and of each kind their facts in that pose."""
+    """Without end: clouds `[B, N, 6]`, some of them procedural, in random poses, and of each kind their facts there."""
     extractor = processor.feature_extractor
     assert extractor is not None
     rng = np.random.default_rng(int(torch.randint(2**62, (1,))))
+    made = [noun for noun in MAKERS if any(record["head_noun"] == noun for record in records)]
+    real = batch_size - round(PROCEDURAL_SHARE * batch_size) if made else batch_size
     order = np.array([], dtype=int)
     while True:
-        if len(order) < batch_size:
+        if len(order) < real:
             order = np.concatenate([order, rng.permutation(len(clouds))])
-        chosen, order = order[:batch_size], order[batch_size:]
-        poses = [random_pose(rng, STRETCH) for _ in chosen]
+        chosen, order = order[:real], order[real:]
+        batch = [(records[i], clouds[i]) for i in chosen]
+        batch += [furniture(str(noun), rng) for noun in rng.choice(made, batch_size - real)] if made else []
+        poses = [random_pose(rng, STRETCH) for _ in batch]
+        # no more points than the model reads: the rest would be augmented for nothing
+        parts = [cloud[rng.permutation(len(cloud))[: extractor.num_points]] for _, cloud in batch]
         views = [
-            augment(clouds[i], rng, fewest=extractor.min_points, pose=pose)
-            for i, pose in zip(chosen, poses, strict=True)
+            augment(part, rng, fewest=extractor.num_points, pose=pose) for part, pose in zip(parts, poses, strict=True)
         ]
         # one random density for all, so that they need no padding
-        most = min(extractor.num_points, *(len(view) for view in views))
+        most = min(len(view) for view in views)
         size = max(extractor.min_points, int(most * rng.uniform(0.5, 1.0))) if rng.random() < 0.5 else most
-        seen = [facts(posed(records[i], pose)) for i, pose in zip(chosen, poses, strict=True)]
+        seen = [facts(posed(record, pose)) for (record, _), pose in zip(batch, poses, strict=True)]
         prepared = np.stack([extractor.prepare(view[:size]) for view in views])
         yield prepared, {kind: [one[kind] for one in seen] for kind in kinds}
 
