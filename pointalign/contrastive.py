@@ -6,11 +6,11 @@ embeddings: a token of the modality projector that lies near the embedding of "c
 language model will look for it.
 
 First the encoder learns the facts by a head of its own, and which clouds are alike, because names alone it would learn
-by heart; for the same reason a part of what it sees is procedural furniture, never twice the same. Then the queries,
-which share out the kinds of facts so that they do not all learn the same, learn to say what that head says. They are
-not shown the facts: what they say of an object of the training set is then not much more often right than what they say
-of another object, and the language model learns to read tokens of the kind that it will meet. Last, the final map of
-the modality projector is solved for in closed form, so that tokens which tell words apart come to lie near the words.
+by heart; for the same reason a part of what it sees is procedural furniture. Then the queries, which share out the
+kinds of facts so that they do not all learn the same, learn to say what that head says. They are not shown the facts:
+what they say of an object of the training set is then not much more often right than what they say of another object,
+and the language model learns to read tokens of the kind that it will meet. Last, the final map of the modality
+projector is solved for in closed form, so that tokens which tell words apart come to lie near the words.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +38,7 @@ DROPOUT = 0.3  # in front of the encoder's own head
 WEIGHT_DECAY = 0.2
 ENCODER_SHARE = 0.7  # of the steps, the rest is for the queries
 METRIC_WIDTH = 256  # of the embedding that says which clouds are alike
+PROCEDURAL = 2000  # things to draw from: more take time and show little that is new
 PROCEDURAL_SHARE = 0.35  # of every batch: things of `data.procedural` whose nouns occur
 STRETCH = 0.4  # of the views: a table half as wide is a table, and its sides are measured anew
 UNKNOWN = -100  # target where a fact is not clear
@@ -256,15 +257,16 @@ def _batches(
     extractor = processor.feature_extractor
     assert extractor is not None
     rng = np.random.default_rng(int(torch.randint(2**62, (1,))))
-    made = [noun for noun in MAKERS if any(record["head_noun"] == noun for record in records)]
-    real = batch_size - round(PROCEDURAL_SHARE * batch_size) if made else batch_size
+    nouns = [noun for noun in MAKERS if any(record["head_noun"] == noun for record in records)]
+    made = _things(nouns, rng)
+    real = batch_size - round(PROCEDURAL_SHARE * batch_size) if nouns else batch_size
     order = np.array([], dtype=int)
     while True:
         if len(order) < real:
             order = np.concatenate([order, rng.permutation(len(clouds))])
         chosen, order = order[:real], order[real:]
         batch = [(records[i], clouds[i]) for i in chosen]
-        batch += [furniture(str(noun), rng) for noun in rng.choice(made, batch_size - real)] if made else []
+        batch += [next(made) for _ in range(batch_size - real)]
         poses = [random_pose(rng, STRETCH) for _ in batch]
         # no more points than the model reads: the rest would be augmented for nothing
         parts = [cloud[rng.permutation(len(cloud))[: extractor.num_points]] for _, cloud in batch]
@@ -277,6 +279,17 @@ def _batches(
         seen = [facts(posed(record, pose)) for (record, _), pose in zip(batch, poses, strict=True)]
         prepared = np.stack([extractor.prepare(view[:size]) for view in views])
         yield prepared, {kind: [one[kind] for one in seen] for kind in kinds}
+
+
+def _things(nouns: Sequence[str], rng: np.random.Generator) -> Iterator[tuple[dict, np.ndarray]]:
+    """Without end: procedural things of these nouns, the first `PROCEDURAL` of them new."""
+    things: list[tuple[dict, np.ndarray]] = []
+    while True:
+        if len(things) < PROCEDURAL:
+            things.append(furniture(nouns[rng.integers(len(nouns))], rng))
+            yield things[-1]
+        else:
+            yield things[rng.integers(len(things))]
 
 
 def posed(record: dict, pose: np.ndarray) -> dict:
