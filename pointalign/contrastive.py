@@ -13,7 +13,7 @@ and the language model learns to read tokens of the kind that it will meet. Last
 projector is solved for in closed form, so that tokens which tell words apart come to lie near the words.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ DROPOUT = 0.3  # in front of the encoder's own head
 WEIGHT_DECAY = 0.2
 ENCODER_SHARE = 0.7  # of the steps, the rest is for the queries
 METRIC_WIDTH = 256  # of the embedding that says which clouds are alike
-PROCEDURAL = 2000  # things to draw from: more take time and show little that is new
+PROCEDURAL = 2000  # things to draw from: to make one takes 3 ms
 PROCEDURAL_SHARE = 0.35  # of every batch: things of `data.procedural` whose nouns occur
 STRETCH = 0.4  # of the views: a table half as wide is a table, and its sides are measured anew
 UNKNOWN = -100  # target where a fact is not clear
@@ -166,32 +166,17 @@ def warm_up(
             loss = loss + kind.reading_loss(projected[:, number :: len(kinds)], kind.logits(words[:, number]))
         return loss
 
-    @torch.no_grad()
-    def near_words() -> None:
-        """A new last map of the projector: ridge regression of the expected words on what arrives at that map.
-
-        Comparison alone leaves tokens far from any word: it asks which is nearest, not how near. A language model
-        reads a word in a token that lies near it with no training at all.
-        """
-        *others, last = branch.modality_projector
-        assert isinstance(last, nn.Linear)
-        rows = last.in_features + 1
-        gram, moment = (torch.zeros(rows, columns, device=device) for columns in (rows, last.out_features))
+    def readings() -> Iterator[tuple[Tensor, Tensor]]:
+        """What arrives at the projector's last map `[B, Q, P]`, and the embeddings wanted of it `[B, Q, H]`."""
         for _ in range(READINGS):
             points = torch.from_numpy(next(batches)[0]).to(device)
             tokens, words, _ = encoder(points)
             with precision:
-                arriving = nn.Sequential(*others)(branch.query(tokens)).float()  # [B, Q, P]
-            wanted = arriving.new_empty(*arriving.shape[:2], last.out_features)
+                arriving = branch.modality_projector[:-1](branch.query(tokens)).float()
+            wanted = arriving.new_empty(*arriving.shape[:2], embedding.shape[1])
             for number, kind in enumerate(kinds.values()):
                 wanted[:, number :: len(kinds)] = kind.expected(kind.logits(words[:, number]))[:, None]
-            arriving = functional.pad(arriving, (0, 1), value=1.0).flatten(0, 1)  # with a column for the bias
-            gram += arriving.T @ arriving
-            moment += arriving.T @ wanted.flatten(0, 1)
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        solution = torch.linalg.solve(gram, moment)
-        last.weight.copy_(solution[:-1].T)
-        last.bias.copy_(solution[-1])
+            yield arriving, wanted
 
     first = round(ENCODER_SHARE * steps)
     trainable = [parameter for parameter in branch.parameters() if parameter.requires_grad]
@@ -204,11 +189,11 @@ def warm_up(
     losses += _descend(queries, query_loss, steps - first, learning_rate, "queries")
     for parameter in trainable:
         parameter.requires_grad_(True)
-    readers.eval()
-    near_words()
+    model.eval()
+    _refit(branch.modality_projector[-1], readings())
     with torch.no_grad():
         points = torch.from_numpy(next(batches)[0]).to(device)
-        _scale_like_words(branch.modality_projector[-1], model.eval().encode_point_clouds(points).projected, embedding)
+        _scale_like_words(branch.modality_projector[-1], model.encode_point_clouds(points).projected, embedding)
     return losses
 
 
@@ -236,6 +221,25 @@ def _descend(
     for parameter in parameters:
         parameter.requires_grad_(False)
     return losses
+
+
+@torch.no_grad()
+def _refit(linear: nn.Linear, examples: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Ridge regression of a map's outputs on its inputs, pairs `[..., P]` and `[..., H]`, in place.
+
+    Comparison alone leaves tokens far from any word: it asks which is nearest, not how near. A language model reads a
+    word in a token that lies near it with no training at all.
+    """
+    rows, device = linear.in_features + 1, linear.weight.device
+    gram, moment = (torch.zeros(rows, columns, device=device) for columns in (rows, linear.out_features))
+    for given, wanted in examples:
+        given = functional.pad(given, (0, 1), value=1.0).flatten(0, -2)  # with a column for the bias
+        gram += given.T @ given
+        moment += given.T @ wanted.flatten(0, -2)
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    solution = torch.linalg.solve(gram, moment)
+    linear.weight.copy_(solution[:-1].T)
+    linear.bias.copy_(solution[-1])
 
 
 @torch.no_grad()

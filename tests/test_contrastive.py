@@ -81,6 +81,29 @@ def test_queries_learn_to_say_what_the_encoder_says(processor, clouds):
     assert tokens.norm(dim=-1).mean() == pytest.approx(words.item(), rel=0.3), "as long as words are"
 
 
+def test_the_closed_form_finds_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    truth, found = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    given = [torch.randn(4, 8, 5, generator=generator) + 2 for _ in range(10)]
+    contrastive._refit(found, [(one, truth(one).detach()) for one in given])
+    assert torch.allclose(found(given[0]), truth(given[0]), atol=0.05)
+
+
+def test_tokens_come_near_to_words(processor, clouds, monkeypatch):
+    def cosine() -> float:
+        torch.manual_seed(1)
+        model = tiny_model()
+        warm_up(model, processor, clouds[:4], RECORDS, 100, batch_size=4, learning_rate=1e-2)
+        nouns = Kind([one["head_noun"] for one in RECORDS], processor.tokenizer, model.get_input_embeddings().weight)
+        with torch.no_grad():
+            tokens = model.encode_point_clouds(processor.feature_extractor(clouds[:4])["point_values"]).projected
+            return nouns.logits(tokens[:, ::4], temperature=1.0).amax(dim=-1).mean().item()  # of 4 kinds, the nouns'
+
+    near = cosine()
+    monkeypatch.setattr(contrastive, "_refit", lambda linear, examples: None)
+    assert near > cosine() + 0.1
+
+
 def test_an_unclear_fact_has_no_loss(tokenizer):
     embedding = torch.randn(len(tokenizer), 8, generator=torch.Generator().manual_seed(0))
     kind = Kind(["red", None, "green"], tokenizer, embedding)

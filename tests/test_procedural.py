@@ -7,7 +7,8 @@ import pytest
 
 from pointalign import assets
 from pointalign.data.captions import facts
-from pointalign.data.procedural import MAKERS, Part, furniture
+from pointalign.data.procedural import MAKERS, furniture
+from pointalign.data.solids import Part
 
 
 @pytest.mark.parametrize("noun", MAKERS)
