@@ -9,7 +9,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-long check setup assets benchmark convert-benchmark alignment-check report clean
+.PHONY: train test test-long check setup assets benchmark convert-benchmark alignment-check held-out-naming report clean
 
 train: assets
 	$(BIN)/python -m pointalign.train $(ARGS)
@@ -33,6 +33,9 @@ benchmark: setup
 
 alignment-check: assets
 	$(BIN)/python -m pointalign.alignment_check $(ARGS)
+
+held-out-naming: assets
+	$(BIN)/python benchmarks/held_out_naming.py $(ARGS)
 
 report: setup
 	$(BIN)/python benchmarks/report.py

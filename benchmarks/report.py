@@ -170,27 +170,34 @@ def _percent(estimate: dict, sign: str = "") -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def demo() -> str:
-    """Held-out accuracy of a demo run, the paired tests and the sample answers."""
-    content = json.loads((RESULTS / "demo.json").read_text())
-    run = content["run"]
+def _naming(content: dict, which: str) -> str:
+    """Head-noun accuracies of every method, and the paired tests."""
     counts = next(iter(content["accuracy"].values()))
     seen, total = counts["noun in training"]["count"], counts["all"]["count"]
     rows = [
         [name, _percent(one["noun in training"]), _percent(one["all"])] for name, one in content["accuracy"].items()
     ]
-    header = [
-        "head-noun accuracy, %",
-        f"noun occurs in training (n={seen})",
-        f"all {content['split']} objects (n={total})",
-    ]
-    tests = [f"- {name}: {_percent(one, '+')} points, p = {one['p']:.4f}" for name, one in content["tests"].items()]
+    header = ["head-noun accuracy, %", f"noun occurs in training (n={seen})", f"all {which} objects (n={total})"]
+    tests = [f"- {name}: {_percent(one, '+')} points, p = {one['p']:.4f}\n" for name, one in content["tests"].items()]
+    return f"{table(header, rows)}\n{''.join(tests)}"
+
+
+def demo() -> str:
+    """Held-out accuracy of a demo run, the paired tests and the sample answers."""
+    content = json.loads((RESULTS / "demo.json").read_text())
+    run = content["run"]
     under = f"{run['device']}, torch {run['versions']['torch']}, commit {run['commit']}"
     note = f"{under}; 95 % intervals clustered by family."
     answers = (RESULTS / "demo_answers.md").read_text()
-    return "\n".join(
-        [note, "", table(header, rows), "", *tests, "", "Ten answers, objects drawn at random:", "", answers]
-    )
+    tables = _naming(content, content["split"])
+    return "\n".join([note, "", tables, "Ten answers, objects drawn at random:", "", answers])
+
+
+def held_out_naming() -> str:
+    """Every object held out once: accuracy in five folds and the paired tests."""
+    content = json.loads((RESULTS / "held_out_naming.json").read_text())
+    tables = _naming(content, "embedded")
+    return f"{stamp(content['provenance'])} 95 % intervals clustered by family.\n\n{tables}"
 
 
 def alignment_check() -> str:
@@ -229,6 +236,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "evaluation": evaluation,
     "files": files,
+    "held_out_naming": held_out_naming,
     "parity": parity,
     "point_ops": point_ops,
     "probe": probe,

@@ -34,8 +34,9 @@ SURER = 3.0  # than the encoder's head the tokens shall be in the end: logits so
 RIDGE = 1e-3  # of the closed form, of the mean square of what it maps
 READINGS = 50  # batches that the closed form is fitted to
 SMOOTHING = 0.1  # of the facts
-DROPOUT = 0.3  # in front of the encoder's own head
-WEIGHT_DECAY = 0.2
+DROPOUT = 0.1  # in front of the encoder's own head
+WEIGHT_DECAY = 0.1
+MATRIX_RATE = 4.0  # Muon's, times the learning rate of everything else
 ENCODER_SHARE = 0.7  # of the steps, the rest is for the queries
 METRIC_WIDTH = 256  # of the embedding that says which clouds are alike
 PROCEDURAL = 2000  # things to draw from: to make one takes 3 ms
@@ -182,11 +183,12 @@ def warm_up(
     trainable = [parameter for parameter in branch.parameters() if parameter.requires_grad]
     branch.requires_grad_(False)
     encoder.train()
-    losses = _descend([*encoder.parameters()], encoder_loss, first, learning_rate, "encoder")
+    learned = [*encoder.parameters()]
+    losses = _descend(learned, branch.point_encoder, encoder_loss, first, learning_rate, "encoder")
     encoder.eval()
     readers.train()
     queries = [branch.query_tokens, *readers.parameters()]
-    losses += _descend(queries, query_loss, steps - first, learning_rate, "queries")
+    losses += _descend(queries, branch.qformer, query_loss, steps - first, learning_rate, "queries")
     for parameter in trainable:
         parameter.requires_grad_(True)
     model.eval()
@@ -198,24 +200,48 @@ def warm_up(
 
 
 def _descend(
-    parameters: list[nn.Parameter], loss_of_batch: Callable[[], Tensor], steps: int, rate: float, what: str
+    parameters: list[nn.Parameter],
+    body: nn.Module,
+    loss_of_batch: Callable[[], Tensor],
+    steps: int,
+    rate: float,
+    what: str,
 ) -> list[float]:
-    """Minimise a loss that differs from batch to batch, over parameters that are frozen before and after."""
+    """Minimise a loss that differs from batch to batch, over parameters that are frozen before and after.
+
+    The linear maps of `body` are Muon's, whose orthogonal steps get further in so few of them, the rest is AdamW's.
+    """
     if not steps:
         return []
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    matrices = [one.weight for one in body.modules() if isinstance(one, nn.Linear)]
+    among = {id(one) for one in matrices}
+    others = [one for one in parameters if id(one) not in among]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
+    ]
+    if matrices:  # another encoder may have none
+        fast = MATRIX_RATE * rate
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=fast, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+        )
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            one, one.param_groups[0]["lr"], total_steps=steps, pct_start=0.1, cycle_momentum=False
+        )
+        for one in optimizers
+    ]
     for parameter in parameters:
         parameter.requires_grad_(True)
     losses: list[float] = []
     progress = tqdm(range(steps), desc=f"contrastive warm-up, {what}", unit="step", mininterval=1.0)
     for _ in progress:
         loss = loss_of_batch()
-        optimizer.zero_grad()
+        for one in optimizers:
+            one.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for one in [*optimizers, *schedules]:
+            one.step()
         losses.append(loss.item())
         progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     for parameter in parameters:

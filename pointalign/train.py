@@ -306,6 +306,8 @@ class Evaluation:
 
     def after(self, exported: Path) -> None:
         """Evaluate the model as it was written, not as it stood in memory."""
+        import numpy as np
+
         from pointalign import checkpointing
         from pointalign.evaluation import baselines, naming, samples
         from pointalign.stages import load_for_inference
@@ -320,17 +322,18 @@ class Evaluation:
         answers = {name: naming.name_all(model, processor, given, name) for name, given in inputs.items()}
         self.results |= {name: naming.correct(given, self.held_out) for name, given in answers.items()}
         self.results |= naming.controls(self.held_out, self.training)
-        pairs = [
-            ("model, random yaw", "1-NN Chamfer, random yaw"),
-            ("model", "1-NN Chamfer, fixed pose"),
-            ("model", "model, shuffled clouds"),
-        ]
-        if "model before training" in self.results:
-            pairs.append(("model", "model before training"))
-        report = naming.report(self.results, self.held_out, self.training, pairs)
+        known = np.isin(self.held_out.nouns, self.training.nouns)
+        report = naming.report(self.results, self.held_out.families, known)
         per_object = [
-            {"object_id": record["object_id"], "truth": record["head_noun"], "answer": answer}
-            for record, answer in zip(self.held_out.records, answers["model"], strict=True)
+            {
+                "object_id": record["object_id"],
+                "family": record["family"],
+                "truth": record["head_noun"],
+                "noun_in_training": bool(known[row]),
+                "answer": answers["model"][row],
+                "right": [name for name, correct in self.results.items() if correct[row]],
+            }
+            for row, record in enumerate(self.held_out.records)
         ]
         checkpointing.write_json(
             self.folder / "accuracy.json", {"split": self.split} | report.as_dict() | {"objects": per_object}

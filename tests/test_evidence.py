@@ -1,6 +1,7 @@
 """The README's evidence is made of files, and says so where there are none."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence_tables
+import held_out_naming
 
 
 def estimate(mean: float, **more) -> dict:
@@ -73,6 +75,53 @@ def test_probes_are_shown_by_layer(results):
     text = evidence_tables.probe()
     assert "| noun (accuracy) | 0.500 | 0.400 |" in text and "| CKA |  | 0.300 |" in text
     assert "](benchmarks/results/probe/layers.png)" in text
+
+
+@pytest.fixture
+def finished_folds(tmp_path):
+    """Two runs of three objects: the model is always right, its baseline on the first objects only."""
+    folders = [tmp_path / "fold-0", tmp_path / "fold-1"]
+    for number, folder in enumerate(folders):
+        objects = []
+        for i in range(3):
+            right = ["model, random yaw"] + ["1-NN Chamfer, random yaw"] * (i == 0)
+            objects.append({"object_id": f"o{number}{i}", "family": f"f{number}{i // 2}", "truth": "bench",
+                            "noun_in_training": i < 2, "answer": "a bench", "right": right})  # fmt: skip
+        folder.mkdir()
+        (folder / "accuracy.json").write_text(json.dumps({"objects": objects}))
+    return folders
+
+
+def test_objects_of_all_folds_count_as_one_set(finished_folds, capsys):
+    made = held_out_naming.pool(finished_folds)
+    assert made["accuracy"]["model, random yaw"]["all"]["count"] == 6
+    assert made["accuracy"]["1-NN Chamfer, random yaw"]["all"]["mean"] == pytest.approx(2 / 6)
+    test = made["tests"]["model, random yaw against 1-NN Chamfer, random yaw"]
+    assert (test["mean"], test["count"], made["families"], len(made["objects"])) == (0.5, 4, 2, 6)
+    assert "all (n=6)" in capsys.readouterr().out
+
+
+def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, tmp_path, monkeypatch, capsys):
+    asked = []
+    stage = {"commit": "abc", "device": "CPU, 2 cores"}
+
+    def train(command):
+        asked.append(command)
+        folder = Path(command[-1].removeprefix("--training.output_dir="))
+        shutil.copytree(finished_folds[0], folder)
+        (folder / "stage.json").write_text(json.dumps(stage))
+        return 0
+
+    out, result = tmp_path / "runs", tmp_path / "result.json"
+    monkeypatch.setattr(held_out_naming.train, "main", train)
+    monkeypatch.setattr(held_out_naming, "FOLDS", 2)
+    monkeypatch.setattr(held_out_naming, "RESULT", result)
+    for folds, missing in ((["1"], "not finished: fold-0"), (["0", "1"], "")):
+        monkeypatch.setattr(sys, "argv", ["held_out_naming.py", "--output", str(out), "--folds", *folds])
+        assert held_out_naming.main() == 0 and missing in capsys.readouterr().out
+        assert result.exists() == (not missing)
+    assert [one[-2] for one in asked] == ["--data.fold=1", "--data.fold=0"], "a finished fold is not run again"
+    assert json.loads(result.read_text())["commits"] == ["abc"]
 
 
 def test_without_files_nothing_is_claimed(results, tmp_path, monkeypatch, capsys):

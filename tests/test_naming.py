@@ -52,15 +52,17 @@ def test_controls_and_report(clouds):
     assert results["1-NN Chamfer, fixed pose"].tolist() == [1, 1, 0]
     assert set(results) == {"majority class", "1-NN Chamfer, fixed pose", "1-NN Chamfer, random yaw"}
     results["model"] = np.array([1.0, 1.0, 1.0])
-    made = report(results, held_out, training, [("model", "majority class")])
+    results["model before training"] = np.array([1.0, 0.0, 1.0])
+    made = report(results, held_out.families, np.array([True, True, False]))
     model = made.accuracy["model"]
     assert model["noun in training"].count == 2 and model["all"].count == 3, "sofas are not known from training"
     assert made.accuracy["majority class"]["all"].mean == pytest.approx(1 / 3)
-    test = made.tests["model against majority class"]
+    assert list(made.tests) == ["model against 1-NN Chamfer, fixed pose", "model against model before training"]
+    test = made.tests["model against model before training"]
     assert test["mean"] == 0.5 and 0 < test["p"] <= 1
     table = made.table()
     assert "noun in training (n=2)" in table and "all (n=3)" in table
-    assert "model against majority class: +50.0 points, p = " in table
+    assert "model against model before training: +50.0 points, p = " in table
     assert json.loads(json.dumps(made.as_dict()))["accuracy"]["model"]["all"]["mean"] == 1
 
 

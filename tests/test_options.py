@@ -16,7 +16,7 @@ def test_no_arguments_mean_the_demo():
     options = parse([])
     assert options.model.checkpoint == "furniture-stage1" and options.model.train == ["lora"]
     assert options.alignment.weight == 0.1 and options.alignment.target == "qformer" and options.alignment.layer == []
-    assert options.training.contrastive_steps == 1150 and options.training.max_steps == 30 and options.fused is False
+    assert options.training.contrastive_steps == 1000 and options.training.max_steps == 20 and options.fused is False
 
 
 def test_a_recipe_by_name_by_path_and_under_options(tmp_path):

@@ -15,6 +15,12 @@ from pointalign.evaluation.statistics import Estimate, cluster_mean, paired_diff
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 QUESTION = "What is this?"
+PAIRS = (  # which method is tested against which, where both were run
+    ("model, random yaw", "1-NN Chamfer, random yaw"),
+    ("model", "1-NN Chamfer, fixed pose"),
+    ("model", "model, shuffled clouds"),
+    ("model", "model before training"),
+)
 
 
 @dataclass
@@ -133,21 +139,20 @@ def controls(held_out: Objects, training: Objects, seed: int = 0) -> dict[str, n
     return {name: (guess == np.array(held_out.nouns)).astype(float) for name, guess in guesses.items()}
 
 
-def report(
-    results: dict[str, np.ndarray], held_out: Objects, training: Objects, pairs: list[tuple[str, str]]
-) -> NamingReport:
-    """Summarise `[N]` correctness per method; `pairs` name the methods to test against each other."""
-    known = np.isin(held_out.nouns, list(set(training.nouns)))
-    families = np.array(held_out.families)
+def report(results: dict[str, np.ndarray], families: Sequence[str], known: np.ndarray) -> NamingReport:
+    """Summarise `[N]` correctness per method of objects of these families `[N]`, and test `PAIRS`.
+
+    Args:
+        known: `[N]`, whether the object's noun occurs in training.
+    """
+    of_known = [family for family, one in zip(families, known, strict=True) if one]
     accuracy = {
-        name: {
-            "noun in training": cluster_mean(values[known], families[known].tolist()),
-            "all": cluster_mean(values, families.tolist()),
-        }
+        name: {"noun in training": cluster_mean(values[known], of_known), "all": cluster_mean(values, families)}
         for name, values in results.items()
     }
     tests = {}
-    for ours, theirs in pairs:
-        estimate, p = paired_difference(results[ours][known], results[theirs][known], families[known].tolist())
-        tests[f"{ours} against {theirs}"] = estimate.as_dict() | {"p": p}
+    for ours, theirs in PAIRS:
+        if ours in results and theirs in results:
+            estimate, p = paired_difference(results[ours][known], results[theirs][known], of_known)
+            tests[f"{ours} against {theirs}"] = estimate.as_dict() | {"p": p}
     return NamingReport(accuracy, tests)
