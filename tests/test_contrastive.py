@@ -81,6 +81,33 @@ def test_queries_learn_to_say_what_the_encoder_says(processor, clouds):
     assert tokens.norm(dim=-1).mean() == pytest.approx(words.item(), rel=0.3), "as long as words are"
 
 
+def test_linear_maps_of_the_body_take_orthogonal_steps_and_the_rest_learns_too(monkeypatch):
+    monkeypatch.setattr(contrastive, "WEIGHT_DECAY", 0.0)
+    torch.manual_seed(0)
+    body, head, scale = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6), torch.nn.Parameter(torch.ones(()))
+    slope = torch.linalg.svd(torch.randn(6, 6))[0] @ torch.diag(torch.logspace(0, -1, 6))  # ten times as steep one way
+    parameters = [*body.parameters(), *head.parameters(), scale]
+    before = [one.detach().clone() for one in parameters]
+
+    def loss() -> torch.Tensor:
+        biases = body.bias.sum() + head.bias.sum()
+        return (body.weight * slope).sum() + (head.weight * slope).sum() + biases + scale
+
+    losses = contrastive._descend(parameters, body, loss, 1, 0.1, "test")
+    moved = [one.detach() - old for one, old in zip(parameters, before, strict=True)]
+    assert len(losses) == 1 and all(one.abs().max() > 0 for one in moved)
+    assert not any(one.requires_grad for one in parameters)
+    sizes = torch.linalg.svdvals(moved[0])
+    assert sizes[0] < 2 * sizes[-1], "as far in every direction"
+    assert torch.linalg.svdvals(moved[2])[0] > 2 * torch.linalg.svdvals(moved[2])[-1], "AdamW's steps are not"
+
+
+def test_a_body_without_linear_maps_learns(monkeypatch):
+    body = torch.nn.Conv1d(2, 2, 1)
+    losses = contrastive._descend([*body.parameters()], body, lambda: body.weight.square().sum(), 20, 0.01, "test")
+    assert losses[-1] < losses[0]
+
+
 def test_the_closed_form_finds_a_linear_map():
     generator = torch.Generator().manual_seed(0)
     truth, found = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
