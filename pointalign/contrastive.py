@@ -36,7 +36,7 @@ READINGS = 50  # batches that the closed form is fitted to
 SMOOTHING = 0.1  # of the facts
 DROPOUT = 0.1  # in front of the encoder's own head
 WEIGHT_DECAY = 0.1
-MATRIX_RATE = 4.0  # Muon's, times the learning rate of everything else
+MUON_RATE = 4.0  # Muon's learning rate, times that of AdamW
 ENCODER_SHARE = 0.7  # of the steps, the rest is for the queries
 METRIC_WIDTH = 256  # of the embedding that says which clouds are alike
 PROCEDURAL = 2000  # things to draw from: to make one takes 3 ms
@@ -179,16 +179,20 @@ def warm_up(
                 wanted[:, number :: len(kinds)] = kind.expected(kind.logits(words[:, number]))[:, None]
             yield arriving, wanted
 
+    def for_muon(part: nn.Module) -> list[nn.Parameter]:
+        """Its linear layers, if the machine computes in bfloat16, as Muon does: else a step would take seconds."""
+        return [one.weight for one in part.modules() if isinstance(one, nn.Linear)] if half else []
+
     first = round(ENCODER_SHARE * steps)
     trainable = [parameter for parameter in branch.parameters() if parameter.requires_grad]
     branch.requires_grad_(False)
     encoder.train()
-    learned = [*encoder.parameters()]
-    losses = _descend(learned, branch.point_encoder, encoder_loss, first, learning_rate, "encoder")
+    whole = [*encoder.parameters()]
+    losses = _descend(whole, for_muon(branch.point_encoder), encoder_loss, first, learning_rate, "encoder")
     encoder.eval()
     readers.train()
     queries = [branch.query_tokens, *readers.parameters()]
-    losses += _descend(queries, branch.qformer, query_loss, steps - first, learning_rate, "queries")
+    losses += _descend(queries, for_muon(branch.qformer), query_loss, steps - first, learning_rate, "queries")
     for parameter in trainable:
         parameter.requires_grad_(True)
     model.eval()
@@ -201,32 +205,33 @@ def warm_up(
 
 def _descend(
     parameters: list[nn.Parameter],
-    body: nn.Module,
+    matrices: list[nn.Parameter],
     loss_of_batch: Callable[[], Tensor],
     steps: int,
-    rate: float,
+    learning_rate: float,
     what: str,
 ) -> list[float]:
     """Minimise a loss that differs from batch to batch, over parameters that are frozen before and after.
 
-    The linear maps of `body` are Muon's, whose orthogonal steps get further in so few of them, the rest is AdamW's.
+    Args:
+        matrices: those of the parameters that Muon takes; AdamW takes the rest.
     """
     if not steps:
         return []
-    matrices = [one.weight for one in body.modules() if isinstance(one, nn.Linear)]
-    among = {id(one) for one in matrices}
-    others = [one for one in parameters if id(one) not in among]
+    apart = {id(one) for one in matrices}
+    others = [one for one in parameters if id(one) not in apart]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
+        torch.optim.AdamW(others, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     ]
-    if matrices:  # another encoder may have none
-        fast = MATRIX_RATE * rate
+    if matrices:
+        muon_rate = MUON_RATE * learning_rate
         optimizers.append(
-            torch.optim.Muon(matrices, lr=fast, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+            torch.optim.Muon(matrices, lr=muon_rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
         )
+    rising = 0.1 if steps > 10 else 0.3  # of the steps; a rise of one single step is more than OneCycleLR can divide
     schedules = [
         torch.optim.lr_scheduler.OneCycleLR(
-            one, one.param_groups[0]["lr"], total_steps=steps, pct_start=0.1, cycle_momentum=False
+            one, one.param_groups[0]["lr"], total_steps=steps, pct_start=rising, cycle_momentum=False
         )
         for one in optimizers
     ]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,51 +78,75 @@ def test_probes_are_shown_by_layer(results):
     assert "](benchmarks/results/probe/layers.png)" in text
 
 
+STAGE = {"commit": "abc", "device": "CPU, 2 cores", "versions": {"torch": "2"}, "model": {}, "alignment": {}}
+METHODS = ["model, random yaw", "model, shuffled clouds", "1-NN Chamfer, random yaw"]
+
+
 @pytest.fixture
-def finished_folds(tmp_path):
-    """Two runs of three objects: the model is always right, its baseline on the first objects only."""
-    folders = [tmp_path / "fold-0", tmp_path / "fold-1"]
+def finished_folds(tmp_path, monkeypatch):
+    """Two runs of three objects: the model is always right, 1-NN on the first objects only, the control never."""
+    folders = [tmp_path / "kept" / "fold-0", tmp_path / "kept" / "fold-1"]
     for number, folder in enumerate(folders):
         objects = []
         for i in range(3):
-            right = ["model, random yaw"] + ["1-NN Chamfer, random yaw"] * (i == 0)
+            right = METHODS[:1] + METHODS[2:] * (i == 0)
             objects.append({"object_id": f"o{number}{i}", "family": f"f{number}{i // 2}", "truth": "bench",
                             "noun_in_training": i < 2, "answer": "a bench", "right": right})  # fmt: skip
-        folder.mkdir()
-        (folder / "accuracy.json").write_text(json.dumps({"objects": objects}))
+        folder.mkdir(parents=True)
+        accuracy = {name: {} for name in METHODS}
+        (folder / "accuracy.json").write_text(json.dumps({"accuracy": accuracy, "objects": objects}))
+        (folder / "stage.json").write_text(json.dumps(STAGE))
+    splits = {f"o0{i}": {"split": "test"} for i in range(3)}
+    monkeypatch.setattr(held_out_naming, "read_splits", lambda: splits)
     return folders
 
 
 def test_objects_of_all_folds_count_as_one_set(finished_folds, capsys):
     made = held_out_naming.pool(finished_folds)
-    assert made["accuracy"]["model, random yaw"]["all"]["count"] == 6
-    assert made["accuracy"]["1-NN Chamfer, random yaw"]["all"]["mean"] == pytest.approx(2 / 6)
-    test = made["tests"]["model, random yaw against 1-NN Chamfer, random yaw"]
-    assert (test["mean"], test["count"], made["families"], len(made["objects"])) == (0.5, 4, 2, 6)
+    every, alone = made["all folds"], made["objects of the test part"]
+    assert list(every["accuracy"]) == METHODS and every["accuracy"]["model, shuffled clouds"]["all"]["mean"] == 0
+    assert every["accuracy"]["model, random yaw"]["all"]["count"] == 6 and len(made["objects"]) == 6
+    assert every["accuracy"]["1-NN Chamfer, random yaw"]["all"]["mean"] == pytest.approx(2 / 6)
+    tests = [one["tests"]["model, random yaw against 1-NN Chamfer, random yaw"] for one in (every, alone)]
+    assert [(one["mean"], one["count"]) for one in tests] == [(0.5, 4), (0.5, 2)]
     assert "all (n=6)" in capsys.readouterr().out
 
 
-def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("key", ["commit", "model"])
+def test_folds_that_differ_are_not_pooled(key, finished_folds):
+    (finished_folds[1] / "stage.json").write_text(json.dumps(STAGE | {key: "another"}))
+    with pytest.raises(ValueError, match=rf"fold-1 differs from .*fold-0 in {key}: remove one"):
+        held_out_naming.pool(finished_folds)
+
+
+def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tmp_path, monkeypatch, capsys):
+    import report
+
     asked = []
-    stage = {"commit": "abc", "device": "CPU, 2 cores"}
 
     def train(command):
         asked.append(command)
         folder = Path(command[-1].removeprefix("--training.output_dir="))
-        shutil.copytree(finished_folds[0], folder)
-        (folder / "stage.json").write_text(json.dumps(stage))
-        return 0
+        assert not folder.exists(), "what was stopped halfway is in the way"
+        shutil.copytree(finished_folds[int(folder.name[-1])], folder)
+        return subprocess.CompletedProcess(command, 0)
 
-    out, result = tmp_path / "runs", tmp_path / "result.json"
-    monkeypatch.setattr(held_out_naming.train, "main", train)
+    out, result = tmp_path / "runs", results / "held_out_naming.json"
+    (out / "fold-0").mkdir(parents=True)
+    (out / "fold-0" / "options.json").write_text("{}")
+    monkeypatch.setattr(held_out_naming.subprocess, "run", train)
+    monkeypatch.setattr(held_out_naming, "provenance", lambda device: {"date": "today"})
     monkeypatch.setattr(held_out_naming, "FOLDS", 2)
     monkeypatch.setattr(held_out_naming, "RESULT", result)
-    for folds, missing in ((["1"], "not finished: fold-0"), (["0", "1"], "")):
+    for folds, unfinished in ((["1"], True), (["0", "1"], False)):
         monkeypatch.setattr(sys, "argv", ["held_out_naming.py", "--output", str(out), "--folds", *folds])
-        assert held_out_naming.main() == 0 and missing in capsys.readouterr().out
-        assert result.exists() == (not missing)
+        assert held_out_naming.main() == 0
+        assert ("not finished: fold-0" in capsys.readouterr().out) == unfinished == (not result.exists())
     assert [one[-2] for one in asked] == ["--data.fold=1", "--data.fold=0"], "a finished fold is not run again"
-    assert json.loads(result.read_text())["commits"] == ["abc"]
+    monkeypatch.setattr(report, "RESULTS", results)
+    text = report.held_out_naming()
+    assert "| noun occurs in training (n=4) | all embedded objects (n=6) |" in text and "commit abc" in text
+    assert "the test part alone (n=2), under random yaw: model 100.0" in text and "+50.0" in text
 
 
 def test_without_files_nothing_is_claimed(results, tmp_path, monkeypatch, capsys):
@@ -137,5 +162,5 @@ def test_without_files_nothing_is_claimed(results, tmp_path, monkeypatch, capsys
     assert (tmp_path / "README.md").read_text() == marked.replace("old figures", "Not measured.")
     assert "evaluation: evaluation.json is missing" in capsys.readouterr().out and not list(results.iterdir())
     readme = (report.ROOT / "README.md").read_text()
-    for name in [*sections, "ablation_objects", "ablation_folds"]:
+    for name in [*sections, "ablation_objects", "ablation_folds", "held_out_naming"]:
         assert f"<!-- {name}:begin -->\n" in readme and f"<!-- {name}:end -->" in readme

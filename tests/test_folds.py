@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from conftest import CLOUDS, tiny_text_config
 from safetensors.torch import load_file
 from test_train import TINY
 from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import held_out_naming
 
 from pointalign import assets, contrastive, evaluate, folds, stages, train
 from pointalign.data import furniture
@@ -97,6 +101,25 @@ arms:
   alignment: {{}}
 """)
     return ["--recipe", str(tmp_path / "arms.yaml"), "--stage1", str(tmp_path / "stage1.yaml"), "--seeds", "2"]
+
+
+def test_what_runs_wrote_of_their_objects_counts_as_one_set(objects, recipes, tmp_path):
+    folders = [tmp_path / "out" / f"fold-{fold}" for fold in range(2)]
+    for fold, folder in enumerate(folders):
+        command = [recipes[3], f"--data.fold={fold}", "--data.evaluate=test", f"--training.output_dir={folder}"]
+        assert train.main(command) == 0
+    made = held_out_naming.pool(folders)
+    assert sorted(one["object_id"] for one in made["objects"]) == NAMES
+    assert {one["object_id"]: one["family"] for one in made["objects"]} == {
+        one["object_id"]: one["family"] for one in objects
+    }
+    every = made["all folds"]["accuracy"]["1-NN Chamfer, random yaw"]
+    assert every["all"]["count"] == len(NAMES) and all(one["noun_in_training"] for one in made["objects"])
+    parts = [json.loads((folder / "accuracy.json").read_text())["accuracy"] for folder in folders]
+    each = [one["1-NN Chamfer, random yaw"]["all"] for one in parts]
+    assert every["all"]["mean"] == pytest.approx(
+        np.average([one["mean"] for one in each], weights=[one["count"] for one in each])
+    )
 
 
 def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, monkeypatch, capsys):
