@@ -15,9 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from evidence_tables import ablation, evaluation, probe
 from test_alignment_loss import Case
 from train_step_table import parity, train_step
+
+from pointalign.evaluation import naming
+from pointalign.evaluation.statistics import minimum_detectable_effect
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -182,6 +186,15 @@ def _naming(content: dict, which: str) -> str:
     return f"{table(header, rows)}\n{''.join(tests)}"
 
 
+def _detectable(objects: list[dict]) -> str:
+    """What the first paired test could have found."""
+    ours, theirs = naming.PAIRS[0]
+    known = [one for one in objects if one["noun_in_training"]]
+    differences = np.array([float(ours in one["right"]) - float(theirs in one["right"]) for one in known])
+    least = minimum_detectable_effect(differences, [one["family"] for one in known])
+    return f"The first test finds a true difference of {100 * least:.1f} points four times out of five (80 % power).\n"
+
+
 def _under(run: dict) -> str:
     return f"{run['device']}, torch {run['versions']['torch']}, commit {run['commit']}"
 
@@ -192,6 +205,7 @@ def demo() -> str:
     note = f"{_under(content['run'])}; 95 % intervals clustered by family."
     answers = (RESULTS / "demo_answers.md").read_text()
     tables = _naming(content, content["split"])
+    tables += "\n" + _detectable(content["objects"])
     return "\n".join([note, "", tables, "Ten answers, objects drawn at random:", "", answers])
 
 
@@ -211,7 +225,8 @@ def held_out_naming() -> str:
         f"{_percent(turned)}, 1-NN Chamfer {_percent(nearest)}, difference {_percent(tested, '+')} points, "
         f"p = {tested['p']:.4f}.\n"
     )
-    return "\n".join([note, "", _naming(content["all folds"], "embedded"), last])
+    tables = _naming(content["all folds"], "embedded")
+    return "\n".join([note, "", tables, _detectable(content["objects"]), last])
 
 
 def alignment_check() -> str:
