@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pointalign.options import DataOptions, Options
 
+OWN_LOGS = os.environ.get("TENSORBOARD_LOGGING_DIR")  # where the user wants them, if said
+
 
 def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -213,7 +215,7 @@ def run_folder(options: "Options") -> Path:
             folder = wanted.with_name(f"{wanted.name}-{number}")
             number += 1
     options.training.output_dir = str(folder)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = OWN_LOGS or str(folder / "tensorboard")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
