@@ -92,7 +92,8 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    checkpointing.write_json(RESULT, {"provenance": provenance(torch.device("cpu"))} | content)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpointing.write_json(RESULT, {"provenance": provenance(device)} | content)
     return 0
 
 

@@ -146,7 +146,7 @@ def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tm
     monkeypatch.setattr(report, "RESULTS", results)
     text = report.held_out_naming()
     assert "| noun occurs in training (n=4) | all embedded objects (n=6) |" in text and "commit abc" in text
-    assert "finds a true difference of " in text and " points four times out of five" in text
+    assert "finds a true difference of " in text and "of the 2 families, the four largest hold 100 %" in text
     assert "the test part alone (n=2), under random yaw: model 100.0" in text and "+50.0" in text
 
 

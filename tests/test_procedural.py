@@ -51,15 +51,15 @@ def test_points_lie_on_the_surface_by_area():
     xyz = box.sample(20_000, rng) - np.array([0, 3.5, 0])
     on_face = np.isclose(np.abs(xyz), np.array([1.0, 0.5, 0.05]))
     assert on_face.any(axis=1).all()
-    assert on_face[:, 2].mean() == pytest.approx(box.areas()[2] / box.areas().sum(), abs=0.02)
+    assert on_face[:, 2].mean() == pytest.approx(box.areas[2] / box.areas.sum(), abs=0.02)
     cone = Part("cone", (2.0, 1.0, 2.0), (0.0, 0.0, 0.0), (1, 0, 0), taper=0.5)
     xyz = cone.sample(20_000, rng)
     radius, side = np.hypot(xyz[:, 0], xyz[:, 2]), (xyz[:, 1] > 1e-9) & (xyz[:, 1] < 1 - 1e-9)
     assert radius[side] == pytest.approx(1 - 0.5 * xyz[side, 1])
-    assert side.mean() == pytest.approx(cone.areas()[2] / cone.areas().sum(), abs=0.02)
+    assert side.mean() == pytest.approx(cone.areas[2] / cone.areas.sum(), abs=0.02)
     ball = Part("ball", (2.0, 2.0, 2.0), (0.0, 0.0, 0.0), (1, 0, 0))
     assert np.linalg.norm(ball.sample(100, rng) - np.array([0, 1, 0]), axis=1) == pytest.approx(1)
-    assert ball.areas()[0] == pytest.approx(4 * np.pi)
+    assert ball.areas[0] == pytest.approx(4 * np.pi)
 
 
 def test_a_turn_is_about_the_foot():

@@ -498,7 +498,7 @@ def furniture(noun: str, rng: np.random.Generator, points: int = 1024) -> tuple[
         0..1.
     """
     parts = MAKERS[noun](Draw(rng))
-    areas = np.array([part.areas().sum() for part in parts])
+    areas = np.array([part.areas.sum() for part in parts])
     counts = rng.multinomial(points, areas / areas.sum())
     xyz = np.concatenate([part.sample(n, rng) for part, n in zip(parts, counts, strict=True)])
     rgb = np.repeat([part.colour for part in parts], counts, axis=0)

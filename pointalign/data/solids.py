@@ -5,8 +5,11 @@ Shape legend: n points.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+from pointalign.data.augment import turn
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Part:
     taper: float = 1.0
     turn: np.ndarray | None = None
 
+    @cached_property
     def areas(self) -> np.ndarray:
         """Of its faces: a box's across x, y, z; a cone's foot, top and side; a ball's whole."""
         w, h, d = self.size
@@ -44,8 +48,7 @@ class Part:
 
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """`[n, 3]` points of its surface; even on boxes and cones, nearly even on balls."""
-        areas = self.areas()
-        face = rng.choice(len(areas), size=n, p=areas / areas.sum())
+        face = rng.choice(len(self.areas), size=n, p=self.areas / self.areas.sum())
         if self.kind == "box":
             xyz = rng.uniform(-0.5, 0.5, size=(n, 3))
             xyz[np.arange(n), face] = rng.choice([-0.5, 0.5], size=n)
@@ -77,6 +80,4 @@ def ball(w, h, d, x, y, z, colour) -> Part:
 def lean(tilt: float, about: float = 0.0) -> np.ndarray:
     """Lean back by `tilt`, then turn about the vertical by `about`, in radians."""
     c, s = math.cos(tilt), math.sin(tilt)
-    lean = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
-    c, s = math.cos(about), math.sin(about)
-    return lean @ np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])
+    return turn(np.array([[1, 0, 0], [0, c, -s], [0, s, c]]), about)
