@@ -32,10 +32,10 @@ benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 alignment-check: assets
-	$(BIN)/python -m pointalign.alignment_check $(ARGS)
+	$(BIN)/python -m experiments.alignment_check $(ARGS)
 
 held-out-naming: assets
-	$(BIN)/python benchmarks/held_out_naming.py $(ARGS)
+	$(BIN)/python -m experiments.held_out_naming $(ARGS)
 
 report: setup
 	$(BIN)/python benchmarks/report.py

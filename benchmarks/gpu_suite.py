@@ -40,7 +40,7 @@ STAGES: list[tuple[str, list[str]]] = [
     # needs the embedded assets, see pointalign.assets
     ("scratch", [f"{sys.executable} -m pointalign.train scratch --training.output_dir {{output}}/scratch"]),
     ("experiments", [f"{sys.executable} -m pointalign.evaluate ablation full --output {{output}}/ablation_full"]),
-    ("folds", [f"{sys.executable} -m pointalign.folds --seeds 3 --output {{output}}/ablation_folds"]),
+    ("folds", [f"{sys.executable} -m experiments.folds --seeds 3 --output {{output}}/ablation_folds"]),
 ]
 
 
