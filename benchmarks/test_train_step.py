@@ -300,7 +300,7 @@ def capped():
         memory.cap_memory(CAP_GB, DEVICE)
     yield
     if CUDA:
-        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+        memory.cap_memory(None, DEVICE)
 
 
 def run_row(
