@@ -28,8 +28,8 @@ from pointalign.trainer import AlignedModel
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 CAP_GB = 22.5
-BATCHES = (16,) * 4 if CUDA else (4,) * 2  # samples of the batches that rotate
-STAGE = (6, 10, 4, 10, 4, 6, 10, 4) if CUDA else (2, 3, 1, 3, 1, 2, 3, 1)  # the paper's, drawn 2:3:3
+BATCHES = (16,) * 4 if CUDA else (2,) * 2  # samples of the batches that rotate
+STAGE = (6, 10, 4, 10, 4, 6, 10, 4) if CUDA else (2, 3, 1)  # the paper's, drawn 2:3:3; on a CPU each once
 PROMPT = 12  # tokens of the chat template around question and cloud
 
 
@@ -102,7 +102,7 @@ ROWS = [
 
 
 def text_config(architecture: str = "phi-2"):
-    """Phi-2, on a CPU a small model of its kind; or `llama-8b`."""
+    """Phi-2, on a CPU a small model of its kind (many CPUs multiply bf16 50 times slower than fp32); or `llama-8b`."""
     from transformers import LlamaConfig, PhiConfig
 
     if architecture == "llama-8b":
@@ -125,11 +125,11 @@ def text_config(architecture: str = "phi-2"):
             resid_pdrop=0.1,
         )
     return PhiConfig(
-        vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=8,
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         partial_rotary_factor=0.4,
         resid_pdrop=0.1,
     )
@@ -397,12 +397,12 @@ def test_train_step(benchmark, record, row):
 
 def test_the_papers_batches(benchmark, record):
     """Steps of the alignment stage as the paper draws them: 6, 10 or 4 samples."""
-    result = run_row(benchmark, E, text_config(), RANK, 200 if CUDA else 8, STAGE)
+    result = run_row(benchmark, E, text_config(), RANK, 200 if CUDA else 6, STAGE)
     if result is not None:
         record("train_step_stage", {"shape": SHAPE, "batches": STAGE, **described(E), **result})
 
 
-@pytest.mark.parametrize("samples", (4, 8, 16, 32) if CUDA else (2, 4, 8))
+@pytest.mark.parametrize("samples", (4, 8, 16, 32) if CUDA else (1, 2, 4))
 def test_cost_is_linear_in_tokens(benchmark, record, samples):
     result = run_row(benchmark, E, text_config(), RANK, 20 if CUDA else 3, (samples,) * len(BATCHES))
     if result is not None:

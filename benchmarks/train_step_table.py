@@ -71,15 +71,16 @@ def _measured(result: dict[str, Any]) -> str:
     where = result["provenance"]
     samples = rows[0]["samples"]
     sizes = ", ".join(f"{question}+{answer}" for question, answer in rows[0]["lengths"])
+    targets = "all linear layers" + ("" if shape == "small" else " but in e2")
     title = (
         f"{where['device']}; torch {where['torch']}, commit {where['commit']}, {where['date']}. Shape {shape}, LoRA "
-        f"r = {rows[0]['rank']} on all linear layers{'' if shape == 'small' else ' but in e2'}, dropout 0.05, {samples:g} samples a step, question + "
+        f"r = {rows[0]['rank']} on {targets}, dropout 0.05, {samples:g} samples a step, question + "
         f"answer tokens {sizes}."
     )
     if shape == "small":
         title += (
-            " A small shape on a CPU shows that the rows run and agree, not how fast a GPU is. The parts of a step (rows b2, "
-            "d1 to d11, e2) are measured on a GPU alone: on one core their differences are noise."
+            " A small shape on a CPU shows that the rows run and agree, not how fast a GPU is. The parts of a step "
+            "(rows b2, d1 to d11, e2) are measured on a GPU only: on a CPU core their differences are noise."
         )
     header = ["row", "samples/s", "against b", "supervised tokens/s", "all tokens/s", "peak GB"]
     return title + "\n\n" + _table(header, lines) + _goals(rows)
@@ -135,8 +136,8 @@ def _predictions(results: list[dict[str, Any]]) -> str:
             counted = "" if low is None else f"{low} to {high}"
             lines.append([card, what, f"{predicted(card, column):.0f}", counted, done])
     title = (
-        "Phi-2, 16 samples a step, milliseconds. The estimate from operations and bytes is good to 40 %; the prediction "
-        "counts the kernels that torch 2.11 and transformers 5.17 launch.\n\n"
+        "Phi-2, 16 samples a step, milliseconds. The estimate from operations and bytes is good to 40 %; the "
+        "prediction counts the kernels that torch 2.11 and transformers 5.17 launch.\n\n"
     )
     return title + _table(["card", "way", "estimate", "prediction", "measured"], lines)
 

@@ -152,7 +152,7 @@ def test_the_memory_cap_takes_a_device_without_an_index(monkeypatch):
     memory.cap_memory(40, torch.device("cuda", 0))
     memory.cap_memory(None, torch.device("cuda"))
     assert fractions == [(0.25, 1), (0.5, 0), (1.0, 1)]
-    with pytest.raises(ValueError, match="memory_limit_gb=100: the device has 80.0 GB"):
+    with pytest.raises(ValueError, match=r"memory_limit_gb=100: the device has 80\.0 GB"):
         memory.cap_memory(100, torch.device("cuda"))
 
 
