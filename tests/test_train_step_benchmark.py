@@ -10,16 +10,16 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from transformers import PhiConfig
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import train_step_table
 
-import train_step_table  # noqa: E402
+BENCHMARK = Path(train_step_table.__file__).with_name("test_train_step.py")
 
 
 @pytest.fixture(scope="module")
 def train_step() -> ModuleType:
     """The benchmark as a module; it imports from the conftest.py beside it, of which this folder has one too."""
-    spec = importlib.util.spec_from_file_location("train_step_benchmark", BENCHMARKS / "test_train_step.py")
+    spec = importlib.util.spec_from_file_location("train_step_benchmark", BENCHMARK)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "conftest", SimpleNamespace(synchronize=lambda device: None))
