@@ -8,7 +8,7 @@ RESULTS = Path(__file__).parent / "results"
 STAGE_SAMPLES = 67_500  # 10,000 steps at batches of 6, 10 and 4, drawn 2:3:3
 GOALS = {"b": 4, "b3": 2, "c": 1.5}  # times as many samples a second, on an H100 under a cap of 24 GB
 PEAK_GOAL_GB = 12
-CPU_ROWS = ("a", "b", "b3", "e")  # the others are parts of a step; c generates code for a GPU only
+CPU_ROWS = ("a", "b", "b3", "e")  # c generates code on a GPU only
 
 # Predicted milliseconds of one step of 16 samples (+-40 %), by what bounds them: products, or bytes moved. The two
 # columns of each card are the common stack (row b) and everything (row e).
@@ -79,8 +79,9 @@ def _measured(result: dict[str, Any]) -> str:
     )
     if shape == "small":
         title += (
-            " A small shape on a CPU shows that the rows run and agree, not how fast a GPU is. torch.compile (row c) and "
-            "the parts of a step (b2, d1 to d11, e2) are measured on a GPU only: on a CPU core their differences are noise."
+            " A small shape on a CPU shows that the rows run and agree, not how fast a GPU is. torch.compile (row c) "
+            "and the parts of a step (b2, d1 to d11, e2) are measured on a GPU only: on a CPU core their differences are "
+            "noise."
         )
     header = ["row", "samples/s", "against b", "supervised tokens/s", "all tokens/s", "peak GB"]
     return title + "\n\n" + _table(header, lines) + _goals(rows)
