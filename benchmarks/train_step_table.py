@@ -80,7 +80,7 @@ def _measured(result: dict[str, Any]) -> str:
     if shape == "small":
         title += (
             " A small shape on a CPU shows that the rows run and agree, not how fast a GPU is. torch.compile (row c) "
-            "and the parts of a step (b2, d1 to d11, e2) are measured on a GPU only: on a CPU core their differences are "
+            "and the parts of a step (b2, d1 to d11, e2) are measured on a GPU only: on a CPU core they differ by "
             "noise."
         )
     header = ["row", "samples/s", "against b", "supervised tokens/s", "all tokens/s", "peak GB"]
