@@ -182,7 +182,7 @@ def test_training_with_activation_checkpointing_equals_training_without(layer, f
         assert losses == pytest.approx(plain_losses, rel=2e-6)  # gradients are summed in another order
         assert gradients.keys() == plain.keys()
         for name, expected in plain.items():
-            torch.testing.assert_close(gradients[name], expected, rtol=2e-6, atol=2e-6, msg=name)
+            assert (gradients[name] - expected).norm() <= 5e-6 * expected.norm() + 2e-6, name
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
