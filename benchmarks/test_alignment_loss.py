@@ -7,6 +7,7 @@ set, for torch.compile too: its own reduce-overhead mode would copy weights that
 rotate over several sets that together exceed the L2 cache.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -146,6 +147,7 @@ def assert_correct(case: Case, implementation: str) -> float:
 
 def peak_memory(case: Case, step: Callable[[int], Any], leaves: list[Tensor]) -> dict[str, int]:
     """Bytes above the leaves at the peak of one step, split into gradients, bf16 weight copies and the rest."""
+    gc.collect()  # garbage that happens to go during the step would lower the peak
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

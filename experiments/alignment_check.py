@@ -31,8 +31,9 @@ def measure(aligned, processor, clouds: list, batch_size: int = 16) -> dict[str,
         ]
         batch = processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
         batch = batch.to(aligned.device)
-        with torch.inference_mode(), aligned.tap.capture(batch["point_mask"]) as hidden:
-            features = aligned.model(**batch, use_cache=False).point_features
+        with torch.inference_mode():
+            with aligned.tap.capture(batch["point_mask"]) as hidden:
+                features = aligned.model(**batch, use_cache=False).point_features
             target = aligned.target(features, hidden)
             projected.append(projector(hidden[layer].float()))
             targets.append(target.float())

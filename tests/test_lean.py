@@ -1,6 +1,7 @@
 """Through the real command line: what saves memory and time changes no loss."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,6 +137,24 @@ def test_impossible_options_are_named(run, tmp_path, capsys):
     ]:
         assert train.main([run.recipe, *folder, *options]) == 1
         assert named in capsys.readouterr().err
+
+
+def test_the_memory_cap_takes_a_device_without_an_index(monkeypatch):
+    """PyTorch's own function runs, down to its call of the driver; it refuses `torch.device("cuda")`."""
+    fractions = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: fractions.append(given), raising=False)
+    total = SimpleNamespace(total_memory=round(80 * memory.GB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    with pytest.raises(ValueError, match="with a specified index"):
+        torch.cuda.set_per_process_memory_fraction(0.5, torch.device("cuda"))
+    memory.cap_memory(20, torch.device("cuda"))
+    memory.cap_memory(40, torch.device("cuda", 0))
+    memory.cap_memory(None, torch.device("cuda"))
+    assert fractions == [(0.25, 1), (0.5, 0), (1.0, 1)]
+    with pytest.raises(ValueError, match=r"memory_limit_gb=100: the device has 80\.0 GB"):
+        memory.cap_memory(100, torch.device("cuda"))
 
 
 def test_the_recipe_for_24_gb_trains_the_published_phi(tmp_path, tokenizer, capsys):

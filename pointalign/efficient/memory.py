@@ -148,8 +148,8 @@ def fitting_batch(found: Budget, batch_size: int) -> int:
     )
 
 
-def cap_memory(limit_gb: float, device: torch.device) -> None:
-    """Let the allocator take no more than a card of `limit_gb` would have.
+def cap_memory(limit_gb: float | None, device: torch.device) -> None:
+    """Let the allocator take no more than a card of `limit_gb` would have; None lifts the cap.
 
     Raises:
         ValueError: the device is not CUDA, or smaller than that.
@@ -157,9 +157,11 @@ def cap_memory(limit_gb: float, device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(f"training.memory_limit_gb={limit_gb} caps the CUDA allocator; this run is on {device.type}")
     total = device_bytes(device)
-    if limit_gb * GB > total:
+    limit = total if limit_gb is None else limit_gb * GB
+    if limit > total:
         raise ValueError(f"training.memory_limit_gb={limit_gb}: the device has {total / GB:.1f} GB")
-    torch.cuda.set_per_process_memory_fraction(limit_gb * GB / total, device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # unlike its kin it needs an index
+    torch.cuda.set_per_process_memory_fraction(limit / total, index)
 
 
 def device_used_bytes(device: torch.device) -> int:
