@@ -20,7 +20,7 @@ CUDA = torch.cuda.is_available()
 def test_encoder(device, small, race, record_race, batch):
     config = PointBertConfig(**PRESETS["mini" if small else "minigpt3d-phi2"]["point_config"])
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if CUDA else torch.float32
+    dtype, tolerance = (torch.bfloat16, 5e-2) if CUDA else (torch.float32, 1e-3)
     encoder = PointBertModel(config).to(device, dtype).eval()
     points = surfaces(batch, 256 if small else config.num_points)
     points = torch.cat([points, torch.rand(points.shape)], dim=-1).to(device)
@@ -29,7 +29,7 @@ def test_encoder(device, small, race, record_race, batch):
         truth = calls["reference ops"](points).float()
         for name, call in calls.items():
             error = ((call(points).float() - truth).norm() / truth.norm()).item()
-            assert error < 2e-2, f"{name}: tokens differ by {error:.1e} (relative L2) from the reference's"
+            assert error < tolerance, f"{name}: tokens differ by {error:.1e} (relative L2) from the reference's"
         timing = race({name: lambda call=call: call(points) for name, call in calls.items()})
     if timing is not None:
         sizes = {"points": points.shape[1], "groups": config.num_groups, "hidden_size": config.hidden_size}

@@ -38,7 +38,7 @@ def wall_timer(budget: float = 6.0) -> Timer:
     return Timer("wall clock of one call", seconds, 1, budget)
 
 
-def event_timer(new_event: Callable[[], Any], calls: int = 10, budget: float = 1.0) -> Timer:
+def event_timer(new_event: Callable[[], Any], calls: int = 10, budget: float = 0.4) -> Timer:
     """Times with device events.
 
     Args:
