@@ -55,8 +55,11 @@ def _ceilings(result: dict[str, Any]) -> str:
     """The measured ceilings in words; empty where the file has none."""
     if not result["ceilings"]:
         return ""
-    flops, moved = result["ceilings"]["flops"], result["ceilings"]["bytes"]
-    return f" Measured ceilings: {_number(flops / 1e12)} TFLOP/s (bf16 product), {_number(moved / 1e9)} GB/s (copy)."
+    bf16, fp32, moved = (result["ceilings"][name] for name in ("flops", "flops_fp32", "bytes"))
+    return (
+        f" Measured ceilings: {_number(bf16 / 1e12)} TFLOP/s in bf16, {_number(fp32 / 1e12)} in fp32, "
+        f"{_number(moved / 1e9)} GB/s (copy)."
+    )
 
 
 def _measured(result: dict[str, Any]) -> str:

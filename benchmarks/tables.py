@@ -12,5 +12,8 @@ def stamp(provenance: dict) -> str:
     changed = " with uncommitted changes" if provenance["uncommitted_changes"] else ""
     load = "" if provenance.get("load_average") is None else f"; load average {provenance['load_average']:.1f}"
     rehearsal = " A rehearsal at small sizes, not a measurement." if provenance.get("rehearsal") else ""
-    where = f"{provenance['device']}; {versions}; commit {provenance['commit']}{changed}, {provenance['date']}{load}."
+    device = provenance["device"]
+    if not provenance["driver"] and provenance.get("cpu_capability"):
+        device += f", {provenance['cpu_capability']}"
+    where = f"{device}; {versions}; commit {provenance['commit']}{changed}, {provenance['date']}{load}."
     return where + rehearsal
