@@ -29,7 +29,7 @@ convert-benchmark: setup
 	$(BIN)/python benchmarks/convert_full_size.py
 
 benchmark: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results $(ARGS)
 
 alignment-check: assets
 	$(BIN)/python -m experiments.alignment_check $(ARGS)

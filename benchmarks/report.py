@@ -18,6 +18,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from evidence_tables import ablation, evaluation, probe
+from point_ops_report import chat, encoder, point_ops
+from tables import stamp, table
 from test_alignment_loss import Case
 from train_step_table import parity, train_step
 
@@ -49,17 +51,6 @@ EXPLICIT = (
     '"explicit" is the same forward and backward as one autograd function in plain tensor operations: on a CPU, where '
     "the matrix products dominate, this is all that fusing could be, so `auto` keeps the reference there.\n"
 )
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def stamp(provenance: dict) -> str:
-    versions = ", ".join(f"{name} {provenance[name]}" for name in ("driver", "torch", "triton") if provenance[name])
-    changed = " with uncommitted changes" if provenance["uncommitted_changes"] else ""
-    return f"{provenance['device']}; {versions}; commit {provenance['commit']}{changed}, {provenance['date']}."
 
 
 def _measured(result: dict) -> str:
@@ -245,11 +236,6 @@ def alignment_check() -> str:
     return f"{note}\n\n{table(['cosine to targets', *columns], rows)}\n"
 
 
-def point_ops() -> str:
-    """The table that test_point_ops.py wrote."""
-    return (RESULTS / "point_ops_cpu_table.md").read_text()
-
-
 def files() -> str:
     """One line per source file: the first sentence of its docstring."""
     rows = []
@@ -267,7 +253,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ablation_shapes": partial(ablation, "ablation_shapes"),
     "alignment": alignment,
     "alignment_check": alignment_check,
+    "chat": chat,
     "demo": demo,
+    "encoder": encoder,
     "evaluation": evaluation,
     "files": files,
     "held_out_naming": held_out_naming,

@@ -158,7 +158,7 @@ class TrainingOptions(TrainingArguments):
         auto_batch: split every batch over gradient accumulation until it fits the memory; the training is the same.
         memory_limit_gb: use no more of a CUDA device than a card of that size has.
         warmup_learning_rate, minimum_learning_rate: where the linear warm-up starts and the cosine over the whole run
-            ends, as in the published runs (see `pointalign.schedule`); None for the scheduler of transformers.
+            ends, as in the published runs; None for the scheduler of transformers.
     """
 
     output_dir: str | None = "runs/align"

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="without flock there 
 TRY = """
 import sys
 from pathlib import Path
-from pointalign.locking import lock
+from pointalign.storage import lock
 with lock(Path(sys.argv[1]), wait=False) as held:
     print(held)
 """

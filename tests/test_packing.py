@@ -185,7 +185,7 @@ def varlen_call(monkeypatch, dtypes, autocast, size=8):
     """Dtypes that the kernel was called with, none if it was not, and the dtype of the output."""
     import torch.nn.attention.varlen as varlen
 
-    from pointalign.models.attention import varlen_attention
+    from pointalign.efficient.varlen_attention import varlen_attention
 
     seen = []
 
@@ -218,7 +218,7 @@ def test_varlen_casts_under_autocast_to_take_the_cuda_kernel(monkeypatch, caplog
     [(torch.float32, 8, "needs float16 or bfloat16, got float32"), (torch.bfloat16, 12, "a multiple of 8, got 12")],
 )
 def test_varlen_says_once_why_it_is_slow(monkeypatch, caplog, dtype, size, reason):
-    from pointalign.models import attention
+    from pointalign.efficient import varlen_attention as attention
 
     attention.log_once.cache_clear()
     for _ in range(2):
@@ -230,7 +230,7 @@ def test_varlen_says_once_why_it_is_slow(monkeypatch, caplog, dtype, size, reaso
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.float32, torch.bfloat16)])
 def test_varlen_under_autocast_equals_sdpa_one_by_one(dtypes):
     """On a CPU too, where PyTorch's attention casts by itself."""
-    from pointalign.models.attention import varlen_attention
+    from pointalign.efficient.varlen_attention import varlen_attention
 
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, 6, 8).to(dtype) for dtype in dtypes)
