@@ -15,7 +15,7 @@ from test_trainer import Samples, make_model
 
 from pointalign import train
 from pointalign.data.collator import ConversationCollator
-from pointalign.efficient import fused_parts
+from pointalign.efficient import fused_parts, varlen_attention  # noqa: F401 (registers the attention varlen)
 
 ROOT = Path(__file__).parents[1]
 
