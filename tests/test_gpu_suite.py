@@ -1,4 +1,4 @@
-"""The GPU suite on a machine without a GPU: its time limits, what it remembers and packs, and that its commands exist."""
+"""The GPU suite without a GPU: its time limits, what it remembers and packs, and that its commands exist."""
 
 import json
 import os
@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu_suite
 from gpu_suite import STAGES, Stage
 
+ROOT = Path(__file__).parents[1]
 FOREVER = "{python} -c 'import time; print(\"started\", flush=True); time.sleep(600)'"
 GOOD = "{python} -c 'print(\"all good\")'"
 BAD = "{python} -c 'print(\"what went wrong\"); raise SystemExit(3)'"
