@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 interpreter=${1:?usage: gpu_rehearsal.sh PYTHON VENV} venv=${2:?usage: gpu_rehearsal.sh PYTHON VENV}
 work=$PWD/build/gpu carried=$PWD/gpu_wheels largest_mib=64
 export TRITON_CACHE_DIR=/tmp/pointalign-triton  # as in the command of gpu_suite.py: the cache holds absolute paths
-export OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 
 step "environment $venv"
