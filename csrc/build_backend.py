@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403  (every hook that is not redefined below)
+from setuptools.build_meta import (  # noqa: F401  (hooks of the backend)
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
 
 TORCH = "torch>=2.11,<2.14"  # the range of pyproject.toml
 OLDEST = (2, 11)  # the first torch whose stable ABI the sources use

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pointalign_kernels import point_ops
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu_suite
 from gpu_suite import STAGES, Stage
@@ -287,8 +289,29 @@ def test_the_two_stages_of_the_alignment_loss_share_the_rows(collected):
     assert all("512-2560" in name for name in of["alignment"])
 
 
-def test_every_script_of_a_stage_starts():
-    for stage in STAGES:
-        for template in stage.commands:
-            for script in re.findall(r"benchmarks/\w+\.py(?= --output)", template):
-                assert (ROOT / script).exists(), f"{stage.name}: {script}"
+def test_every_script_of_a_stage_exists():
+    scripts = {
+        script
+        for stage in STAGES
+        for command in stage.commands
+        for script in re.findall(r"benchmarks/\w+\.py", command)
+    }
+    assert {"benchmarks/gpu_check.py", "benchmarks/gpu_probe.py", "benchmarks/parity.py"} <= scripts
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+@pytest.mark.skipif("cpu" not in point_ops.NATIVE_DEVICES, reason="no native CPU point ops")
+@pytest.mark.parametrize(
+    "words", [["gpu_check.py"], ["gpu_probe.py", "--sections", "points"]], ids=lambda words: words[0]
+)
+def test_scripts_rehearse_and_carry_the_ceilings(tmp_path, words):
+    script, *options = words
+    command = [sys.executable, ROOT / "benchmarks" / script, *options, "--rehearse", "--output", tmp_path]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    (path,) = tmp_path.glob(f"{script.removesuffix('.py')}_*.json")
+    measured = json.loads(path.read_text())
+    assert measured["ceilings"]["flops"] > 0 and measured["ceilings"]["bytes"] > 0
+    assert measured["provenance"]["rehearsal"] is True
