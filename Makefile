@@ -40,10 +40,10 @@ gpu-rehearsal:
 	benchmarks/gpu_rehearsal.sh "$(PYTHON312)" $(GPU_VENV)
 
 alignment-check: assets
-	$(BIN)/python -m pointalign.alignment_check $(ARGS)
+	$(BIN)/python -m experiments.alignment_check $(ARGS)
 
 held-out-naming: assets
-	$(BIN)/python benchmarks/held_out_naming.py $(ARGS)
+	$(BIN)/python -m experiments.held_out_naming $(ARGS)
 
 report: setup
 	$(BIN)/python benchmarks/report.py

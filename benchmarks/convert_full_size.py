@@ -18,7 +18,7 @@ import torch
 from provenance import ROOT, provenance
 from safetensors.torch import save_file
 
-from pointalign import published
+from pointalign.convert import tensors
 from pointalign.models import PointAlignConfig, PointAlignForConditionalGeneration, PointAlignPhiConfig
 
 LIMIT_SECONDS, LIMIT_BYTES = 180, 8e9
@@ -45,7 +45,7 @@ def make_files(folder: Path) -> None:
 
     phi: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        name = name.removeprefix(published.LLM)
+        name = name.removeprefix(tensors.LLM)
         if name in shapes or any(f"{one}_layernorm" in name for one in ("q", "k", "post")):
             continue
         if "query_key_value" in name:
@@ -69,7 +69,7 @@ def make_files(folder: Path) -> None:
     )  # fmt: skip
 
     def old_name(name: str) -> str:
-        name = name.replace(published.QFORMER, "Qformer.bert.").replace("bert.layernorm", "bert.embeddings.LayerNorm")
+        name = name.replace(tensors.QFORMER, "Qformer.bert.").replace("bert.layernorm", "bert.embeddings.LayerNorm")
         return name.replace("attention.attention.", "attention.self.")
 
     def of(prefix: str) -> dict[str, torch.Tensor]:
@@ -77,12 +77,12 @@ def make_files(folder: Path) -> None:
             name: weights(shape, name, torch.float32, pool) for name, shape in shapes.items() if name.startswith(prefix)
         }
 
-    blip = {old_name(name): one for name, one in of(published.QFORMER).items()}
+    blip = {old_name(name): one for name, one in of(tensors.QFORMER).items()}
     torch.save(
         {"model": blip | {"query_tokens": weights(shapes["model.query_tokens"], "", torch.float32, pool)}},
         folder / "blip2.pth",
     )
-    encoder = {name.removeprefix(published.ENCODER): one for name, one in of(published.ENCODER).items()}
+    encoder = {name.removeprefix(tensors.ENCODER): one for name, one in of(tensors.ENCODER).items()}
     encoder = {name: one.half() if one.is_floating_point() else one for name, one in encoder.items()}
     torch.save({"base_model": encoder}, folder / "point_model.pth")
     stage = {"query_tokens": weights(shapes["model.query_tokens"], "", torch.float32, pool)}
@@ -91,20 +91,20 @@ def make_files(folder: Path) -> None:
     for ours, theirs in renamed.items():
         stage |= {name.replace(ours, theirs): one for name, one in of(ours).items()}
     for prefix, targets, rank in (
-        (published.LLM, published.LLM_TARGETS, 64),
-        (published.QFORMER, published.QFORMER_TARGETS, 8),
+        (tensors.LLM, tensors.LLM_TARGETS, 64),
+        (tensors.QFORMER, tensors.QFORMER_TARGETS, 8),
     ):
-        start = "llama_model.base_model.model." if prefix == published.LLM else published.QFORMER
-        for name in published.lora_names(shapes, prefix, targets):
+        start = "llama_model.base_model.model." if prefix == tensors.LLM else tensors.QFORMER
+        for name in tensors.lora_names(shapes, prefix, targets):
             module, factor = name.split(".lora_")
             rows, columns = shapes[f"{module}.weight"]
             shape = (rank, columns) if factor[0] == "A" else (rows, rank)
             stage[old_name(name.replace(prefix, start))] = weights(shape, name, torch.float32, pool)
     for name, shape in shapes.items():
-        if published.is_llm_norm(name):
-            theirs = name.replace(published.LLM, "llama_model.base_model.model.").replace("self_attn.post_", "post_")
+        if tensors.is_llm_norm(name):
+            theirs = name.replace(tensors.LLM, "llama_model.base_model.model.").replace("self_attn.post_", "post_")
             stage[theirs] = torch.ones(shape)
-        elif published.is_qformer_norm(name):
+        elif tensors.is_qformer_norm(name):
             stage[old_name(name)] = torch.ones(shape)
     torch.save({"model": stage, "optimizer": {}, "config": {}, "scaler": {}, "epoch": 0}, folder / "stage3.pth")
 

@@ -1,15 +1,16 @@
 """The evidence sections of benchmarks/report.py: held-out evaluation, ablations and probes, from their files alone.
 
 python -m pointalign.evaluate                    writes evaluation.json, to be copied to results/
-python -m pointalign.evaluate ablation objects   writes results/ablation_objects/, and so on
+python -m experiments.ablation objects           writes results/ablation_objects/, and so on
 python -m pointalign.evaluate probe --output benchmarks/results/probe
 """
 
 import json
 from pathlib import Path
 
-from pointalign.evaluation import comparison, runs, statistics
+from experiments.ablation import comparison
 from pointalign.evaluation import probe as probing
+from pointalign.evaluation import results, statistics
 
 RESULTS = Path(__file__).parent / "results"
 # the rows that stand outside of the folded table
@@ -33,9 +34,9 @@ def evaluation() -> str:
         name: {"metrics": {key: one for key, one in task["metrics"].items() if _is_shown(task["kind"], key)}}
         for name, task in tasks.items()
     }
-    parts = [note, runs.table(content | {"tasks": short})]
+    parts = [note, results.table(content | {"tasks": short})]
     parts += [_against_shuffled(tasks, name) for name in tasks if f"{name}-shuffled" in tasks]
-    parts.append(_folded("Every metric of every task", runs.table(content)))
+    parts.append(_folded("Every metric of every task", results.table(content)))
     return "\n\n".join(parts) + "\n"
 
 

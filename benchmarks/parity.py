@@ -19,8 +19,8 @@ from provenance import ROOT, device_name, provenance
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pointalign import fused, fused_adapters
-from pointalign.models.attention import varlen_attention
+from pointalign.efficient import fused_lora, fused_parts
+from pointalign.efficient.varlen_attention import varlen_attention
 from pointalign_kernels import alignment_loss, fused_available
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +48,7 @@ def cases() -> dict[str, tuple[list[Tensor], Function, dict[str, Function]]]:
         "silu(gate) * up": (
             [gate, up],
             lambda gate, up: functional.silu(gate) * up,
-            {"fused": lambda *given: fused.SiluProduct.apply(*given)},
+            {"fused": lambda *given: fused_parts.SiluProduct.apply(*given)},
         ),
         "layer norm": (
             [x],  # the weights of norms are frozen
@@ -78,7 +78,7 @@ def _lean_rms_norm(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _liger_norm(weight: Tensor) -> dict[str, Function]:
-    function = fused.liger_rms_norm()
+    function = fused_parts.liger_rms_norm()
     if function is None or DEVICE.type != "cuda":
         return {}
     return {"liger-kernel": lambda x: function(x, weight.to(x), 1e-6, 0.0, "llama", False)}
@@ -98,12 +98,12 @@ def _rotary() -> tuple[list[Tensor], Function, dict[str, Function]]:
 
     def by_liger(both: Tensor) -> Tensor:
         q, k = both.split((heads, groups), dim=1)
-        liger = fused.liger_rotary()
+        liger = fused_parts.liger_rotary()
         assert liger is not None
         turned = torch.cat(liger(q[..., :turning], k[..., :turning], angles.cos().to(q), angles.sin().to(q)), dim=1)
         return torch.cat((turned, both[..., turning:]), dim=-1)
 
-    here = DEVICE.type == "cuda" and fused.liger_rotary() is not None
+    here = DEVICE.type == "cuda" and fused_parts.liger_rotary() is not None
     return [seeded(1, heads + groups, ROWS, width)], plain, {"liger-kernel": by_liger} if here else {}
 
 
@@ -133,14 +133,14 @@ def _lora_onto() -> tuple[list[Tensor], Function, dict[str, Function]]:
 
 
 def _lora_products(weights: list[Tensor], x: Tensor, onto: Tensor | None, *adapters: Tensor) -> tuple[Tensor, ...]:
-    class Group(fused_adapters.AdapterGroup):
+    class Group(fused_lora.AdapterGroup):
         def __init__(self):
             self.ranks, self.scales, self.stacked = [RANK] * len(weights), [0.5] * len(weights), False
             self.bases = [nn.Linear(WIDTH, INNER, bias=False) for _ in weights]
             for base, weight in zip(self.bases, weights, strict=True):
                 base.weight = nn.Parameter(weight.to(x), requires_grad=False)
 
-    return fused_adapters.LoraProducts.apply(x, Group(), x.dtype, 0.0, onto, *adapters)  # type: ignore[return-value]
+    return fused_lora.LoraProducts.apply(x, Group(), x.dtype, 0.0, onto, *adapters)  # type: ignore[return-value]
 
 
 def _attention() -> tuple[list[Tensor], Function, dict[str, Function]]:
@@ -185,7 +185,7 @@ def _cross_entropy() -> tuple[list[Tensor], Function, dict[str, Function]]:
         return functional.cross_entropy(logits, targets, reduction="sum")
 
     def lean(rows: Tensor) -> Tensor:
-        return fused.LinearCrossEntropy.apply(rows, weight.to(rows), bias.to(rows), targets)  # type: ignore[return-value]
+        return fused_parts.LinearCrossEntropy.apply(rows, weight.to(rows), bias.to(rows), targets)  # type: ignore[return-value]
 
     others: dict[str, Function] = {"fused": lean}
     if hasattr(nn, "LinearCrossEntropyOptions"):  # PyTorch 2.13
@@ -193,7 +193,7 @@ def _cross_entropy() -> tuple[list[Tensor], Function, dict[str, Function]]:
         others["PyTorch's own"] = lambda rows: functional.linear_cross_entropy(
             rows, weight.to(rows), targets, linear_bias=bias.to(rows), reduction="sum", options=options
         )
-    if DEVICE.type == "cuda" and (liger := fused.liger_cross_entropy()) is not None:
+    if DEVICE.type == "cuda" and (liger := fused_parts.liger_cross_entropy()) is not None:
         others["liger-kernel"] = lambda rows: liger(rows, weight.to(rows), targets, bias.to(rows))
     return [seeded(ROWS, WIDTH)], plain, others
 

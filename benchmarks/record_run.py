@@ -60,7 +60,7 @@ def gallery(accuracy: dict, path: Path, count: int = 8, seed: int = 1) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--alignment-check", type=Path, help="folder that pointalign.alignment_check wrote")
+    parser.add_argument("--alignment-check", type=Path, help="folder that experiments.alignment_check wrote")
     parser.add_argument("--ship", action="store_true", help="make it the shipped stage-1 checkpoint")
     options = parser.parse_args()
     accuracy = json.loads((options.run / "accuracy.json").read_text())

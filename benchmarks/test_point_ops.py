@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pointalign.models.folded_pointnet import fold_pointnet
+from pointalign.models.point_encoder import fold_pointnet
 from pointalign_kernels import farthest_point_sample, group_points, point_ops, reference
 
 RESULTS = Path(__file__).parent / "results"

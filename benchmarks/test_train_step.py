@@ -16,11 +16,12 @@ import torch
 from conftest import synchronize
 from torch import Tensor, nn
 
-from pointalign import fused, memory, quantization, stages
+from pointalign import build
 from pointalign.alignment import AlignmentConfig
-from pointalign.data.packing import pack
+from pointalign.data.collator import pack
+from pointalign.efficient import fused_parts, memory, quantization
+from pointalign.efficient.varlen_attention import choose_attention
 from pointalign.models import PointAlignForConditionalGeneration
-from pointalign.models.attention import choose_attention
 from pointalign.options import ModelOptions
 from pointalign.trainer import AlignedModel
 
@@ -76,7 +77,7 @@ D8 = D7._replace(name="d8: + lean LoRA", parts=(*D7.parts, "lora"))
 D9 = D8._replace(name="d9: + merged products", parts=(*D8.parts, "merged"))
 D10 = D9._replace(name="d10: + no checkpointing", checkpointing=False)
 D11 = D10._replace(name="d11: + dequantised once", dequantize_once=True)
-E = D11._replace(name="e: everything", parts=fused.PARTS, alignment="auto")
+E = D11._replace(name="e: everything", parts=fused_parts.PARTS, alignment="auto")
 ROWS = [
     Row(
         "a: the release's way",
@@ -182,7 +183,7 @@ def inputs_of(row: Row, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
     return [{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in one.items()} for one in found]
 
 
-def build(row: Row, config: Any, rank: int) -> AlignedModel:
+def build_row(row: Row, config: Any, rank: int) -> AlignedModel:
     text = quantization.random_language_model(config, row.quantization, torch.bfloat16, DEVICE)
     if row.dequantize_once:
         quantization.dequantize(text)
@@ -190,8 +191,8 @@ def build(row: Row, config: Any, rank: int) -> AlignedModel:
     model = PointAlignForConditionalGeneration.from_language_model(text, "minigpt3d-phi2" if CUDA else "mini")
     targets = row.targets if isinstance(row.targets, str) else list(row.targets)
     options = ModelOptions(lora_rank=rank, lora_alpha=16, lora_dropout=0.05, lora_targets=targets)
-    stages.add_adapters(model, options)
-    stages.set_trainable(model, ["lora"])
+    build.add_adapters(model, options)
+    build.set_trainable(model, ["lora"])
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # both halves, or half of the gradients would be zero
@@ -231,11 +232,11 @@ def full_logits(model: Any) -> Callable[..., Tensor]:
 @contextmanager
 def prepared(row: Row, config: Any, rank: int) -> Iterator[tuple[AlignedModel, Callable[[dict[str, Tensor]], Tensor]]]:
     """A row's model, and `loss(batch)` that leaves gradients."""
-    aligned = build(row, config, rank)
+    aligned = build_row(row, config, rank)
     if row.full_logits:
         aligned.model.__dict__["_supervised_loss"] = full_logits(aligned.model)
     with ExitStack() as stack:
-        stack.enter_context(fused.applied(aligned.model, row.parts))
+        stack.enter_context(fused_parts.applied(aligned.model, row.parts))
         if row.compiled:
             for layer in aligned.model.get_decoder().layers:  # block by block: the hook stays outside
                 layer.__dict__["forward"] = torch.compile(layer.forward, dynamic=True)
@@ -394,7 +395,7 @@ def test_the_papers_batches(benchmark, record):
 @pytest.mark.parametrize("part", [False, True], ids=["apart", "onto-the-residual"])
 def test_outputs_onto_the_residual(benchmark, record, part):
     """The part `residual`, with Phi-2's residual dropout taken out: with it, the part has nothing to take over."""
-    parts = tuple(one for one in fused.PARTS if part or one != "residual")
+    parts = tuple(one for one in fused_parts.PARTS if part or one != "residual")
     row = E._replace(name=f"e without residual dropout, {'with' if part else 'without'} residual", parts=parts)
     config = text_config()
     config.resid_pdrop = 0.0

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pointalign_kernels import alignment_ops, alignment_triton
+from pointalign_kernels import alignment, alignment_triton
 
 HIDDEN, FEATURES = 2560, 768
 ROWS = (128, 256, 512, 1024)
@@ -75,8 +75,8 @@ def launch_step(rows: int, parameters: torch.dtype) -> None:
     biases = [torch.empty(1, shape[0], dtype=parameters) for shape in shapes]
     hidden = torch.empty(1, rows, HIDDEN, dtype=torch.bfloat16)
     target = torch.empty(rows, FEATURES, dtype=torch.bfloat16)
-    _, dy, pre, act, *copies = alignment_ops.alignment_forward(hidden, target, weights, biases, torch.bfloat16)
-    alignment_ops.alignment_backward(torch.ones(1), hidden, dy, pre, act, weights, biases, *copies, True, True)
+    _, dy, pre, act, *copies = alignment.alignment_forward(hidden, target, weights, biases, torch.bfloat16)
+    alignment.alignment_backward(torch.ones(1), hidden, dy, pre, act, weights, biases, *copies, True, True)
 
 
 def main() -> None:

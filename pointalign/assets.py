@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pointalign.locking import lock
+from pointalign.storage import lock
 
 STAMP = ".complete.json"
 LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
@@ -107,22 +107,22 @@ def furniture(fold: int | None = None) -> Path:
 
     Raises: ValueError: there is no such fold.
     """
-    data = Path(__file__).parent / "data" / "furniture_data"
+    data = Path(__file__).parent / "embedded" / "furniture_data"
     committed = hashlib.sha256((data / "splits.json").read_bytes() + (data / "names.json").read_bytes()).hexdigest()
     folder = _asset("furniture", SWEETHOME3D, f"{FURNITURE_FORMAT} {committed}", _build_furniture)
     return folder if fold is None else _fold(folder, fold)
 
 
 def _fold(folder: Path, fold: int) -> Path:
-    from . import checkpointing
-    from .data.furniture import FOLDS, write_fold
+    from pointalign import storage
+    from pointalign.embedded.catalogue import FOLDS, write_fold
 
     if not 0 <= fold < FOLDS:
         raise ValueError(f"fold {fold}: expected 0 to {FOLDS - 1}")
     made = folder / "folds" / str(fold)
     with lock(folder.with_name(folder.name + ".lock")):
         if not made.exists():
-            with checkpointing.replacing(made) as temporary:
+            with storage.replacing(made) as temporary:
                 write_fold(folder, fold, temporary)
     return made
 
@@ -292,7 +292,7 @@ def _extract_wordnet(package: Path, folder: Path) -> None:
 def _build_furniture(package: Path, folder: Path) -> None:
     from tqdm import tqdm
 
-    from .data.furniture import build_furniture
+    from pointalign.embedded.catalogue import build_furniture
 
     catalogues = folder.parent / "catalogues"
     catalogues.mkdir()

@@ -38,7 +38,7 @@ def chat(options: argparse.Namespace) -> int:
     clouds = [load_point_cloud(path, up_axis=options.up_axis) for path in options.files]
     import torch
 
-    from pointalign.stages import load_for_inference
+    from pointalign.build import load_for_inference
 
     model, processor = load_for_inference(options.model)
     for path, cloud in zip(options.files, clouds, strict=True):

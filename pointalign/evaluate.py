@@ -5,7 +5,6 @@ python -m pointalign.evaluate MODEL --task captioning --data val_200_GT.json --c
 python -m pointalign.evaluate compare A/evaluation.json B/evaluation.json
 python -m pointalign.evaluate judge ANSWERS.json --judge.base_url http://localhost:8000/v1 --judge.model M
 python -m pointalign.evaluate probe MODEL                      what the layers still know about the clouds
-python -m pointalign.evaluate ablation RECIPE --seeds 5        alignment against its controls
 python -m pointalign.evaluate report FOLDER                    the HTML report again, from the files
 """
 
@@ -13,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-COMMANDS = ("compare", "judge", "probe", "ablation", "report")
+COMMANDS = ("compare", "judge", "probe", "report")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,9 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments and arguments[0] in COMMANDS else "evaluate"
-    run = {"compare": compare, "judge": judge, "probe": probe, "ablation": ablation, "report": report}.get(
-        command, evaluate
-    )
+    run = {"compare": compare, "judge": judge, "probe": probe, "report": report}.get(command, evaluate)
     try:
         run(arguments[1:] if command != "evaluate" else arguments)
     except (ValueError, OSError) as error:
@@ -44,25 +41,27 @@ def _parser(usage: str):
 
 
 def evaluate(arguments: list[str]) -> None:
-    from pointalign.evaluation import runs
+    from pointalign.evaluation import results
     from pointalign.evaluation.answering import Generation
     from pointalign.evaluation.judge import JudgeOptions, judge_tasks
     from pointalign.evaluation.report import write_report
 
     parser = _parser("[MODEL] [--task T [T ...]] [--data D] [--generation.*] [--judge.*]")
     parser.add_argument("model", nargs="?", default=None, help="a model's folder, a run's folder, or a stage file")
-    parser.add_class_arguments(runs.EvaluationOptions)
+    parser.add_class_arguments(results.EvaluationOptions)
     parser.add_class_arguments(Generation, "generation")
     parser.add_class_arguments(JudgeOptions, "judge")
     built = parser.instantiate(parser.parse_args(_lists(arguments, ("task", "prompts", "inputs", "sentence_models"))))
-    options = runs.EvaluationOptions(**{name: built[name] for name in runs.EvaluationOptions.__dataclass_fields__})
+    options = results.EvaluationOptions(
+        **{name: built[name] for name in results.EvaluationOptions.__dataclass_fields__}
+    )
     name = built.model
     if name is None:
-        from pointalign.evaluation.loading import shipped
+        from pointalign.build import shipped
 
         name = shipped()
-    result = runs.evaluate(name, options, built.generation)
-    print(runs.table(result))
+    result = results.evaluate(name, options, built.generation)
+    print(results.table(result))
     folder = Path(options.output)
     if built.judge.chosen:
         print(judge_tasks(folder, result, built.judge))
@@ -70,18 +69,18 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def compare(arguments: list[str]) -> None:
-    from pointalign import checkpointing
-    from pointalign.evaluation import runs
+    from pointalign import storage
+    from pointalign.evaluation import results
 
     parser = _parser("compare OURS/evaluation.json THEIRS/evaluation.json [--output FILE]")
     parser.add_argument("ours", type=str)
     parser.add_argument("theirs", type=str)
     parser.add_argument("--output", type=str, default=None, help="write the rows as JSON")
     built = parser.parse_args(arguments)
-    rows = runs.compare(Path(built.ours), Path(built.theirs))
-    print(runs.comparison_table(rows))
+    rows = results.compare(Path(built.ours), Path(built.theirs))
+    print(results.comparison_table(rows))
     if built.output:
-        checkpointing.write_json(Path(built.output), rows)
+        storage.write_json(Path(built.output), rows)
 
 
 def judge(arguments: list[str]) -> None:
@@ -100,25 +99,12 @@ def judge(arguments: list[str]) -> None:
 def probe(arguments: list[str]) -> None:
     from pointalign.evaluation.probe import ProbeOptions, probe_model
 
-    parser = _parser("probe [MODEL] [--data furniture|shapes] [--output FOLDER]")
+    parser = _parser("probe [MODEL] [--output FOLDER]")
     parser.add_argument("model", nargs="?", default=None)
     parser.add_class_arguments(ProbeOptions)
     built = parser.parse_args(arguments)
     options = ProbeOptions(**{name: built[name] for name in ProbeOptions.__dataclass_fields__})
     print(probe_model(built.model, options))
-
-
-def ablation(arguments: list[str]) -> None:
-    from pointalign.evaluation.ablation import run_ablation
-
-    parser = _parser("ablation RECIPE [--seeds N] [--fold K --checkpoint STAGE] [--output FOLDER]")
-    parser.add_argument("recipe", type=str, help="a YAML file or the name of a shipped one")
-    parser.add_argument("--seeds", type=int, default=None, help="paired seeds of the arms that name none")
-    parser.add_argument("--output", type=str, default=None)
-    parser.add_argument("--fold", type=int, default=None, help="hold out this fold of the embedded families, 0 to 4")
-    parser.add_argument("--checkpoint", type=str, default=None, help="where every arm starts; trained under that fold")
-    built = parser.parse_args(arguments)
-    print(run_ablation(built.recipe, built.seeds, built.output, built.fold, built.checkpoint))
 
 
 def report(arguments: list[str]) -> None:

@@ -16,20 +16,21 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pointalign import checkpointing
+from pointalign import storage
+from pointalign.data.dataset import find_cloud, make_datasets
+from pointalign.efficient.training_form import FROZEN, frozen_parts
+from pointalign.options import Options, parse
 
 FORMAT = 1
 SHARD_SIZE = 4096
-FROZEN = ("point_encoder", "point_mlp", "qformer")  # and query_tokens, a parameter, or query_experts
 TRAINABLE = (*FROZEN, "qformer_lora", "query_tokens", "query_experts")  # what of it `model.train` can name
 
 
@@ -59,11 +60,6 @@ def fingerprint(model: Any, extractor: Any) -> str:
         values = values.float() if values.is_floating_point() else values
         digest.update(f"{name}{list(values.shape)}".encode() + values.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def frozen_parts(branch: Any) -> tuple[str, ...]:
-    """The modules of a `PointAlignModel` that a cache stands for."""
-    return FROZEN if branch.query_experts is None else (*FROZEN, "query_experts")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -143,17 +139,23 @@ class FeatureCache:
         }
 
 
-@contextmanager
-def without_point_branch(model: Any) -> Iterator[None]:
-    """Within the block the frozen point branch is not part of the model: neither moved to a device nor run."""
-    parts = {name: getattr(model.model, name).to("cpu") for name in frozen_parts(model.model)}
-    for name in parts:
-        setattr(model.model, name, nn.Module())
-    try:
-        yield
-    finally:
-        for name, part in parts.items():
-            setattr(model.model, name, part)
+def open_cache(model: Any, extractor: Any, options: Options) -> FeatureCache | None:
+    """The feature cache of `--data.feature_cache`, checked against the model and the preprocessing at hand.
+
+    Raises:
+        ValueError: it is stale or not complete, or a part of the point branch trains that it stands for.
+    """
+    if options.data.feature_cache is None:
+        return None
+    trained = sorted({*TRAINABLE} & {*options.model.train})
+    if trained:
+        raise ValueError(
+            f"data.feature_cache holds features of a frozen point branch, but model.train has {trained[0]}"
+        )
+    if options.training.contrastive_steps:
+        raise ValueError("training.contrastive_steps trains the point branch that data.feature_cache stands for")
+    encoder = options.alignment.target == "encoder"
+    return FeatureCache(options.data.feature_cache, fingerprint(model, extractor), encoder)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -198,8 +200,8 @@ def write(
                 f"{folder} holds another cache (its {', '.join(changed)} differ): give an empty folder, or remove it"
             )
     elif rank == 0:
-        checkpointing.write_json(folder / "objects.json", objects)
-        checkpointing.write_json(folder / "index.json", index)
+        storage.write_json(folder / "objects.json", objects)
+        storage.write_json(folder / "index.json", index)
     done = 0
     for shard in range(rank, math.ceil(len(objects) / shard_size), world):
         wanted = [name for name in names if not _shard(folder, name, shard).exists()]
@@ -219,7 +221,7 @@ def write(
                 rows[name].append(half)
             progress(len(batch))
         for name in wanted:
-            with checkpointing.replacing(_shard(folder, name, shard)) as temporary, temporary.open("wb") as file:
+            with storage.replacing(_shard(folder, name, shard)) as temporary, temporary.open("wb") as file:
                 np.save(file, np.concatenate(rows[name]))
         done += len(ids)
     return done
@@ -251,10 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from tqdm import tqdm
 
-    from pointalign import stages
-    from pointalign.data.dataset import find_cloud
-    from pointalign.options import parse
-    from pointalign.train import make_datasets
+    from pointalign import build
 
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -264,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
         datasets = make_datasets(options)
         objects = sorted({one for part in datasets for ids in part.conversations.object_ids for one in ids})
         clouds = datasets[0].clouds
-        model, processor = stages.build(options.model, options.data, point_branch_only=True)
+        model, processor = build.build_model(options.model, options.data, point_branch_only=True)
         device = torch.device("cpu")
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

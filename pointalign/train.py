@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pointalign.options import DataOptions, Options
+    from pointalign.options import Options
 
 OWN_LOGS = os.environ.get("TENSORBOARD_LOGGING_DIR")  # where the user wants them, if said
 
@@ -45,7 +45,9 @@ def keep_freed_memory() -> None:
 
 def run(options: "Options") -> int:
     """Train as the options say. Returns the exit status: 0, or 130 after Ctrl-C."""
-    from pointalign import checkpointing, lean, stages
+    from pointalign import build, stage_file, storage
+    from pointalign.efficient.training_form import training_form
+    from pointalign.evaluation.naming import HeldOutNaming
     from pointalign.evaluation.plots import loss_curves
     from pointalign.trainer import checkpoints
 
@@ -54,20 +56,20 @@ def run(options: "Options") -> int:
     trainer, model, processor = make_trainer(options)
     main_process = trainer.is_world_process_zero()
     if main_process:
-        checkpointing.write_json(folder / "options.json", describe(options))
+        storage.write_json(folder / "options.json", describe(options))
     evaluation = None
     if options.data.evaluate != "none" and main_process:
-        evaluation = Evaluation(options.data, folder)
+        evaluation = HeldOutNaming(options.data.fold, options.data.evaluate, folder)
     if options.training.contrastive_steps:
         warmed = (Path(resume).parent if resume else folder) / "warm-up.safetensors"
         if not resume:
             warm_up(model, processor, options)
-            stages.save_stage(model, warmed, describe(options))
-        stages.load_stage(model, warmed)  # of what froze since, a checkpoint knows nothing
+            stage_file.save_stage(model, warmed, describe(options))
+        stage_file.load_stage(model, warmed)  # of what froze since, a checkpoint knows nothing
     if evaluation is not None and options.model.checkpoint is not None:
         evaluation.before(model, processor)
 
-    with lean.training_form(model, options):
+    with training_form(model, options):
         trainer.train(resume_from_checkpoint=resume)
     whole = trainer.whole_state()
     if not main_process:
@@ -81,16 +83,16 @@ def run(options: "Options") -> int:
         return 130
 
     if whole is not None:  # this process trained shards: save from a model in one piece
-        model, processor = stages.build(options.model, options.data)
-        own = checkpointing.stage_state(model)
+        model, processor = build.build_model(options.model, options.data)
+        own = stage_file.stage_state(model)
         for name, tensor in own.items():
             tensor.copy_(whole[f"model.{name}"])
     loss_curves(trainer.state.log_history, folder / "loss.png", options.alignment.weight)
     last = next((entry for entry in reversed(trainer.state.log_history) if "ntp_loss" in entry), None)
     description = describe(options) | {"steps": trainer.state.global_step, "last_log": last}
-    stages.save_stage(model, folder / stages.STAGE_FILE, description)
-    stages.export(model, processor, folder / "model")
-    written = {"loss curves": "loss.png", "stage checkpoint": stages.STAGE_FILE, "model": "model"}
+    stage_file.save_stage(model, folder / stage_file.STAGE_FILE, description)
+    build.export(model, processor, folder / "model")
+    written = {"loss curves": "loss.png", "stage checkpoint": stage_file.STAGE_FILE, "model": "model"}
     if evaluation is not None:
         evaluation.after(folder / "model")
         written |= {"accuracy": "accuracy.json", "answers": "answers.md"}
@@ -103,11 +105,13 @@ def run(options: "Options") -> int:
 
 def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
     """Trainer, model and processor for the options; the data is checked first, so that nothing bad is found later."""
-    from pointalign import lean, memory, stages
+    from pointalign import build, stage_file
     from pointalign.data.check import check
-    from pointalign.data.collator import ConversationCollator
-    from pointalign.data.mixture import MixtureCollator, MixtureDataset
-    from pointalign.data.packing import TokenBudgetSampler, token_counts
+    from pointalign.data.collator import ConversationCollator, TokenBudgetSampler, token_counts
+    from pointalign.data.dataset import MixtureCollator, MixtureDataset, make_datasets
+    from pointalign.efficient import memory
+    from pointalign.efficient.training_form import training_form
+    from pointalign.feature_cache import open_cache
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
     data, training, mixture = options.data, options.training, options.data.mixture
@@ -133,10 +137,10 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
     if options.alignment.span == "release" and data.packing:
         raise ValueError("alignment.span=release is a place of padded rows: no data.packing")
     if data.annotations is None:
-        stages.require_fold(options.model.checkpoint, data.fold)
+        stage_file.require_fold(options.model.checkpoint, data.fold)
     datasets = make_datasets(options)
-    model, processor = stages.build(options.model, data)
-    features = lean.open_cache(model, processor.feature_extractor, options)
+    model, processor = build.build_model(options.model, data)
+    features = open_cache(model, processor.feature_extractor, options)
     for one in datasets:
         if features is None:
             report = check(one, processor.feature_extractor.min_points, data.skip_bad)
@@ -156,8 +160,8 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
         ratios, sizes = [one.ratio for one in mixture], [one.batch_size for one in mixture]
         dataset = MixtureDataset(datasets, ratios, sizes, num_batches, training.seed)
         collator = MixtureCollator(collator)
-    with lean.training_form(model, options) as parts:
-        budget = None if training.fsdp else lean.plan_memory(aligned, dataset, collator, options)
+    with training_form(model, options) as parts:
+        budget = None if training.fsdp else memory.plan_memory(aligned, dataset, collator, options)
     sampler = None
     if data.pack_tokens:
         lengths = token_counts(processor, datasets[0].conversations, data.max_length)
@@ -182,28 +186,6 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
         batch_sampler=sampler,
     )
     return trainer, model, processor
-
-
-def make_datasets(options: "Options") -> list[Any]:
-    """The data set, or one for every part of the mixture."""
-    from pointalign.data.dataset import ConversationDataset
-
-    annotations, clouds = data_paths(options)
-    parts = [(one.annotations or annotations, one.types) for one in options.data.mixture]
-    parts = parts or [(annotations, options.data.types)]
-    read_clouds = options.data.feature_cache is None
-    return [ConversationDataset(path, clouds, types, options.data.up_axis, read_clouds) for path, types in parts]
-
-
-def data_paths(options: "Options") -> tuple[Path, Path | list[Path]]:
-    """Annotation file and folders of clouds: the user's, or the embedded objects'."""
-    clouds = options.data.clouds
-    if options.data.annotations is not None and clouds is not None:
-        return Path(options.data.annotations), [Path(one) for one in ([clouds] if isinstance(clouds, str) else clouds)]
-    from pointalign import assets
-
-    furniture = assets.furniture(options.data.fold)
-    return furniture / "annotations" / "train.json", furniture / "clouds"
 
 
 def run_folder(options: "Options") -> Path:
@@ -243,7 +225,8 @@ def describe(options: "Options") -> dict[str, Any]:
     import torch
     import transformers
 
-    from pointalign import checkpointing
+    from pointalign import storage
+    from pointalign.data.dataset import data_paths
 
     values = {one.name: (getattr(options.training, one.name), one.default) for one in fields(options.training)}
     changed = {name: value for name, (value, default) in values.items() if value != default}
@@ -258,7 +241,7 @@ def describe(options: "Options") -> dict[str, Any]:
         "fused_parts": options.fused_parts,
         "versions": versions,
         "data_sha256": file_hash(data_paths(options)[0]),
-        "commit": checkpointing.commit(),
+        "commit": storage.commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
     }
     return json.loads(json.dumps(described, default=str))
@@ -271,11 +254,12 @@ def file_hash(path: Path) -> str:
 
 
 def warm_up(model: Any, processor: Any, options: "Options") -> None:
-    from pointalign import assets, contrastive
+    from pointalign import assets
+    from pointalign.embedded import warm_up
     from pointalign.evaluation.naming import load_objects
 
     objects = load_objects(assets.furniture(options.data.fold), "train")
-    contrastive.warm_up(
+    warm_up.warm_up_point_branch(
         model,
         processor,
         objects.clouds,
@@ -285,65 +269,6 @@ def warm_up(model: Any, processor: Any, options: "Options") -> None:
         options.training.contrastive_learning_rate,
         options.training.device,
     )
-
-
-class Evaluation:
-    """Held-out objects before and after training, beside the baselines; and ten questions with their answers."""
-
-    def __init__(self, data: "DataOptions", folder: Path):
-        from pointalign import assets
-        from pointalign.evaluation import naming
-
-        objects = assets.furniture(data.fold)
-        self.split, self.folder = data.evaluate, folder
-        self.held_out = naming.load_objects(objects, self.split)
-        self.training = naming.load_objects(objects, "train")
-        self.results: dict[str, Any] = {}
-
-    def before(self, model: Any, processor: Any) -> None:
-        from pointalign.evaluation import naming
-
-        answers = naming.name_all(model, processor, self.held_out.clouds, "naming before training")
-        self.results["model before training"] = naming.correct(answers, self.held_out)
-
-    def after(self, exported: Path) -> None:
-        """Evaluate the model as it was written, not as it stood in memory."""
-        import numpy as np
-
-        from pointalign import checkpointing
-        from pointalign.evaluation import baselines, naming, samples
-        from pointalign.stages import load_for_inference
-
-        model, processor = load_for_inference(exported)
-        clouds = self.held_out.clouds
-        inputs = {
-            "model": clouds,
-            "model, random yaw": baselines.random_yaw(clouds),
-            "model, shuffled clouds": [clouds[i] for i in naming.shuffled(len(clouds))],
-        }
-        answers = {name: naming.name_all(model, processor, given, name) for name, given in inputs.items()}
-        self.results |= {name: naming.correct(given, self.held_out) for name, given in answers.items()}
-        self.results |= naming.controls(self.held_out, self.training)
-        known = np.isin(self.held_out.nouns, self.training.nouns)
-        report = naming.report(self.results, self.held_out.families, known)
-        per_object = [
-            {
-                "object_id": record["object_id"],
-                "family": record["family"],
-                "truth": record["head_noun"],
-                "noun_in_training": bool(known[row]),
-                "answer": answers["model"][row],
-                "right": [name for name, correct in self.results.items() if correct[row]],
-            }
-            for row, record in enumerate(self.held_out.records)
-        ]
-        checkpointing.write_json(
-            self.folder / "accuracy.json", {"split": self.split} | report.as_dict() | {"objects": per_object}
-        )
-        print(f"\n{self.split} objects, never seen in training; 95 % intervals clustered by family\n{report.table()}\n")
-        text = samples.ask_ten(model, processor, self.held_out)
-        (self.folder / "answers.md").write_text(text)
-        print(text)
 
 
 if __name__ == "__main__":

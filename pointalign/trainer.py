@@ -1,5 +1,6 @@
 """The two losses under `transformers.Trainer`: normalised alike, logged apart, saved whole and resumed exactly."""
 
+import math
 import resource
 import shutil
 import signal
@@ -9,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pointalign import checkpointing
+from pointalign import storage
 from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens, release_span
-from pointalign.memory import device_used_bytes
+from pointalign.efficient.memory import device_used_bytes
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
-from pointalign.schedule import published_schedule
 
 # What a point branch learns before the projectors: these parameters may have a learning rate of their own.
 POINT_PARTS = tuple(f"model.model.{part}" for part in ("point_encoder", "point_mlp", "qformer", "query_tokens"))
@@ -269,43 +271,43 @@ class PointAlignTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        state = checkpointing.training_state(self.accelerator.unwrap_model(self.model))
+        state = storage.training_state(self.accelerator.unwrap_model(self.model))
         if self.is_fsdp_enabled:  # this process holds shards; the first one was handed the whole
             if not self.args.should_save:
                 return
             assert state_dict is not None
             state = {name: state_dict[name] for name in state}
-        checkpointing.write_tensors(folder / "model.safetensors", state)
+        storage.write_tensors(folder / "model.safetensors", state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.accelerator.unwrap_model(model or self.model)
-        expected = set(checkpointing.training_state(target))
+        expected = set(storage.training_state(target))
         if self.is_fsdp_enabled:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-            state = checkpointing.read_tensors(Path(resume_from_checkpoint) / "model.safetensors", expected)
+            state = storage.read_tensors(Path(resume_from_checkpoint) / "model.safetensors", expected)
             set_model_state_dict(target, state, options=StateDictOptions(full_state_dict=True, strict=False))
             return
-        checkpointing.load_state(target, Path(resume_from_checkpoint) / "model.safetensors", expected)
+        storage.load_state(target, Path(resume_from_checkpoint) / "model.safetensors", expected)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
-            checkpointing.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
+            storage.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
-            checkpointing.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+            storage.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        checkpointing.save_random(Path(output_dir) / f"random_{self.args.process_index}")
+        storage.save_random(Path(output_dir) / f"random_{self.args.process_index}")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            checkpointing.load_random(Path(checkpoint) / f"random_{self.args.process_index}")
+            storage.load_random(Path(checkpoint) / f"random_{self.args.process_index}")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -360,3 +362,17 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def published_rate(step: int, steps: int, warmup_steps: int, warmup: float, peak: float, minimum: float) -> float:
+    """Linear from `warmup` to `peak`, then a cosine that counts the whole run, warm-up included, down to `minimum`."""
+    if step < warmup_steps:
+        return warmup + (peak - warmup) * step / warmup_steps
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+
+
+def published_schedule(
+    optimizer: Optimizer, steps: int, warmup_steps: int, warmup: float, peak: float, minimum: float
+) -> LambdaLR:
+    """A scheduler of `published_rate`, as a factor on each group's own rate."""
+    return LambdaLR(optimizer, lambda step: published_rate(step, steps, warmup_steps, warmup, peak, minimum) / peak)

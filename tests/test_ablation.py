@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from pointalign import evaluate, stages
-from pointalign.evaluation import ablation, arms, comparison, few_shot, material, representations, statistics
-from pointalign.evaluation.arms import Arm, ArmLoss, Schedule, train_arm, training_batch
-from pointalign.evaluation.material import Material
-from pointalign.evaluation.representations import linear_cka, point_states, ridge_probe, similarity
+from experiments.ablation import ablation, arms, comparison, few_shot
+from experiments.ablation.arms import Arm, ArmLoss, Schedule, train_arm, training_batch
+from pointalign import build, evaluate
+from pointalign.evaluation import objects, probe, statistics
+from pointalign.evaluation.objects import Material
+from pointalign.evaluation.probe import linear_cka, point_states, ridge_probe, similarity
 from pointalign.options import ModelOptions
 
 
@@ -40,8 +41,8 @@ def made(count: int = 12, seed: int = 0) -> Material:
 def adapted(seed: int = 0):
     model = tiny_model()
     torch.manual_seed(seed)
-    stages.add_adapters(model, ModelOptions(lora_rank=4, lora_alpha=8, lora_dropout=0.1))
-    stages.set_trainable(model, ["lora", "modality_projector"])
+    build.add_adapters(model, ModelOptions(lora_rank=4, lora_alpha=8, lora_dropout=0.1))
+    build.set_trainable(model, ["lora", "modality_projector"])
     return model
 
 
@@ -170,10 +171,10 @@ arms:
 
 def test_an_ablation_resumes_and_compares_pairs(processor, tmp_path, monkeypatch, capsys):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    monkeypatch.setattr(representations, "FIT_STEPS", 5)
+    monkeypatch.setattr(probe, "FIT_STEPS", 5)
     monkeypatch.setattr(statistics, "RESAMPLES", 500)
-    monkeypatch.setattr(stages, "build", lambda options, data: (adapted(), processor))
-    monkeypatch.setattr(material, "load", lambda *given: (made(20), made(9, seed=1)))
+    monkeypatch.setattr(build, "build_model", lambda options, data: (adapted(), processor))
+    monkeypatch.setattr(objects, "load", lambda *given: (made(20), made(9, seed=1)))
     command = ["ablation", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")]
     original, runs = ablation.run_arm, []
 
@@ -207,8 +208,8 @@ def test_an_ablation_resumes_and_compares_pairs(processor, tmp_path, monkeypatch
 
 def test_processes_share_the_runs_of_an_ablation(processor, tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    monkeypatch.setattr(stages, "build", lambda options, data: (adapted(), processor))
-    monkeypatch.setattr(material, "load", lambda *given: (made(20), made(9, seed=1)))
+    monkeypatch.setattr(build, "build_model", lambda options, data: (adapted(), processor))
+    monkeypatch.setattr(objects, "load", lambda *given: (made(20), made(9, seed=1)))
     monkeypatch.setattr(ablation, "summarise", lambda folder, recipe: "")
     runs: list[tuple[str, int]] = []
 
@@ -251,7 +252,7 @@ def test_a_decoder_from_nothing_keeps_the_point_branch(clouds):
 
 
 def test_a_rerun_gives_the_same_numbers(processor, monkeypatch):
-    monkeypatch.setattr(representations, "FIT_STEPS", 20)
+    monkeypatch.setattr(probe, "FIT_STEPS", 20)
     recipe = ablation.Recipe(
         schedule=Schedule(steps=2, batch_size=4), arms={"no alignment": Arm(weight=0.0), "a": Arm()}
     )
@@ -383,4 +384,4 @@ def test_an_arm_that_differs_is_named_even_where_alignment_does_not(monkeypatch)
 
 
 def test_probes_are_fitted_on_objects_from_everywhere():
-    assert material.evenly(10, 4) == [0, 3, 6, 9] and material.evenly(3, None) == material.evenly(3, 9) == [0, 1, 2]
+    assert objects.evenly(10, 4) == [0, 3, 6, 9] and objects.evenly(3, None) == objects.evenly(3, 9) == [0, 1, 2]

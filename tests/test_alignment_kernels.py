@@ -29,7 +29,7 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a GPU these run through test_alignment_interpreted.py", allow_module_level=True)
 kernels = pytest.importorskip("pointalign_kernels.alignment_triton", reason="the fused kernels need triton")
-ops = importlib.import_module("pointalign_kernels.alignment_ops")
+ops = importlib.import_module("pointalign_kernels.alignment")
 
 
 def problem(sizes=SMALL, dtype=torch.float32, layers=None, shared=False, seed=0) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ import pytest
 from made_catalogue import make_catalogue, make_deb
 
 from pointalign import assets
-from pointalign.data import furniture
+from pointalign.embedded import catalogue
 
 CONTENT = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}"}
 CONTENT |= {"tokenizer_config.json": "{}", "vocab.txt": "a\nb\n"}
@@ -147,14 +147,14 @@ def package(tmp_path, monkeypatch):
     """A made Debian package with one object in place of the real one."""
     folder = tmp_path / "catalogues"
     folder.mkdir()
-    entries = [make_catalogue(folder / f"{name}.sh3f", []) for name in furniture.LICENSES if name != "Scopia"]
+    entries = [make_catalogue(folder / f"{name}.sh3f", []) for name in catalogue.LICENSES if name != "Scopia"]
     entries.append(make_catalogue(folder / "Scopia.sh3f", [{"id": "seat", "name": "Bar chair"}]))
     path = make_deb(tmp_path / assets.SWEETHOME3D.file, entries)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(assets, "SWEETHOME3D", dataclasses.replace(assets.SWEETHOME3D, sha256=sha256))
     splits = tmp_path / "splits.json"
     splits.write_text(json.dumps({"made-up-seat": {"family": "somebody-bar-chair", "split": "validation"}}))
-    monkeypatch.setattr(furniture, "SPLIT_FILE", splits)
+    monkeypatch.setattr(catalogue, "SPLIT_FILE", splits)
     return path
 
 
@@ -163,7 +163,7 @@ def check_furniture(folder: Path) -> None:
     assert points.shape == (8192, 6) and points.dtype == np.float32
     (record,) = json.loads((folder / "objects.json").read_text())
     assert record["name"] == "bar chair" and record["license"] == "CC-BY-3.0"
-    counts = [len(json.loads((folder / "annotations" / f"{s}.json").read_text())) for s in furniture.SPLITS]
+    counts = [len(json.loads((folder / "annotations" / f"{s}.json").read_text())) for s in catalogue.SPLITS]
     assert counts[0] == counts[2] == 0 and counts[1] >= 6
 
 

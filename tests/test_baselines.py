@@ -4,7 +4,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from pointalign.data.point_cloud import normalise, subsample
-from pointalign.evaluation.baselines import majority, nearest_by_chamfer, random_yaw
+from pointalign.evaluation.naming import majority, nearest_by_chamfer, random_yaw
 
 
 def test_majority():

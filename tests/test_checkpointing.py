@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pointalign import checkpointing
+from pointalign import storage
 
 
 def hidden_files(folder) -> list[str]:
@@ -18,12 +18,12 @@ def hidden_files(folder) -> list[str]:
 
 def test_a_file_is_replaced_only_by_a_complete_one(tmp_path):
     target = tmp_path / "deep" / "value.json"
-    checkpointing.write_json(target, {"a": 1})
-    with pytest.raises(OSError, match="disk is full"), checkpointing.replacing(target) as temporary:
+    storage.write_json(target, {"a": 1})
+    with pytest.raises(OSError, match="disk is full"), storage.replacing(target) as temporary:
         temporary.write_text("half")
         raise OSError("disk is full")
     assert json.loads(target.read_text()) == {"a": 1} and hidden_files(target.parent) == []
-    with pytest.raises(KeyboardInterrupt), checkpointing.replacing(tmp_path / "new") as temporary:
+    with pytest.raises(KeyboardInterrupt), storage.replacing(tmp_path / "new") as temporary:
         temporary.mkdir()
         raise KeyboardInterrupt
     assert not (tmp_path / "new").exists() and hidden_files(tmp_path) == []
@@ -32,7 +32,7 @@ def test_a_file_is_replaced_only_by_a_complete_one(tmp_path):
 def test_a_folder_is_replaced_whole(tmp_path):
     target = tmp_path / "model"
     for name in ("old", "new"):
-        with checkpointing.replacing(target) as temporary:
+        with storage.replacing(target) as temporary:
             temporary.mkdir()
             (temporary / name).touch()
     assert [one.name for one in target.iterdir()] == ["new"] and hidden_files(tmp_path) == []
@@ -41,7 +41,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
 def test_leftovers_of_a_killed_run_do_not_mix_in(tmp_path):
     (tmp_path / ".model.incomplete").mkdir()
     (tmp_path / ".model.incomplete" / "stale").touch()
-    with checkpointing.replacing(tmp_path / "model") as temporary:
+    with storage.replacing(tmp_path / "model") as temporary:
         temporary.mkdir()
     assert list((tmp_path / "model").iterdir()) == []
 
@@ -55,16 +55,16 @@ def test_training_state_is_what_training_changes():
     model = network()
     model[0].requires_grad_(False)
     names = {"1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked", "2.weight", "2.bias"}
-    assert set(checkpointing.training_state(model)) == names
+    assert set(storage.training_state(model)) == names
     model[1].requires_grad_(False)
-    assert set(checkpointing.training_state(model)) == {"2.weight", "2.bias"}
+    assert set(storage.training_state(model)) == {"2.weight", "2.bias"}
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path):
     model, other = network(0), network(1)
     model(torch.randn(5, 3))
-    checkpointing.write_tensors(tmp_path / "model.safetensors", checkpointing.training_state(model))
-    checkpointing.load_state(other, tmp_path / "model.safetensors", set(model.state_dict()))
+    storage.write_tensors(tmp_path / "model.safetensors", storage.training_state(model))
+    storage.load_state(other, tmp_path / "model.safetensors", set(model.state_dict()))
     assert all(torch.equal(other.state_dict()[name], one) for name, one in model.state_dict().items())
 
 
@@ -83,18 +83,18 @@ def test_nothing_is_loaded_in_part(spoil, message, tmp_path):
     save_file(state, tmp_path / "bad.safetensors")
     before = {name: one.clone() for name, one in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        checkpointing.load_state(model, tmp_path / "bad.safetensors", set(before))
+        storage.load_state(model, tmp_path / "bad.safetensors", set(before))
     assert all(torch.equal(model.state_dict()[name], one) for name, one in before.items())
 
 
 def test_a_missing_or_truncated_file_is_named(tmp_path):
     path = tmp_path / "state.safetensors"
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        checkpointing.load_state(network(), path, set())
+        storage.load_state(network(), path, set())
     save_file(network().state_dict(), path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"state.safetensors is not a complete safetensors file"):
-        checkpointing.load_state(network(), path, set(network().state_dict()))
+        storage.load_state(network(), path, set(network().state_dict()))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
@@ -118,11 +118,11 @@ def test_an_optimizer_goes_on_where_it_stopped(kind, tmp_path):
     first = start()
     for x in inputs[:3]:
         step(*first, x)
-    checkpointing.save_optimizer(tmp_path, *first[1:])
-    checkpointing.write_tensors(tmp_path / "m.safetensors", first[0].state_dict())
+    storage.save_optimizer(tmp_path, *first[1:])
+    storage.write_tensors(tmp_path / "m.safetensors", first[0].state_dict())
     second = start()
-    checkpointing.load_state(second[0], tmp_path / "m.safetensors", set(first[0].state_dict()))
-    checkpointing.load_optimizer(tmp_path, *second[1:])
+    storage.load_state(second[0], tmp_path / "m.safetensors", set(first[0].state_dict()))
+    storage.load_optimizer(tmp_path, *second[1:])
     for x in inputs[3:]:
         step(*second, x)
     assert all(torch.equal(a, b) for a, b in zip(straight[0].parameters(), second[0].parameters(), strict=True))
@@ -141,10 +141,10 @@ def test_random_numbers_go_on_where_they_stopped(tmp_path):
 
     keep = random.getstate(), np.random.get_state(), torch.get_rng_state()
     draw()
-    checkpointing.save_random(tmp_path / "random_0")
+    storage.save_random(tmp_path / "random_0")
     expected = draw()
     draw()
-    checkpointing.load_random(tmp_path / "random_0")
+    storage.load_random(tmp_path / "random_0")
     assert draw() == expected
     random.setstate(keep[0])
     np.random.set_state(keep[1])
@@ -156,8 +156,8 @@ def test_only_safetensors_and_json_are_written(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
-    checkpointing.save_optimizer(tmp_path, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
-    checkpointing.save_random(tmp_path / "random_0")
+    storage.save_optimizer(tmp_path, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    storage.save_random(tmp_path / "random_0")
     assert sorted(one.name for one in tmp_path.iterdir()) == [
         "optimizer.json", "optimizer.safetensors", "random_0.json", "random_0.safetensors",
     ]  # fmt: skip
@@ -165,9 +165,9 @@ def test_only_safetensors_and_json_are_written(tmp_path):
 
 
 def test_the_commit_is_named_where_there_is_no_git(monkeypatch, tmp_path):
-    assert checkpointing.commit()
+    assert storage.commit()
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("POINTALIGN_COMMIT", "abc123")
-    assert checkpointing.commit() == "abc123"
+    assert storage.commit() == "abc123"
     monkeypatch.delenv("POINTALIGN_COMMIT")
-    assert checkpointing.commit() is None
+    assert storage.commit() is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pointalign.convert import main
+from pointalign.convert.__main__ import main
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 SIZES = ["--head-size", "4", "--num-groups", "8", "--group-size", "4"]
@@ -192,10 +192,10 @@ def test_each_option_alone(files, tmp_path, raw, capsys):
 
 
 def test_every_set_of_options_converts_or_says_which_is_missing(files, tmp_path, capsys, monkeypatch):
-    from pointalign import converted_folder, selftest
+    from pointalign.convert import write
 
-    monkeypatch.setattr(converted_folder, "write", lambda *_: None)  # absent parts have the published sizes
-    monkeypatch.setattr(selftest, "run", lambda _: {})
+    monkeypatch.setattr(write, "write", lambda *_: None)  # absent parts have the published sizes
+    monkeypatch.setattr(write, "run", lambda _: {})
     given = {"--llm": "phi", "--qformer": "blip2.pth", "--point-encoder": "point_model.pth"}
     given = [(flag, files / name) for flag, name in given.items()]
     given += [("--checkpoint", files / "stage3.pth"), ("--checkpoint", files / "experts.pth")]
@@ -237,7 +237,7 @@ def test_a_tensor_that_a_checkpoint_lacks_is_named(files, tmp_path, capsys, raw,
     path = made.save_container(tmp_path / "s.pth", {n: one for n, one in raw["stage"].items() if n != name})
     error = refused(files, tmp_path, capsys, path)
     assert "is missing" in error
-    from pointalign.published import translate
+    from pointalign.convert.tensors import translate
 
     assert translate("checkpoint", name)[0] in error
 

@@ -11,11 +11,26 @@ from conftest import CLOUDS, tiny_model
 
 from pointalign import evaluate
 from pointalign.data.modelnet import CLASSES, load_modelnet40
-from pointalign.evaluation import answering, report, runs
-from pointalign.evaluation.answering import Features, Generation, Journal, prompt_batch, with_input
-from pointalign.evaluation.geometry import PER_KIND, chosen, geometry_questions
-from pointalign.evaluation.likelihood import AnswerTree, answer_likelihoods
-from pointalign.evaluation.tasks import PROMPTS, Question, Task, annotated_objects, build_tasks
+from pointalign.evaluation import answering, report, results
+from pointalign.evaluation.answering import (
+    AnswerTree,
+    Features,
+    Generation,
+    Journal,
+    answer_likelihoods,
+    prompt_batch,
+    with_input,
+)
+from pointalign.evaluation.tasks import (
+    PER_KIND,
+    PROMPTS,
+    Question,
+    Task,
+    annotated_objects,
+    build_tasks,
+    chosen,
+    geometry_questions,
+)
 
 NAMES = sorted(path.name.removesuffix("_8192.npy") for path in CLOUDS.glob("*.npy"))
 
@@ -169,11 +184,11 @@ def test_compare_pairs_the_questions(tmp_path):
 
     ours = write(tmp_path / "a.json", [1.0] * 30 + [0.0] * 10)
     theirs = write(tmp_path / "b.json", [0.0] * 20 + [1.0] * 10 + [0.0] * 10)
-    [row] = runs.compare(ours, theirs)
+    [row] = results.compare(ours, theirs)
     assert row["mean"] == 0.5 and row["count"] == 40 and row["p"] < 0.001 and row["low"] < 0.5 < row["high"]
-    [back] = runs.compare(theirs, ours)
+    [back] = results.compare(theirs, ours)
     assert back["mean"] == -0.5 and back["p"] == row["p"]
-    [same] = runs.compare(ours, ours)
+    [same] = results.compare(ours, ours)
     assert same["mean"] == 0 and same["p"] == 1
     other = tmp_path / "c.json"
     other.write_text(json.dumps({"tasks": {"u": {"questions": []}}}))
@@ -285,22 +300,22 @@ def test_a_stage_file_and_its_exported_folder_answer_alike(tmp_path, tokenizer):
     from conftest import tiny_text_config
     from transformers import AutoModelForCausalLM
 
-    from pointalign import stages
-    from pointalign.evaluation.loading import load
+    from pointalign import build, stage_file
+    from pointalign.build import load
     from pointalign.options import DataOptions, ModelOptions
 
     AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
     options = ModelOptions(llm=str(tmp_path / "llm"), dtype="float32", lora_rank=4, lora_alpha=8)
-    trained, processor = stages.build(options, DataOptions(num_points=256))
+    trained, processor = build.build_model(options, DataOptions(num_points=256))
     with torch.no_grad():
         for name, one in trained.named_parameters():
             if ".lora_" in name:  # in bfloat16, as a stage file stores it
                 one.copy_(torch.randn_like(one).div(10).bfloat16())
     description = {"model": {**options.__dict__}}
-    stages.save_stage(trained, tmp_path / "run" / stages.STAGE_FILE, description)
+    stage_file.save_stage(trained, tmp_path / "run" / stage_file.STAGE_FILE, description)
     alone, one_processor, one_hash = load(str(tmp_path / "run"))
-    stages.export(alone, one_processor, tmp_path / "run" / "model")
+    build.export(alone, one_processor, tmp_path / "run" / "model")
     exported, _, other_hash = load(str(tmp_path / "run"))  # a run's folder: its exported model comes first
     cloud = np.load(CLOUDS / f"{NAMES[0]}_8192.npy").astype(np.float32)
     content = [{"type": "point", "point": cloud}, {"type": "text", "text": "What is this?"}]

@@ -10,7 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence_tables
-import held_out_naming
+
+from experiments import held_out_naming
 
 
 def estimate(mean: float, **more) -> dict:

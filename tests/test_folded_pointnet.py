@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pointalign.models.folded_pointnet import fold_pointnet
+from pointalign.models.point_encoder import fold_pointnet
 
 
 def mini_pointnet(channels=6, width=64, bias=True, affine=True):

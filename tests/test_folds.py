@@ -14,11 +14,12 @@ from test_train import TINY
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import held_out_naming
-
-from pointalign import assets, contrastive, evaluate, folds, stages, train
-from pointalign.data import furniture
-from pointalign.evaluation import ablation, representations, statistics
+from experiments import folds, held_out_naming
+from experiments.ablation import __main__ as ablation_command
+from experiments.ablation import ablation
+from pointalign import assets, stage_file, train
+from pointalign.embedded import catalogue, warm_up
+from pointalign.evaluation import probe, statistics
 from pointalign.models import configuration
 
 NAMES = sorted(path.name.removesuffix("_8192.npy") for path in CLOUDS.glob("*.npy"))
@@ -27,21 +28,21 @@ NAMES = sorted(path.name.removesuffix("_8192.npy") for path in CLOUDS.glob("*.np
 @pytest.fixture
 def objects(tmp_path, monkeypatch):
     """The committed clouds as embedded objects: two folds, two nouns in each, two objects in a family."""
-    monkeypatch.setattr(furniture, "FOLDS", 2)
-    families = [[f"family {i}" for i in range(20) if furniture.fold_of(f"family {i}") == fold] for fold in range(2)]
+    monkeypatch.setattr(catalogue, "FOLDS", 2)
+    families = [[f"family {i}" for i in range(20) if catalogue.fold_of(f"family {i}") == fold] for fold in range(2)]
     folder = tmp_path / "furniture"
     shutil.copytree(CLOUDS, folder / "clouds")
     records = []
     for i, name in enumerate(NAMES):
         title = ("bench", "cactus")[i // 2 % 2]
-        entry = furniture.CatalogueEntry(name, title, "kitchen", "made", "CC0-1.0", Path(), "", (1, 1, 1), ())
+        entry = catalogue.CatalogueEntry(name, title, "kitchen", "made", "CC0-1.0", Path(), "", (1, 1, 1), ())
         points = np.load(CLOUDS / f"{name}_8192.npy").astype(np.float64)
-        records.append(furniture.describe_object(entry, points, families[i // 4][i // 2 % 2], furniture.SPLITS[i % 3]))
+        records.append(catalogue.describe_object(entry, points, families[i // 4][i // 2 % 2], catalogue.SPLITS[i % 3]))
     (folder / "objects.json").write_text(json.dumps(records))
     (folder / "annotations").mkdir()
     said = json.loads((CLOUDS / "annotations.json").read_text())
     split = {one["object_id"]: one["split"] for one in records}
-    for part in furniture.SPLITS:
+    for part in catalogue.SPLITS:
         kept = [entry for entry in said if split[entry["object_id"]] == part]
         (folder / "annotations" / f"{part}.json").write_text(json.dumps(kept))
     monkeypatch.setattr(assets, "_asset", lambda *_: folder)
@@ -68,9 +69,9 @@ def test_every_family_is_held_out_once_and_whole(objects):
 
 
 def test_the_committed_objects_are_shared_out_evenly():
-    splits = furniture.read_splits().values()
+    splits = catalogue.read_splits().values()
     for members in ([one["family"] for one in splits], sorted({one["family"] for one in splits})):
-        shares = np.bincount([furniture.fold_of(one) for one in members], minlength=5) / len(members)
+        shares = np.bincount([catalogue.fold_of(one) for one in members], minlength=5) / len(members)
         assert shares == pytest.approx([0.2] * 5, abs=0.015)
 
 
@@ -78,7 +79,7 @@ def test_the_committed_objects_are_shared_out_evenly():
 def recipes(tmp_path, tokenizer, monkeypatch):
     """A stage 1 and an ablation, both tiny."""
     monkeypatch.setitem(configuration.PRESETS, "mini", TINY)
-    monkeypatch.setattr(representations, "FIT_STEPS", 3)
+    monkeypatch.setattr(probe, "FIT_STEPS", 3)
     monkeypatch.setattr(statistics, "RESAMPLES", 200)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(tmp_path / "llm")
@@ -125,7 +126,7 @@ def test_what_runs_wrote_of_their_objects_counts_as_one_set(objects, recipes, tm
 def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     warmed, trained, runs = [], [], []
-    warm_up, run_arm, stage = contrastive.warm_up, ablation.run_arm, train.main
+    warm_up_point_branch, run_arm, stage = warm_up.warm_up_point_branch, ablation.run_arm, train.main
 
     def counted(*given):
         runs.append(given[3:5])
@@ -133,7 +134,9 @@ def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, 
             raise KeyboardInterrupt
         return run_arm(*given)
 
-    monkeypatch.setattr(contrastive, "warm_up", lambda *given: (warmed.append(given[2]), warm_up(*given)))
+    monkeypatch.setattr(
+        warm_up, "warm_up_point_branch", lambda *given: (warmed.append(given[2]), warm_up_point_branch(*given))
+    )
     monkeypatch.setattr(ablation, "run_arm", counted)
     monkeypatch.setattr(train, "main", lambda command: (trained.append(command), stage(command))[1])
     command = [*recipes, "--output", str(out)]
@@ -141,14 +144,14 @@ def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, 
     assert not (out / "ablation.json").exists()
     # as if stage 1 of the second fold had been stopped at its first checkpoint
     second = out / "fold-1" / "stage1"
-    whole = load_file(second / stages.STAGE_FILE)
-    (second / stages.STAGE_FILE).unlink()
+    whole = load_file(second / stage_file.STAGE_FILE)
+    (second / stage_file.STAGE_FILE).unlink()
     shutil.rmtree(second / "checkpoint-2")
     for made in ("runs", "features"):
         shutil.rmtree(out / "fold-1" / made)
     (out / "fold-1" / "recipe.json").unlink()
     assert folds.main(command) == 0
-    resumed = load_file(second / stages.STAGE_FILE)
+    resumed = load_file(second / stage_file.STAGE_FILE)
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert len(runs) == 2 * 4 + 2 and len(warmed) == 2
     assert [any("resume_from_checkpoint" in one for one in given) for given in trained] == [False, False, True]
@@ -157,7 +160,7 @@ def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, 
     for fold, clouds in enumerate(warmed):
         seen = [i for i in NAMES for c in clouds if np.array_equal(c, np.load(CLOUDS / f"{i}_8192.npy"))]
         assert len(seen) == 4 and not {family[i] for i in seen} & {
-            f for f in family.values() if furniture.fold_of(f) == fold
+            f for f in family.values() if catalogue.fold_of(f) == fold
         }
     result = json.loads((out / "ablation.json").read_text())
     [plain, aligned] = result["arms"]
@@ -176,9 +179,9 @@ def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, 
 
     # a stage of one fold knows what the other holds out
     stage1, other = str(out / "fold-0" / "stage1"), ["--output", str(tmp_path / "other")]
-    assert evaluate.main(["ablation", recipes[1], "--fold", "1", "--checkpoint", stage1, *other]) == 1
+    assert ablation_command.main([recipes[1], "--fold", "1", "--checkpoint", stage1, *other]) == 1
     assert "was trained under fold 0, and may know objects that fold 1 holds out" in capsys.readouterr().err
-    assert evaluate.main(["ablation", recipes[1], "--checkpoint", stage1, *other]) == 1
+    assert ablation_command.main([recipes[1], "--checkpoint", stage1, *other]) == 1
     assert "that the committed split holds out" in capsys.readouterr().err
     again = [recipes[3], "--data.fold", "1", "--data.evaluate", "none", "--model.checkpoint", stage1]
     assert stage([*again, "--training.output_dir", str(tmp_path / "again")]) == 1

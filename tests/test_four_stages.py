@@ -8,9 +8,11 @@ import torch
 from conftest import CLOUDS, user
 from safetensors.torch import load_file
 
-from pointalign import convert, evaluate, quantization, stages, train
+from pointalign import build, evaluate, train
+from pointalign.build import load_for_inference
+from pointalign.convert import __main__ as convert
+from pointalign.efficient import quantization
 from pointalign.options import DataOptions, parse
-from pointalign.stages import load_for_inference
 
 VOCABULARY = 264
 DATA = ["--data.annotations", str(CLOUDS / "annotations.json"), "--data.clouds", str(CLOUDS), "--data.num_points", "64"]
@@ -96,7 +98,7 @@ def test_a_converted_folder_and_a_run_are_evaluated(files, tmp_path):
 @pytest.mark.parametrize("routing", ["sparse", "soft", "constant"])
 def test_query_experts_train_under_every_routing(routing, files, tmp_path):
     flags = ["--data.mixture", MIXTURE, "--model.query_routing", routing, "--training.weight_decay=0"]
-    start, _ = stages.build(parse(["stage2_bridge", "--model.llm", str(files / "converted")]).model, DataOptions())
+    start, _ = build.build_model(parse(["stage2_bridge", "--model.llm", str(files / "converted")]).model, DataOptions())
     queries = start.model.query_tokens.detach()[0].bfloat16()
     state = run("stage4_experts", files / "converted", tmp_path / "run", *flags)
     moved = [not torch.equal(one, queries) for one in state["model.query_experts.queries"]]
@@ -124,7 +126,7 @@ def test_newer_annotations_load_by_flags(files, tmp_path, capsys):
     run("stage3_instruct", files / "converted", tmp_path / "run", *flags)
     assert capsys.readouterr().out.count(f"{len(objects)} objects checked") == 2
     options = parse(["stage3_instruct", "--model.llm", str(files / "converted"), *flags])
-    _, processor = stages.build(options.model, options.data)
+    _, processor = build.build_model(options.model, options.data)
     _, reasons = train.make_datasets(options)
     batch = processor.apply_chat_template(reasons[0]["messages"], tokenize=True, return_labels=True)
     supervised = batch["input_ids"][batch["labels"] != -100]
@@ -144,7 +146,7 @@ def test_the_alignment_stage_in_four_bits(recipe, files, tmp_path, clouds):
     else:  # the converted folder brings point branch and adapters along
         flags += ["--model.checkpoint=null", "--training.memory_limit_gb=null", "--training.dataloader_num_workers=0"]
     options = parse([recipe, "--model.llm", str(files / "converted"), "--model.dtype=float32", *flags])
-    model, processor = stages.build(options.model, options.data)
+    model, processor = build.build_model(options.model, options.data)
     for layer in model.get_decoder().layers:
         for linear in (layer.self_attn.query_key_value, layer.self_attn.dense):
             assert quantization.is_4bit(linear.base_layer) and linear.lora_A.default.weight.dtype == torch.float32

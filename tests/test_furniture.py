@@ -8,8 +8,9 @@ import pytest
 import trimesh
 from made_catalogue import make_catalogue, quarters
 
+from experiments import families
 from pointalign import assets
-from pointalign.data import captions, families, furniture
+from pointalign.embedded import catalogue, facts
 
 TILT = "1 0 0 0 0 1 0 -1 0"  # z up -> y up
 CLOUDS = Path(__file__).parent / "clouds"
@@ -19,11 +20,11 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255), 
 def box(width, height, depth, count=8192, colour=(0.9, 0.1, 0.1), seed=0):
     mesh = trimesh.creation.box((width, height, depth))
     points, _ = trimesh.sample.sample_surface(mesh, count, seed=seed)
-    return furniture.normalise(np.concatenate([points, np.tile(colour, (count, 1))], axis=1))
+    return catalogue.normalise(np.concatenate([points, np.tile(colour, (count, 1))], axis=1))
 
 
 def record(points, name="box", size=(1, 1, 1), **extra):
-    named = captions.read_name(name)
+    named = facts.read_name(name)
     return {
         "object_id": f"made-{name}",
         "name": named.name,
@@ -34,7 +35,7 @@ def record(points, name="box", size=(1, 1, 1), **extra):
         "width_cm": size[0],
         "height_cm": size[1],
         "depth_cm": size[2],
-        **captions.measure(points, size),
+        **facts.measure(points, size),
         **extra,
     }
 
@@ -50,7 +51,7 @@ def test_catalogue_is_parsed(tmp_path):
             {"id": "lamp", "name": "Lamp 16:9", "size": (1.5, 2, 3)},
         ],
     )
-    first, second = furniture.read_catalogue(path)
+    first, second = catalogue.read_catalogue(path)
     assert (first.object_id, first.title, first.creator, first.license) == (
         "made-up-seat-1",
         "Café chair",
@@ -63,14 +64,14 @@ def test_catalogue_is_parsed(tmp_path):
 
 def test_unknown_catalogue_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Other\.sh3f: expected a catalogue with a known licence"):
-        furniture.read_catalogue(make_catalogue(tmp_path / "Other.sh3f", []))
+        catalogue.read_catalogue(make_catalogue(tmp_path / "Other.sh3f", []))
 
 
 def test_ids_must_be_unique(tmp_path):
-    for name in furniture.LICENSES:
+    for name in catalogue.LICENSES:
         make_catalogue(tmp_path / f"{name}.sh3f", [{"id": "same", "name": "Chair"}] if name[0] in "KR" else [])
     with pytest.raises(ValueError, match="made-up-same"):
-        furniture.read_catalogues(tmp_path)
+        catalogue.read_catalogues(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -78,13 +79,13 @@ def test_ids_must_be_unique(tmp_path):
 
 def test_points_follow_the_area_of_the_faces(tmp_path):
     entry = {"id": "a", "name": "Chair", "size": (10.0, 30.0, 20.0), "kd": "0.2 0.4 0.6"}  # areas 300 and 100
-    (entry,) = furniture.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [entry]))
-    points = furniture.sample_surface(furniture.load_scene(entry), 20_000, seed=1)
+    (entry,) = catalogue.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [entry]))
+    points = catalogue.sample_surface(catalogue.load_scene(entry), 20_000, seed=1)
     upright = np.isclose(points[:, 2], 0) & (points[:, 1] > 1e-9)
     assert upright.mean() == pytest.approx(0.75, abs=0.015)
     assert points[upright, :2].mean(0) == pytest.approx([5, 15], rel=0.03)
     assert np.allclose(points[:, 3:], [0.2, 0.4, 0.6], atol=1 / 255)
-    assert np.array_equal(points, furniture.sample_surface(furniture.load_scene(entry), 20_000, seed=1))
+    assert np.array_equal(points, catalogue.sample_surface(catalogue.load_scene(entry), 20_000, seed=1))
 
 
 def test_colours_come_from_the_texture_at_the_interpolated_place(tmp_path):
@@ -95,8 +96,8 @@ def test_colours_come_from_the_texture_at_the_interpolated_place(tmp_path):
         "image": quarters(RED, GREEN, BLUE, WHITE),
         "kd": "0 0 0",
     }
-    (entry,) = furniture.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [item]))
-    points = furniture.sample_surface(furniture.load_scene(entry), 4000, seed=0)
+    (entry,) = catalogue.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [item]))
+    points = catalogue.sample_surface(catalogue.load_scene(entry), 4000, seed=0)
     x, y = points[:, 0] / 10, points[:, 1] / 10
     inner = (abs(x - 0.5) > 0.02) & (abs(y - 0.5) > 0.02) & (np.minimum(x, y) > 0.02) & (np.maximum(x, y) < 0.98)
     for right, upper, colour in ((0, 1, RED), (1, 1, GREEN), (0, 0, BLUE), (1, 0, WHITE)):
@@ -108,8 +109,8 @@ def test_colours_come_from_the_texture_at_the_interpolated_place(tmp_path):
 def test_transparent_texels_are_cut_out(tmp_path):
     clear = (0, 255, 0, 0)
     item = {"id": "a", "name": "Plant", "size": (10.0, 10.0, 1e-6), "image": quarters(RED, clear, clear, RED)}
-    (entry,) = furniture.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [item]))
-    points = furniture.sample_surface(furniture.load_scene(entry), 4000, seed=0)
+    (entry,) = catalogue.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [item]))
+    points = catalogue.sample_surface(catalogue.load_scene(entry), 4000, seed=0)
     assert points.shape == (4000, 6)
     assert ((points[:, 0] < 5) == (points[:, 1] > 5)).mean() > 0.97
 
@@ -123,13 +124,13 @@ def test_transparent_texels_are_cut_out(tmp_path):
 )
 def test_nothing_to_sample_is_an_error(scene, message):
     with pytest.raises(ValueError, match=message):
-        furniture.sample_surface(scene, 10, seed=0)
+        catalogue.sample_surface(scene, 10, seed=0)
 
 
 def test_cloud_is_rotated_and_normalised(tmp_path):
     item = {"id": "a", "name": "Chair", "size": (10.0, 20.0, 40.0), "rotation": TILT}
-    (entry,) = furniture.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [item]))
-    points = furniture.sample_object(entry)
+    (entry,) = catalogue.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", [item]))
+    points = catalogue.sample_object(entry)
     assert points.shape == (8192, 6) and points.dtype == np.float32
     assert np.linalg.norm(points[:, :3], axis=1).max() == pytest.approx(1, abs=1e-6)
     assert np.abs(points[:, :3].mean(0)).max() < 1e-6
@@ -141,8 +142,8 @@ def test_cloud_is_rotated_and_normalised(tmp_path):
 
 
 def test_names_and_head_nouns():
-    read = captions.read_name
-    assert read("Office chair") == captions.ObjectName("office chair", "chair", "an office chair", False)
+    read = facts.read_name
+    assert read("Office chair") == facts.ObjectName("office chair", "chair", "an office chair", False)
     assert read("Sofa 2 seats").name == "sofa"
     assert read("Chair with cushion").head == "chair" and read("Glass of wine").head == "glass"
     assert read("Tulips").plural and read("Tulips").head == "tulip"
@@ -164,45 +165,45 @@ def test_names_and_head_nouns():
     ],
 )
 def test_palette(rgb, name):
-    assert captions.colour_shares(np.tile(rgb, (10, 1))) == {name: 1.0}
+    assert facts.colour_shares(np.tile(rgb, (10, 1))) == {name: 1.0}
 
 
 def test_facts_leave_out_what_is_not_clear():
     record = {"colors": {"red": 0.7, "blue": 0.28}, "head_noun": "box", "category": "kitchen"}
     record |= {"width": 1.0, "height": 2.0, "depth": 0.5}
-    assert captions.facts(record) == {
+    assert facts.facts(record) == {
         "noun": "box",
         "colour": "red",
         "place": "kitchen",
         "longest side": "height",
     }
     unclear = record | {"colors": {"red": 0.5, "blue": 0.45}, "category": "miscellaneous", "height": 1.0}
-    assert captions.facts(unclear) == {"noun": "box", "colour": None, "place": None, "longest side": None}
+    assert facts.facts(unclear) == {"noun": "box", "colour": None, "place": None, "longest side": None}
 
 
 def test_colour_shares_are_measured_and_a_near_tie_has_no_main_colour():
     rgb = np.array([[0.8, 0, 0]] * 70 + [[0, 0, 0.7]] * 28 + [[1, 1, 1]] * 2, dtype=float)
-    assert captions.colour_shares(rgb) == {"red": 0.7, "blue": 0.28}
-    assert captions.main_colour({"colors": {"red": 0.7, "blue": 0.28}, "head_noun": "box"}) == "red"
-    assert captions.main_colour({"colors": {"red": 0.5, "blue": 0.45}, "head_noun": "box"}) is None
-    assert captions.main_colour({"colors": {"red": 0.7, "blue": 0.28}, "head_noun": "woman"}) is None
+    assert facts.colour_shares(rgb) == {"red": 0.7, "blue": 0.28}
+    assert facts.main_colour({"colors": {"red": 0.7, "blue": 0.28}, "head_noun": "box"}) == "red"
+    assert facts.main_colour({"colors": {"red": 0.5, "blue": 0.45}, "head_noun": "box"}) is None
+    assert facts.main_colour({"colors": {"red": 0.7, "blue": 0.28}, "head_noun": "woman"}) is None
 
 
 def test_mirror_symmetry_of_known_shapes():
-    facts = captions.measure(box(1, 2, 3), (1, 2, 3))
-    assert facts["mirror_left_right"] is True and facts["mirror_front_back"] is True
+    measured = facts.measure(box(1, 2, 3), (1, 2, 3))
+    assert measured["mirror_left_right"] is True and measured["mirror_front_back"] is True
     bent = np.concatenate([box(4, 1, 1)[::2], box(1, 1, 3)[::2] + np.array([0.9, 0, 0.9, 0, 0, 0])])  # an L from above
-    facts = captions.measure(bent, (1, 1, 1))
-    assert facts["mirror_left_right"] is False and facts["mirror_front_back"] is False
+    measured = facts.measure(bent, (1, 1, 1))
+    assert measured["mirror_left_right"] is False and measured["mirror_front_back"] is False
 
 
 def test_catalogue_scale_needs_the_same_proportions():
-    assert captions.measure(box(1, 2, 3), (20, 40, 60))["catalogue_scale"]
-    assert not captions.measure(box(1, 2, 3), (20, 40, 80))["catalogue_scale"]
+    assert facts.measure(box(1, 2, 3), (20, 40, 60))["catalogue_scale"]
+    assert not facts.measure(box(1, 2, 3), (20, 40, 80))["catalogue_scale"]
 
 
 def answers(item):
-    found = captions.questions(item, np.random.default_rng(0))
+    found = facts.questions(item, np.random.default_rng(0))
     return {fact: answer for questions in found.values() for fact, _, answer in questions}
 
 
@@ -226,15 +227,15 @@ def test_nothing_is_asked_within_ten_percent_of_a_tie():
 def test_metric_answers_state_their_scale():
     wrong_scale = answers(record(box(2, 5, 1), size=(40, 100, 60)))
     assert not [fact for fact in wrong_scale if "_from_" in fact]
-    for entry in captions.conversations(record(box(2, 5, 1), size=(40, 100, 20))):
+    for entry in facts.conversations(record(box(2, 5, 1), size=(40, 100, 20))):
         for human, gpt in zip(entry["conversations"][::2], entry["conversations"][1::2], strict=True):
             assert (" cm" in gpt["value"]) == (" cm " in human["value"])
 
 
 def test_conversations_follow_the_schema_and_repeat_exactly():
     item = record(box(2, 5, 1), name="Office chair", size=(40, 100, 20))
-    entries = captions.conversations(item)
-    assert entries == captions.conversations(json.loads(json.dumps(item)))
+    entries = facts.conversations(item)
+    assert entries == facts.conversations(json.loads(json.dumps(item)))
     kinds = defaultdict(list)
     for entry in entries:
         kinds[entry["conversation_type"]].append(entry["conversations"])
@@ -255,7 +256,7 @@ def test_conversations_follow_the_schema_and_repeat_exactly():
 
 
 def test_a_persons_colour_is_not_spoken_of():
-    text = json.dumps(captions.conversations(record(box(1, 4, 1), name="Sitting female")))
+    text = json.dumps(facts.conversations(record(box(1, 4, 1), name="Sitting female")))
     assert "a sitting woman" in text and "red" not in text and "color" not in text
 
 
@@ -294,19 +295,19 @@ def test_same_mesh_in_the_same_colours_is_a_duplicate(tmp_path):
         {"id": "d", "name": "Chair", "size": (61.0, 90.0, 30.0)},
     ]
     digests = [
-        families.mesh_digest(e) for e in furniture.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", items))
+        families.mesh_digest(e) for e in catalogue.read_catalogue(make_catalogue(tmp_path / "Scopia.sh3f", items))
     ]
     assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
 def test_committed_split_keeps_families_together_and_its_shares():
-    splits = furniture.read_splits()
+    splits = catalogue.read_splits()
     where = defaultdict(set)
     for value in splits.values():
         where[value["family"]].add(value["split"])
     assert all(len(found) == 1 for found in where.values())
     assert len(splits) > 800
-    for split, share in zip(furniture.SPLITS, families.SHARES, strict=True):
+    for split, share in zip(catalogue.SPLITS, families.SHARES, strict=True):
         objects = sum(value["split"] == split for value in splits.values()) / len(splits)
         assert objects == pytest.approx(share, abs=families.TOLERANCE)
     salt = families.balanced_salt({i: value["family"] for i, value in splits.items()})
@@ -316,10 +317,10 @@ def test_committed_split_keeps_families_together_and_its_shares():
 
 
 def test_every_object_is_attributed():
-    text = (furniture.SPLIT_FILE.parent / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    text = (catalogue.SPLIT_FILE.parent / "ATTRIBUTION.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
-    assert {row[0] for row in rows} == set(furniture.read_splits())
-    assert all(len(row) == 4 and row[2] and row[3] in furniture.LICENSES.values() for row in rows)
+    assert {row[0] for row in rows} == set(catalogue.read_splits())
+    assert all(len(row) == 4 and row[2] and row[3] in catalogue.LICENSES.values() for row in rows)
     assert "SmolLM2-135M-Instruct" in text and "all-MiniLM-L6-v2" in text
 
 
@@ -360,10 +361,10 @@ def test_built_objects_match_the_committed_split(monkeypatch):
     monkeypatch.setattr(assets, "_obtain", absent)
     folder = assets.furniture()
     records = {r["object_id"]: r for r in json.loads((folder / "objects.json").read_text(encoding="utf-8"))}
-    splits = furniture.read_splits()
+    splits = catalogue.read_splits()
     assert {i: {"family": r["family"], "split": r["split"]} for i, r in records.items()} == splits
     checked = 0
-    for split in furniture.SPLITS:
+    for split in catalogue.SPLITS:
         entries = json.loads((folder / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
         assert {e["object_id"] for e in entries} == {i for i, v in splits.items() if v["split"] == split}
         for entry in entries:

@@ -8,7 +8,8 @@ from torch.nn import functional
 from transformers.models.llama import modeling_llama
 from transformers.models.phi import modeling_phi
 
-from pointalign import fused, fused_adapters, quantization, stages
+from pointalign import build
+from pointalign.efficient import fused_lora, fused_parts, quantization
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignPhiConfig, PointAlignPhiForCausalLM
 from pointalign.options import ModelOptions
 
@@ -17,8 +18,8 @@ def adapted(architecture, dropout=0.0, rank=4, model=None, targets="all-linear")
     """A tiny model with adapters whose two halves are both random: peft's own start has gradients in one half only."""
     model = model or tiny_model(architecture)
     options = ModelOptions(lora_rank=rank, lora_alpha=8, lora_dropout=dropout, lora_targets=targets)
-    stages.add_adapters(model, options)
-    stages.set_trainable(model, ["lora"])
+    build.add_adapters(model, options)
+    build.set_trainable(model, ["lora"])
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -90,9 +91,9 @@ def test_all_parts_equal_the_plain_modules(architecture):
     model = adapted(architecture)
     names = [name for name, _ in model.named_parameters()]
     expected = step(model)
-    with fused.applied(model) as used:
+    with fused_parts.applied(model) as used:
         found = step(model)
-    assert used == USED[architecture] | {"rotary": int(fused.liger_rotary() is not None)}
+    assert used == USED[architecture] | {"rotary": int(fused_parts.liger_rotary() is not None)}
     assert_equal(found, expected, 1e-5)
     assert_equal(step(model), expected, 1e-7)  # all undone
     assert names == [name for name, _ in model.named_parameters()]
@@ -100,19 +101,19 @@ def test_all_parts_equal_the_plain_modules(architecture):
     assert len(storages) == len(set(storages))
 
 
-@pytest.mark.parametrize("part", fused.PARTS)
+@pytest.mark.parametrize("part", fused_parts.PARTS)
 def test_each_part_alone(part):
     for architecture in ("phi", "llama"):
         model = adapted(architecture)
         expected = step(model)
-        with fused.applied(model, ["lora", part] if part in ("merged", "residual") else [part]):
+        with fused_parts.applied(model, ["lora", part] if part in ("merged", "residual") else [part]):
             assert_equal(step(model), expected, 1e-5)
 
 
 def test_adapters_on_some_layers_merge_too():
     model = adapted("phi", targets=["q_proj", "k_proj", "v_proj", "dense"])
     expected = step(model)
-    with fused.applied(model) as used:
+    with fused_parts.applied(model) as used:
         assert (used["lora"], used["merged"]) == (16, 4)  # q, k, v of every block; dense by itself
         assert_equal(step(model), expected, 1e-5)
 
@@ -126,7 +127,7 @@ def test_mixed_precision_is_as_exact_as_the_plain_way(architecture):
         if ".lora_" in name:
             parameter.data = parameter.data.float()
     plain = step(model, torch.bfloat16)
-    with fused.applied(model):
+    with fused_parts.applied(model):
         lean = step(model, torch.bfloat16)
 
     def errors(found):
@@ -147,16 +148,16 @@ def test_outputs_of_the_parallel_block_add_onto_the_residual(monkeypatch):
         torch.manual_seed(3)
         return step(model)
 
-    with fused.applied(model, ["lora"]):
+    with fused_parts.applied(model, ["lora"]):
         expected = drawn()
-    onto, run = [], fused_adapters.AdapterGroup.run
+    onto, run = [], fused_lora.AdapterGroup.run
 
     def seen(self, x, residual=None):
         onto.append(residual is not None)
         return run(self, x, residual)
 
-    monkeypatch.setattr(fused_adapters.AdapterGroup, "run", seen)
-    with fused.applied(model, ["lora", "residual"]) as used:
+    monkeypatch.setattr(fused_lora.AdapterGroup, "run", seen)
+    with fused_parts.applied(model, ["lora", "residual"]) as used:
         assert used["residual"] == 4
         assert_equal(drawn(), expected, 1e-5)
         assert sum(onto) == 8 and len(onto) == 24
@@ -170,10 +171,10 @@ def test_outputs_stay_apart_under_residual_dropout_and_behind_a_norm():
     blocks = model.get_decoder().layers
     for block in blocks:
         block.resid_dropout.p = 0.5
-    with fused.applied(model) as used:
+    with fused_parts.applied(model) as used:
         assert used["residual"] == 0
     blocks[0].resid_dropout.p = 0.0
-    with fused.applied(model) as used:
+    with fused_parts.applied(model) as used:
         assert used["residual"] == 1
         blocks[0].resid_dropout.p = 0.5  # switched on later: two masks, as without the part
         torch.manual_seed(0)
@@ -182,7 +183,7 @@ def test_outputs_stay_apart_under_residual_dropout_and_behind_a_norm():
     assert_equal(found, step(model), 1e-5)
     model = adapted("phi", model=published_phi())
     expected = step(model)
-    with fused.applied(model) as used:
+    with fused_parts.applied(model) as used:
         assert (used["lora"], used["merged"], used["residual"]) == (8, 2, 0)
         assert_equal(step(model), expected, 1e-5)
 
@@ -190,7 +191,7 @@ def test_outputs_stay_apart_under_residual_dropout_and_behind_a_norm():
 def test_checkpointing_under_the_fused_parts():
     model = adapted("phi")
     expected = step(model)
-    with fused.applied(model):
+    with fused_parts.applied(model):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         assert_equal(step(model), expected, 1e-5)
 
@@ -202,7 +203,7 @@ def test_4_bits_under_the_fused_parts():
     text = quantization.random_language_model(config, "nf4", torch.float32, torch.device("cpu"))
     model = adapted("llama", model=PointAlignForConditionalGeneration.from_language_model(text, "mini"))
     expected = step(model)
-    with fused.applied(model) as used:
+    with fused_parts.applied(model) as used:
         assert used["lora"] == 28 and used["merged"] == 8
         assert_equal(step(model), expected, 1e-5)
 
@@ -228,7 +229,7 @@ def test_dropout_drops_for_every_adapter_by_itself():
     ]
     wanted = [*(layer.lora_A["default"].weight for layer in layers), x]
     truth = torch.autograd.grad(sum(one.square().sum() for one in expected), wanted)
-    with fused.applied(model):
+    with fused_parts.applied(model):
         torch.manual_seed(3)
         found = [layer(x) for layer in layers]
         gradients = torch.autograd.grad(sum(one.square().sum() for one in found), wanted)
@@ -242,29 +243,29 @@ def test_dropout_drops_for_every_adapter_by_itself():
 def test_products_by_finite_differences():
     model = adapted("llama").double()
     block = model.model.language_model.get_decoder().layers[0]
-    group = fused_adapters.AdapterGroup([block.mlp.gate_proj, block.mlp.up_proj])
+    group = fused_lora.AdapterGroup([block.mlp.gate_proj, block.mlp.up_proj])
     x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
     adapters = [layer.lora_A["default"].weight for layer in group.modules]
     adapters += [layer.lora_B["default"].weight for layer in group.modules]
     assert torch.autograd.gradcheck(
-        lambda x, *given: fused_adapters.LoraProducts.apply(x, group, torch.float64, 0.0, None, *given),
+        lambda x, *given: fused_lora.LoraProducts.apply(x, group, torch.float64, 0.0, None, *given),
         (x, *adapters),
         atol=1e-6,
         fast_mode=True,
     )
     group.unstack()
-    assert torch.autograd.gradcheck(fused.SiluProduct.apply, (x, x.detach().clone().requires_grad_()))
+    assert torch.autograd.gradcheck(fused_parts.SiluProduct.apply, (x, x.detach().clone().requires_grad_()))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_cross_entropy_in_pieces(monkeypatch, bias):
-    monkeypatch.setattr(fused, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(fused_parts, "ROWS_AT_ONCE", 7)
     torch.manual_seed(0)
     head = nn.Linear(16, 101, bias=bias).requires_grad_(False)
     rows = torch.randn(23, 16, requires_grad=True)
     targets = torch.randint(0, 101, (23,))
     expected = functional.cross_entropy(head(rows), targets, reduction="sum")
-    found = fused.head_cross_entropy(head, rows, targets)
+    found = fused_parts.head_cross_entropy(head, rows, targets)
     torch.testing.assert_close(found, expected)
     truth, gradient = (torch.autograd.grad(one * 0.3, rows)[0] for one in (expected, found))
     torch.testing.assert_close(gradient, truth)
@@ -272,7 +273,7 @@ def test_cross_entropy_in_pieces(monkeypatch, bias):
 
 def test_fewer_bytes_are_kept():
     """What the parts are for, counted: bf16, adapters in fp32 with dropout, as the recipes have it."""
-    from pointalign.memory import saved_bytes
+    from pointalign.efficient.memory import saved_bytes
 
     model = adapted("phi", dropout=0.05)
     model.model.language_model.to(torch.bfloat16)
@@ -286,17 +287,17 @@ def test_fewer_bytes_are_kept():
             return model(input_ids=ids, labels=ids, use_cache=False).loss
 
     plain = saved_bytes(run)
-    with fused.applied(model):
+    with fused_parts.applied(model):
         lean = saved_bytes(run)
     assert lean < 0.6 * plain
 
 
 def test_refusals():
     model = adapted("llama")
-    with pytest.raises(ValueError, match="unknown part 'rope'"), fused.applied(model, ["rope"]):
+    with pytest.raises(ValueError, match="unknown part 'rope'"), fused_parts.applied(model, ["rope"]):
         pass
     for part in ("merged", "residual"):
-        with pytest.raises(ValueError, match=f"{part} products are those of lora"), fused.applied(model, [part]):
+        with pytest.raises(ValueError, match=f"{part} products are those of lora"), fused_parts.applied(model, [part]):
             pass
 
 
@@ -305,7 +306,7 @@ def test_layers_that_train_are_left_alone():
     block = model.model.language_model.get_decoder().layers[0]
     block.mlp.up_proj.base_layer.weight.requires_grad_(True)
     expected = step(model)
-    with fused.applied(model) as used:
+    with fused_parts.applied(model) as used:
         assert used["lora"] == 27 and used["merged"] == 7
         assert_equal(step(model), expected, 1e-5)
 
@@ -320,7 +321,7 @@ def test_trained_norms_that_are_frozen_keep_every_bit():
             parameter.data += 1e-3  # 1.001 is 1 in bf16
     model = adapted("phi", model=model)
     expected = step(model, torch.bfloat16)
-    with fused.applied(model, ["norms"]) as used:
+    with fused_parts.applied(model, ["norms"]) as used:
         assert used["norms"] == 0
         assert_equal(step(model, torch.bfloat16), expected, 1e-7)
 
@@ -373,7 +374,7 @@ def test_liger_takes_over_on_cuda_only(liger, monkeypatch):
     norm = model.model.language_model.get_decoder().norm
     plain = modeling_llama.apply_rotary_pos_emb
     expected = step(model)
-    with fused.applied(model) as used:
+    with fused_parts.applied(model) as used:
         assert used["rotary"] == 1
         assert_equal(step(model), expected, 1e-5)  # on a CPU, by PyTorch
         assert not liger
@@ -385,7 +386,7 @@ def test_liger_takes_over_on_cuda_only(liger, monkeypatch):
             assert torch.equal(one, other)
         for refused in ({"cos": cos.double()}, {"unsqueeze_dim": 1}):
             modeling_llama.apply_rotary_pos_emb(q, k, **({"cos": cos, "sin": cos} | refused))
-        fused.head_cross_entropy(
+        fused_parts.head_cross_entropy(
             model.get_output_embeddings(), torch.randn(3, 32).as_subclass(OnCuda), torch.tensor([1, 2, 3])
         )
     assert [call[0] for call in liger] == ["rms_norm", "rope", "fused_linear_cross_entropy"]
@@ -393,8 +394,8 @@ def test_liger_takes_over_on_cuda_only(liger, monkeypatch):
     assert modeling_llama.apply_rotary_pos_emb is plain
     for name in ("rms_norm", "rope", "fused_linear_cross_entropy"):
         monkeypatch.setitem(sys.modules, f"liger_kernel.ops.{name}", None)
-    assert fused.liger_rms_norm() is fused.liger_rotary() is fused.liger_cross_entropy() is None
-    with fused.applied(model) as used:
+    assert fused_parts.liger_rms_norm() is fused_parts.liger_rotary() is fused_parts.liger_cross_entropy() is None
+    with fused_parts.applied(model) as used:
         assert used["rotary"] == 0
         assert modeling_llama.apply_rotary_pos_emb is plain
 
@@ -405,10 +406,10 @@ def test_liger_cross_entropy_keeps_labels_normalisation_and_bias(liger, monkeypa
     model = adapted("phi")
     head = model.get_output_embeddings()
     head.bias = nn.Parameter(torch.randn(259), requires_grad=False) if bias else None
-    monkeypatch.setattr(fused, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(fused_parts, "ROWS_AT_ONCE", 7)
     for tokens in ({}, {"num_items_in_batch": torch.tensor(77)}):
         expected = step(model, **tokens)
-        with fused.applied(model, ["cross_entropy"]), monkeypatch.context() as patch:
+        with fused_parts.applied(model, ["cross_entropy"]), monkeypatch.context() as patch:
             patch.setattr(model, "supervised_cross_entropy", on_cuda(model.supervised_cross_entropy))
             assert_equal(step(model, **tokens), expected, 1e-5)
     assert {call[0] for call in liger} == {"fused_linear_cross_entropy"}
@@ -416,7 +417,7 @@ def test_liger_cross_entropy_keeps_labels_normalisation_and_bias(liger, monkeypa
     assert all((call[3] != -100).all() and (call[4] is not None) == bias for call in liger)
     assert liger[0][-1] * 32 >= 259  # a piece is not split again
     empty = torch.randn(0, 32, requires_grad=True).as_subclass(OnCuda)
-    assert fused.head_cross_entropy(head, empty, torch.zeros(0, dtype=torch.long)) == 0
+    assert fused_parts.head_cross_entropy(head, empty, torch.zeros(0, dtype=torch.long)) == 0
 
 
 def on_cuda(function):

@@ -102,7 +102,7 @@ def options(server, **changes):
 
 
 def build(given):
-    from pointalign.evaluation.judges import build_judge
+    from pointalign.evaluation.judge import build_judge
 
     return build_judge(given)
 
@@ -141,7 +141,7 @@ def test_a_wrong_key_ends_the_run_without_retries(serve, tmp_path):
 
 def test_an_interrupted_run_goes_on_and_asks_nothing_twice(serve, tmp_path):
     kept = tmp_path / "kept.jsonl"
-    from pointalign.evaluation.judges import EndpointJudge
+    from pointalign.evaluation.judge import EndpointJudge
 
     down = serve(lambda number, prompt: (500, b"", {}) if number > 3 else (200, "F#other", {}))
     given = options(down, concurrency=1, attempts=2)
@@ -233,8 +233,8 @@ def test_options_name_what_is_missing(tmp_path):
 def test_rules_judge_without_a_model(tmp_path, monkeypatch):
     import torch
 
-    from pointalign.evaluation import sentences
-    from pointalign.evaluation.judges import StringJudge
+    from pointalign.evaluation import metrics
+    from pointalign.evaluation.judge import StringJudge
 
     vectors = {"couch": [1.0, 0.0], "sofa": [0.9, 0.436], "tree": [0.0, 1.0]}
 
@@ -242,7 +242,7 @@ def test_rules_judge_without_a_model(tmp_path, monkeypatch):
         known = [next((v for word, v in vectors.items() if word in text), [0.6, 0.8]) for text in texts]
         return torch.tensor(known)
 
-    monkeypatch.setattr(sentences, "embed", embed)
+    monkeypatch.setattr(metrics, "embed", embed)
     cases = [
         Case("This is a couch.", "This is a red sofa.", "couch"),  # near in meaning
         Case("This is a couch.", "This is a tree.", "couch"),

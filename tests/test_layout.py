@@ -8,43 +8,126 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*(ROOT / "pointalign").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+PACKAGES = ("pointalign", "kernels/pointalign_kernels", "experiments")
+MAX_LINES = 400
 
-# module -> what it must not import; the direction is kernels <- alignment, models <- trainer <- train
-FORBIDDEN = {
-    "pointalign_kernels": ("pointalign",),
-    "pointalign.data": ("pointalign.models", "pointalign.trainer", "pointalign.train", "pointalign.evaluation"),
-    "pointalign.models": ("pointalign.trainer", "pointalign.train", "pointalign.evaluation", "pointalign.stages"),
-    "pointalign.alignment": ("pointalign",),
-    "pointalign.checkpointing": ("pointalign",),
-    "pointalign.trainer": ("pointalign.train", "pointalign.evaluation", "pointalign.chat"),
-    "pointalign.evaluation": ("pointalign.trainer", "pointalign.train", "pointalign.chat"),
-    "pointalign.chat": ("pointalign.trainer", "pointalign.train"),
-}
+# A package or module may be imported by those that come later, never the other way; modules on one line are peers.
+LAYERS = [
+    ["pointalign_kernels"],
+    ["pointalign.alignment", "pointalign.storage"],
+    ["pointalign.options"],
+    ["pointalign.embedded.facts", "pointalign.embedded.catalogue"],
+    ["pointalign.assets"],
+    ["pointalign.data"],
+    ["pointalign.embedded.procedural", "pointalign.embedded.solids"],
+    ["pointalign.models"],
+    ["pointalign.efficient"],
+    ["pointalign.embedded.warm_up"],
+    ["pointalign.convert"],
+    ["pointalign.stage_file"],
+    ["pointalign.build"],
+    ["pointalign.feature_cache", "pointalign.trainer"],
+    ["pointalign.evaluation"],
+    ["pointalign.train", "pointalign.chat", "pointalign.evaluate"],
+    ["experiments"],
+]
 
 
-def within(module: str, package: str) -> bool:
-    return module == package or module.startswith(f"{package}.")
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+SOURCES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imported_modules(module: str, source: str, is_package: bool, modules: set[str]) -> set[str]:
+    """The `modules` that a file imports anywhere: at the top, in a function, for type checkers, relatively."""
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {one.name for one in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            if node.level == 0:  # a relative import stays within its package
-                found |= {node.module or ""} | {f"{node.module}.{one.name}" for one in node.names}
-    return found
+            package = module.split(".") if is_package else module.split(".")[:-1]
+            prefix = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*prefix, *([node.module] if node.module else [])])
+            for alias in node.names:  # `from package import module` imports the module, else a name of the package
+                imported.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base)
+    return {name for name in imported if name in modules and name != module}
+
+
+def import_graph() -> dict[str, set[str]]:
+    return {
+        module: imported_modules(module, path.read_text(), path.name == "__init__.py", set(SOURCES))
+        for module, path in SOURCES.items()
+    }
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring, or an empty list."""
+    finished: set[str] = set()
+
+    def search(module: str, trail: list[str]) -> list[str]:
+        if module in trail:
+            return [*trail[trail.index(module) :], module]
+        if module in finished:
+            return []
+        for imported in sorted(graph[module]):
+            if circle := search(imported, [*trail, module]):
+                return circle
+        finished.add(module)
+        return []
+
+    return next((circle for module in graph if (circle := search(module, []))), [])
+
+
+def layer_of(module: str) -> int | None:
+    """The place in LAYERS of the longest name that `module` is or lies in."""
+    names = [
+        (len(name), place)
+        for place, layer in enumerate(LAYERS)
+        for name in layer
+        if module == name or module.startswith(f"{name}.")
+    ]
+    return max(names)[1] if names else None
+
+
+def test_no_import_circle():
+    assert find_circle(import_graph()) == []
+
+
+def test_circles_are_found_in_functions_and_through_relative_imports():
+    modules = {"p", "p.a", "p.b", "p.c"}
+    sources = {"p": "", "p.a": "def f():\n    from . import b", "p.b": "from .c import x", "p.c": "import p.a"}
+    graph = {name: imported_modules(name, text, name == "p", modules) for name, text in sources.items()}
+    assert find_circle(graph) == ["p.a", "p.b", "p.c", "p.a"]
+    graph["p.c"] = set()
+    assert find_circle(graph) == []
 
 
 def test_imports_point_one_way():
-    for path in SOURCES:
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("kernels.")
-        for package, forbidden in FORBIDDEN.items():
-            if within(module, package):
-                wrong = [i for i in imports(path) for f in forbidden if within(i, f) and not within(i, package)]
-                assert not wrong, f"{module} imports {wrong}"
+    graph = import_graph()
+    placed = {module: layer_of(module) for module in graph}
+    unplaced = [
+        module
+        for module, layer in placed.items()
+        if layer is None and SOURCES[module].read_text().strip() and graph[module]
+    ]
+    assert unplaced == [], "add these modules to LAYERS"
+    wrong = [
+        f"{module} imports {imported}"
+        for module, imports in graph.items()
+        for imported in imports
+        if placed[module] is not None and placed[imported] is not None and placed[imported] > placed[module]
+    ]
+    assert wrong == []
+
+
+def test_the_library_runs_without_experiments_and_benchmarks():
+    outside = re.compile(r"^\s*(?:from|import) (experiments|benchmarks)\b", re.MULTILINE)
+    library = [module for module in SOURCES if not module.startswith("experiments")]
+    assert [module for module in library if outside.search(SOURCES[module].read_text())] == []
 
 
 def test_the_folder_of_the_kernels_shadows_no_package():
@@ -60,11 +143,11 @@ def tracked() -> list[Path]:
 
 
 def test_no_file_is_named_utils():
-    assert [one for one in tracked() if one.name in ("utils.py", "helpers.py", "misc.py")] == []
+    assert [path for path in tracked() if path.name in ("utils.py", "helpers.py", "misc.py")] == []
 
 
 def test_no_path_of_one_machine():
     paths = re.compile(rb"(?<![\w.}~*-])/(work|root|home/\w+|tmp/\w+)/")
     text = (".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".cpp", ".cu", ".h", "")
-    found = [one for one in tracked() if one.suffix in text and paths.search(one.read_bytes())]
-    assert [str(one.relative_to(ROOT)) for one in found] == []
+    hits = [path for path in tracked() if path.suffix in text and paths.search(path.read_bytes())]
+    assert [str(path.relative_to(ROOT)) for path in hits] == []

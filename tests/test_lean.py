@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from test_train import TINY
 from transformers import AutoModelForCausalLM
 
-from pointalign import feature_cache, memory, stages, train
+from pointalign import build, feature_cache, train
+from pointalign.efficient import memory
 from pointalign.models import (
     PointAlignFeatureExtractor,
     PointAlignForConditionalGeneration,
@@ -145,7 +146,7 @@ def test_the_recipe_for_24_gb_trains_the_published_phi(tmp_path, tokenizer, caps
     config = PointAlignPhiConfig(**sizes, vocab_size=259, bos_token_id=None, eos_token_id=256)
     model = PointAlignForConditionalGeneration.from_language_model(PointAlignPhiForCausalLM(config), "mini")
     adapters = {"lora_rank": 4, "lora_dropout": 0.0, "lora_targets": ["query_key_value", "dense"]}
-    stages.add_adapters(model, ModelOptions(**adapters))
+    build.add_adapters(model, ModelOptions(**adapters))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data.normal_(std=0.2)

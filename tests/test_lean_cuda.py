@@ -10,9 +10,9 @@ from conftest import tiny_text_config
 from test_fused import adapted
 from test_packing import collate, conversations  # noqa: F401
 
-from pointalign import fused, memory, quantization
 from pointalign.alignment import AlignmentConfig
-from pointalign.data.packing import pack
+from pointalign.data.collator import pack
+from pointalign.efficient import fused_parts, memory, quantization
 from pointalign.models import PointAlignForConditionalGeneration
 from pointalign.trainer import AlignedModel
 
@@ -62,15 +62,15 @@ def test_packed_varlen_and_fused_equal_one_by_one(processor, conversations, arch
     aligned = on_cuda(architecture, kind)
     theirs = error(run(aligned, [batch], tokens, rows)[1])
     aligned.model.model.language_model.set_attn_implementation("varlen")
-    for parts in ((), fused.PARTS):
-        with fused.applied(aligned.model, parts):
+    for parts in ((), fused_parts.PARTS):
+        with fused_parts.applied(aligned.model, parts):
             found, gradients = run(aligned, [pack(batch)], tokens, rows)
         assert found == pytest.approx(loss, rel=1e-2)
         assert error(gradients) <= 1.25 * theirs + 1e-3
 
 
 def test_liger_norm_equals_the_plain_one():
-    liger = fused.liger_rms_norm()
+    liger = fused_parts.liger_rms_norm()
     if liger is None:
         pytest.skip("liger-kernel is not installed")
     x = torch.randn(50, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -83,7 +83,7 @@ def test_liger_norm_equals_the_plain_one():
 def test_liger_rotary_equals_the_plain_one():
     from transformers.models.phi.modeling_phi import apply_rotary_pos_emb
 
-    liger = fused.liger_rotary()
+    liger = fused_parts.liger_rotary()
     if liger is None:
         pytest.skip("liger-kernel is not installed")
     q, k = (torch.randn(1, 50, heads, 80, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (32, 8))
@@ -103,7 +103,7 @@ def test_liger_rotary_equals_the_plain_one():
 
 
 def test_liger_cross_entropy_equals_the_plain_one():
-    liger = fused.liger_cross_entropy()
+    liger = fused_parts.liger_cross_entropy()
     if liger is None:
         pytest.skip("liger-kernel is not installed")
     rows = torch.randn(1500, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pointalign.locking import lock
+from pointalign.storage import lock
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="without flock there is no lock")
 TRY = """

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from torch.utils.data import DataLoader
 
-from pointalign.data.mixture import MixtureCollator, MixtureDataset
+from pointalign.data.dataset import MixtureCollator, MixtureDataset
 
 
 class Numbered(list):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pointalign.data.augment import turn
-from pointalign.evaluation.baselines import chamfer
-from pointalign.neighbours import POINTS, SCALE, neighbour_loss, turned_chamfer
+from pointalign.embedded.warm_up import POINTS, SCALE, neighbour_loss, turned_chamfer
+from pointalign.evaluation.naming import chamfer
 
 
 def shapes(count: int, points: int = 40) -> torch.Tensor:

@@ -5,8 +5,8 @@ import torch
 from conftest import assistant, tiny_model, user
 
 from pointalign.alignment import AlignmentConfig
-from pointalign.data.packing import IGNORED, TokenBudgetSampler, pack, token_counts
-from pointalign.models.attention import choose_attention
+from pointalign.data.collator import IGNORED, TokenBudgetSampler, pack, token_counts
+from pointalign.efficient.varlen_attention import choose_attention
 from pointalign.trainer import AlignedModel
 
 
@@ -98,7 +98,7 @@ def test_varlen_refuses_padded_batches(processor, conversations):
 
 
 def test_choose_attention(monkeypatch):
-    from pointalign.models import attention
+    from pointalign.efficient import varlen_attention
 
     assert choose_attention("auto", True, "cpu") == "varlen"
     assert choose_attention("auto", False, "cpu") == "sdpa"
@@ -108,9 +108,9 @@ def test_choose_attention(monkeypatch):
         choose_attention("varlen", False, "cuda")
     with pytest.raises(ValueError, match="expected one of"):
         choose_attention("flash", True, "cuda")
-    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(varlen_attention, "is_flash_attn_2_available", lambda: False)
     assert choose_attention("auto", True, "cuda") == "varlen"
-    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(varlen_attention, "is_flash_attn_2_available", lambda: True)
     assert choose_attention("auto", True, "cuda") == "flash_attention_2"
     assert choose_attention("flash_attention_2", True, "cuda") == "flash_attention_2"
 
@@ -119,7 +119,7 @@ def test_flash_attention_gets_the_sample_borders(processor, conversations, monke
     """transformers' own flash_attention_2 takes the same arguments: checked with its kernel replaced by ours."""
     from transformers import AttentionInterface
 
-    from pointalign.models.attention import varlen_attention
+    from pointalign.efficient.varlen_attention import varlen_attention
 
     seen = {}
 
@@ -141,7 +141,7 @@ def test_cuda_kernel_call(monkeypatch, grouped):
     """The arguments handed to PyTorch's kernel, which runs on CUDA alone; before 2.12 it had no `enable_gqa`."""
     import torch.nn.attention.varlen as varlen
 
-    from pointalign.models.attention import varlen_attention
+    from pointalign.efficient.varlen_attention import varlen_attention
 
     class OnCuda(torch.Tensor):
         is_cuda = True

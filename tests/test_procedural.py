@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pointalign import assets
-from pointalign.data.captions import facts
-from pointalign.data.procedural import MAKERS, furniture
-from pointalign.data.solids import Part
+from pointalign.embedded.facts import facts
+from pointalign.embedded.procedural import MAKERS, furniture
+from pointalign.embedded.solids import Part
 
 
 @pytest.mark.parametrize("noun", MAKERS)

@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pointalign import stages
+from pointalign import build
 from pointalign.alignment import Alignment
 from pointalign.models import PointAlignConfig, PointAlignForConditionalGeneration, PointAlignPhiConfig
 from pointalign.options import parse
-from pointalign.schedule import published_rate
+from pointalign.trainer import published_rate
 
 TRAINABLE = {
     "stage1_mlp": 1_378_432,
@@ -31,10 +31,10 @@ def test_the_trainable_parameters_are_the_papers(recipe, language_config, capsys
     config = PointAlignConfig.from_preset(options.model.preset, language_config)
     with torch.device("meta"):
         model = PointAlignForConditionalGeneration(config)
-        stages.add_adapters(model, options.model)
+        build.add_adapters(model, options.model)
         if options.model.query_experts:
             model.model.add_query_experts(options.model.query_experts, options.model.query_routing)
-    stages.set_trainable(model, options.model.train)
+    build.set_trainable(model, options.model.train)
     count = sum(one.numel() for one in model.parameters() if one.requires_grad)
     if options.alignment.weight:
         layers = options.alignment.layers(language_config.num_hidden_layers)
@@ -96,8 +96,8 @@ def test_weight_decay_spares_norms_and_biases(tmp_path):
             projector_hidden_size=16,
         )
     )
-    stages.add_adapters(model, options.model)
-    stages.set_trainable(model, options.model.train)
+    build.add_adapters(model, options.model)
+    build.set_trainable(model, options.model.train)
     trainer = PointAlignTrainer(model=AlignedModel(model, options.alignment), args=options.training)
     decayed, spared = trainer.create_optimizer().param_groups
     assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
@@ -111,4 +111,4 @@ def test_a_part_that_the_model_lacks_is_named():
     from conftest import tiny_model
 
     with pytest.raises(ValueError, match="this model has no llm_norms"):
-        stages.set_trainable(tiny_model(), ["modality_projector", "llm_norms"])
+        build.set_trainable(tiny_model(), ["modality_projector", "llm_norms"])

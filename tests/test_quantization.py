@@ -5,7 +5,8 @@ import torch
 from conftest import tiny_text_config
 from torch import nn
 
-from pointalign import quantization, stages
+from pointalign import build
+from pointalign.efficient import quantization
 from pointalign.options import ModelOptions
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -25,11 +26,11 @@ def folder(tmp_path_factory, tokenizer):
     return path
 
 
-def build(folder, **options):
+def make_model(folder, **options):
     from pointalign.options import DataOptions
 
     chosen = ModelOptions(llm=str(folder), dtype="float32", lora_dropout=0.0, lora_rank=4, **options)
-    return stages.build(chosen, DataOptions(num_points=256))
+    return build.build_model(chosen, DataOptions(num_points=256))
 
 
 def losses(model, steps=1):
@@ -49,15 +50,15 @@ def losses(model, steps=1):
 
 
 def test_nf4_trains_and_equals_its_dequantised_twin(folder):
-    model, _ = build(folder, quantization="nf4")
+    model, _ = make_model(folder, quantization="nf4")
     layers = model.model.language_model.get_decoder().layers
     assert quantization.is_4bit(layers[0].self_attn.q_proj.base_layer)
     assert not quantization.is_4bit(model.get_output_embeddings())
-    twin, _ = build(folder, quantization="nf4", dequantize_once=True)
+    twin, _ = make_model(folder, quantization="nf4", dequantize_once=True)
     twin_layers = twin.model.language_model.get_decoder().layers
     assert type(twin_layers[0].self_attn.q_proj.base_layer) is nn.Linear
     assert torch.equal(quantization.full_weight(layers[0].mlp.fc1.base_layer), twin_layers[0].mlp.fc1.base_layer.weight)
-    full, _ = build(folder)
+    full, _ = make_model(folder)
     four, once, plain = (losses(one, steps=4) for one in (model, twin, full))
     assert four == pytest.approx(once, rel=1e-5)
     assert abs(four[0] - plain[0]) > 1e-5  # 4 bits are not the weights
@@ -68,12 +69,12 @@ def test_nf4_trains_and_equals_its_dequantised_twin(folder):
 def test_quantised_models_are_exported_plain(folder, tmp_path, options):
     from pointalign.models import PointAlignForConditionalGeneration
 
-    model, processor = build(folder, **options)
+    model, processor = make_model(folder, **options)
     losses(model, steps=2)
     ids = torch.arange(20)[None]
     with torch.no_grad():
         expected = model.eval()(input_ids=ids).logits
-    stages.export(model, processor, tmp_path / "model")
+    build.export(model, processor, tmp_path / "model")
     again = PointAlignForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
     assert getattr(again.config.text_config, "quantization_config", None) is None
     assert not any(quantization.is_4bit(module) for module in again.modules())

@@ -152,13 +152,13 @@ def test_7_nothing_is_fetched_when_a_model_is_made(monkeypatch):
 def test_7_a_language_model_in_the_wrong_format_is_refused(tmp_path, tokenizer):
     import made_published as made
 
-    from pointalign import stages
+    from pointalign import build
     from pointalign.options import DataOptions, ModelOptions
 
     fused = made.save_llm(tmp_path / "fused", made.phi(fused=True), shards=1)
     tokenizer.save_pretrained(fused)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj"):
-        stages.build(ModelOptions(llm=str(fused)), DataOptions())
+        build.build_model(ModelOptions(llm=str(fused)), DataOptions())
 
 
 def test_8_scores_only_where_a_label_is(batch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pointalign import stages, train
+from pointalign import stage_file, train
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("POINTALIGN_LONG_TESTS"), reason="needs the embedded assets and minutes: make test-long"
@@ -19,11 +19,11 @@ def test_two_and_two_steps_are_four(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main(["demo", *options, "--training.output_dir", str(whole)]) == 0
     assert train.main(["demo", *options, "--training.output_dir", str(parts)]) == 0
-    (parts / stages.STAGE_FILE).unlink()
+    (parts / stage_file.STAGE_FILE).unlink()
     resume = ["--training.resume_from_checkpoint", str(parts / "checkpoint-2")]
     assert train.main(["demo", *options, "--training.output_dir", str(parts), *resume]) == 0
-    expected, resumed = load_file(whole / stages.STAGE_FILE), load_file(parts / stages.STAGE_FILE)
-    start = load_file(stages.find_stage("furniture-stage1"))
+    expected, resumed = load_file(whole / stage_file.STAGE_FILE), load_file(parts / stage_file.STAGE_FILE)
+    start = load_file(stage_file.find_stage("furniture-stage1"))
     assert expected.keys() == resumed.keys()
     assert any(not torch.equal(expected[name], start[name]) for name in expected), "nothing was trained"
     for name, tensor in expected.items():

@@ -4,7 +4,7 @@ import torch
 from conftest import lively
 from torch.nn import functional
 
-from pointalign.evaluation.sentences import embed
+from pointalign.evaluation.metrics import embed
 
 SENTENCES = ["bench", "cactus", "a fire extinguisher", "forklift"]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pointalign.data import shapes
+from experiments import shapes
 
 PLAIN = shapes.Shape("red", "square", 4, taper=1.0, holes=0, aspect=1.0, roughness=0.0, lopsided=False)
 

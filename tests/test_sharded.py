@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from test_trainer import Samples, make_model
 
-from pointalign import fused, train
+from pointalign import train
 from pointalign.data.collator import ConversationCollator
+from pointalign.efficient import fused_parts
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,8 +48,8 @@ def train_and_keep(processor, clouds, out, sharded=False):
     aligned = make_model().train()
     trained = [name for name, p in aligned.named_parameters() if p.requires_grad]
     decoder = aligned.model.get_decoder()
-    parts = [part for part in fused.PARTS if part != "merged"]
-    with fused.applied(aligned.model, parts) if sharded else nullcontext():
+    parts = [part for part in fused_parts.PARTS if part != "merged"]
+    with fused_parts.applied(aligned.model, parts) if sharded else nullcontext():
         if sharded:
             aligned.model.model.language_model.set_attn_implementation("varlen")
             for layer in decoder.layers:

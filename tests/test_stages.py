@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pointalign import checkpointing, stages
+from pointalign import build, stage_file, storage
 from pointalign.options import PARTS, DataOptions, ModelOptions
 
 
@@ -29,8 +29,8 @@ def options(folder, **changes) -> ModelOptions:
     return ModelOptions(**{"llm": str(folder), "dtype": "float32", "lora_rank": 4} | changes)
 
 
-def build(folder, **changes):
-    return stages.build(options(folder, **changes), DataOptions(num_points=256))
+def make_model(folder, **changes):
+    return build.build_model(options(folder, **changes), DataOptions(num_points=256))
 
 
 def shaken(model, seed: int = 0):
@@ -50,16 +50,16 @@ def logits(model, processor, clouds):
 
 
 def test_the_seed_fixes_a_new_point_branch(folder):
-    one, same, other = (build(folder, seed=seed)[0].state_dict() for seed in (1, 1, 2))
+    one, same, other = (make_model(folder, seed=seed)[0].state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["model.query_tokens"], other["model.query_tokens"])
 
 
 def test_the_processor_fits_the_model(folder):
-    model, processor = build(folder)
+    model, processor = make_model(folder)
     assert processor.num_query_tokens == model.config.num_query_tokens == 32
     assert processor.feature_extractor.min_points == 64 and processor.feature_extractor.num_points == 256
-    _, other = stages.build(options(folder), DataOptions(up_axis="z"))
+    _, other = build.build_model(options(folder), DataOptions(up_axis="z"))
     assert (other.feature_extractor.up_axis, other.feature_extractor.num_points) == ("z", 1024)  # the mini encoder's
 
 
@@ -69,7 +69,7 @@ QFORMER_ADAPTED = (".lora_", "attention.output.LayerNorm.weight", "output_query.
 @pytest.mark.parametrize("part", [one for one in PARTS if one != "llm_norms"])  # those are the published Phi's
 def test_exactly_the_named_part_trains(part, folder):
     extras = {"query_experts": {"query_experts": 3}, "qformer_lora": {"qformer_lora_rank": 2}}
-    model, _ = build(folder, train=[part], **extras.get(part, {}))
+    model, _ = make_model(folder, train=[part], **extras.get(part, {}))
     trained = {name for name, one in model.named_parameters() if one.requires_grad}
     names = {name for name, _ in model.named_parameters()}
     if part == "lora":
@@ -83,14 +83,14 @@ def test_exactly_the_named_part_trains(part, folder):
 
 
 def test_a_later_stage_adds_experts_and_hands_them_on(folder, tmp_path):
-    first, _ = build(folder)
-    stages.save_stage(first, tmp_path / "a.safetensors", {})
-    second, _ = build(folder, checkpoint=str(tmp_path / "a.safetensors"), query_experts=3, train=["query_experts"])
+    first, _ = make_model(folder)
+    stage_file.save_stage(first, tmp_path / "a.safetensors", {})
+    second, _ = make_model(folder, checkpoint=str(tmp_path / "a.safetensors"), query_experts=3, train=["query_experts"])
     queries = first.model.query_tokens.to(torch.bfloat16).float()
     assert torch.equal(second.model.query_experts.queries, queries.expand(3, -1, -1))
     shaken(second)
-    stages.save_stage(second, tmp_path / "b.safetensors", {})
-    third, _ = build(folder, checkpoint=str(tmp_path / "b.safetensors"), seed=5)
+    stage_file.save_stage(second, tmp_path / "b.safetensors", {})
+    third, _ = make_model(folder, checkpoint=str(tmp_path / "b.safetensors"), seed=5)
     expected = second.model.query_experts.queries.to(torch.bfloat16).float()
     assert torch.equal(third.model.query_experts.queries, expected)
 
@@ -98,24 +98,24 @@ def test_a_later_stage_adds_experts_and_hands_them_on(folder, tmp_path):
 def test_experts_stay_routed_as_they_were_trained(folder, tmp_path, clouds):
     """How they are routed is in no tensor, and `sparse` after `soft` would be another model."""
     start = tmp_path / "start.safetensors"
-    stages.save_stage(build(folder)[0], start, {})
-    soft, processor = build(folder, checkpoint=str(start), query_experts=3, query_routing="soft")
+    stage_file.save_stage(make_model(folder)[0], start, {})
+    soft, processor = make_model(folder, checkpoint=str(start), query_experts=3, query_routing="soft")
     shaken(soft)
     with torch.no_grad():
-        for one in checkpointing.stage_state(soft).values():
+        for one in stage_file.stage_state(soft).values():
             if one.ndim > 1:
                 one.copy_(one.to(torch.bfloat16))
     path = tmp_path / "soft.safetensors"
-    stages.save_stage(soft, path, {})
-    later, _ = build(folder, checkpoint=str(path))
+    stage_file.save_stage(soft, path, {})
+    later, _ = make_model(folder, checkpoint=str(path))
     assert later.config.query_routing == "soft"
     assert torch.equal(logits(later.eval(), processor, clouds), logits(soft, processor, clouds))
-    other, _ = build(folder, checkpoint=str(path), query_routing="constant")
+    other, _ = make_model(folder, checkpoint=str(path), query_routing="constant")
     assert not torch.allclose(logits(other.eval(), processor, clouds), logits(soft, processor, clouds))
     with pytest.raises(ValueError, match="this model already has 3"):
-        build(folder, checkpoint=str(path), query_experts=8)
+        make_model(folder, checkpoint=str(path), query_experts=8)
     with pytest.raises(ValueError, match="this model has no query experts"):
-        build(folder, query_routing="soft")
+        make_model(folder, query_routing="soft")
     with pytest.raises(ValueError, match="expected sparse, soft or constant"):
         options(folder, query_routing="dense")
 
@@ -124,7 +124,7 @@ def test_a_converted_folder_goes_on_training(tmp_path, tokenizer):
     """From published files through a stage to a folder that answers: flags only."""
     import made_published as made
 
-    from pointalign.convert import main
+    from pointalign.convert.__main__ import main
 
     torch.manual_seed(0)
     llm = made.save_llm(tmp_path / "phi", made.phi(fused=False), vocab_size=made.LLM["vocab"])
@@ -136,7 +136,7 @@ def test_a_converted_folder_goes_on_training(tmp_path, tokenizer):
     assert main([*arguments, "--output", str(tmp_path / "converted")]) == 0
     tokenizer.save_pretrained(tmp_path / "converted")
     options = {"train": ["lora", "llm_norms", "qformer_lora"], "dtype": "bfloat16"}
-    model, _ = build(tmp_path / "converted", **options)
+    model, _ = make_model(tmp_path / "converted", **options)
     attention = model.model.language_model.model.layers[0].self_attn
     assert attention.query_key_value.lora_A.default.weight.shape == (made.RANK, 40)  # one for q, k and v
     trained = [one for one in model.parameters() if one.requires_grad]
@@ -148,113 +148,113 @@ def test_a_converted_folder_goes_on_training(tmp_path, tokenizer):
     with torch.no_grad():
         for name in stored:
             model.get_parameter(name).add_(1e-4)  # less than bfloat16 tells apart
-    stages.save_stage(model, tmp_path / "stage.safetensors", {})
-    again, processor = build(tmp_path / "converted", checkpoint=str(tmp_path / "stage.safetensors"), **options)
+    stage_file.save_stage(model, tmp_path / "stage.safetensors", {})
+    again, processor = make_model(tmp_path / "converted", checkpoint=str(tmp_path / "stage.safetensors"), **options)
     for name, one in again.named_parameters():
         if name in stored:  # trained norms are handed on, unrounded
             assert torch.equal(one, model.get_parameter(name)) and not torch.equal(one, stored[name])
-    stages.export(again, processor, tmp_path / "model")
+    build.export(again, processor, tmp_path / "model")
     assert not (tmp_path / "model" / "adapters.safetensors").exists()
-    assert stages.load_for_inference(tmp_path / "model")[0].config.adapters is None
+    assert build.load_for_inference(tmp_path / "model")[0].config.adapters is None
 
 
 def test_a_missing_language_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.llm=.*config.json is missing"):
-        build(tmp_path)
+        make_model(tmp_path)
 
 
 def test_dtypes():
-    assert stages.resolve_dtype("float32") == torch.float32 and stages.resolve_dtype("bfloat16") == torch.bfloat16
-    assert stages.resolve_dtype("auto") in (torch.float32, torch.bfloat16)
+    assert build.resolve_dtype("float32") == torch.float32 and build.resolve_dtype("bfloat16") == torch.bfloat16
+    assert build.resolve_dtype("auto") in (torch.float32, torch.bfloat16)
 
 
 def test_a_stage_hands_on_everything_but_the_language_model(folder, tmp_path, clouds):
-    model, processor = build(folder)
+    model, processor = make_model(folder)
     shaken(model)
-    path = tmp_path / "run" / stages.STAGE_FILE
-    stages.save_stage(model, path, {"seed": 0})
+    path = tmp_path / "run" / stage_file.STAGE_FILE
+    stage_file.save_stage(model, path, {"seed": 0})
     assert json.loads(path.with_suffix(".json").read_text()) == {"seed": 0}
     state = load_file(path)
     assert all(one.dtype == torch.bfloat16 for one in state.values() if one.ndim > 1)
     assert {name for name in model.state_dict() if ".language_model." not in name or ".lora_" in name} == set(state)
     for checkpoint in (path, path.parent):
-        loaded, _ = build(folder, checkpoint=str(checkpoint), seed=7)
+        loaded, _ = make_model(folder, checkpoint=str(checkpoint), seed=7)
         for name, one in loaded.state_dict().items():
             expected = model.state_dict()[name]
             rounded = name in state and expected.ndim > 1
             assert torch.equal(one, expected.to(torch.bfloat16).to(one.dtype) if rounded else expected), name
     with torch.no_grad():
-        for one in checkpointing.stage_state(model).values():
+        for one in stage_file.stage_state(model).values():
             if one.ndim > 1:
                 one.copy_(one.to(torch.bfloat16))
     assert torch.equal(logits(loaded.eval(), processor, clouds), logits(model, processor, clouds))
 
 
 def test_another_language_model_is_refused(folder, tmp_path, tokenizer):
-    model, _ = build(folder)
-    path = tmp_path / stages.STAGE_FILE
-    stages.save_stage(model, path, {})
+    model, _ = make_model(folder)
+    path = tmp_path / stage_file.STAGE_FILE
+    stage_file.save_stage(model, path, {})
     torch.manual_seed(5)
     other = AutoModelForCausalLM.from_config(tiny_text_config("llama"))
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="was trained with the language model"):
-        build(tmp_path / "other", checkpoint=str(path))
+        make_model(tmp_path / "other", checkpoint=str(path))
     save_file(load_file(path), tmp_path / "nameless.safetensors")
     with pytest.raises(ValueError, match="was trained with the language model None"):
-        build(folder, checkpoint=str(tmp_path / "nameless.safetensors"))
+        make_model(folder, checkpoint=str(tmp_path / "nameless.safetensors"))
 
 
 def test_the_fingerprint_does_not_depend_on_the_dtype(folder):
     single, half = (AutoModelForCausalLM.from_pretrained(folder, dtype=d) for d in (torch.float32, torch.bfloat16))
-    assert stages.fingerprint(single) == stages.fingerprint(half)
+    assert stage_file.fingerprint(single) == stage_file.fingerprint(half)
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 8}, {"lora_targets": ["q_proj"]}])
 def test_other_adapters_are_refused(changes, folder, tmp_path):
-    model, _ = build(folder)
-    stages.save_stage(model, tmp_path / stages.STAGE_FILE, {})
+    model, _ = make_model(folder)
+    stage_file.save_stage(model, tmp_path / stage_file.STAGE_FILE, {})
     with pytest.raises(ValueError, match="does not fit this model"):
-        build(folder, checkpoint=str(tmp_path), **changes)
+        make_model(folder, checkpoint=str(tmp_path), **changes)
 
 
 @pytest.mark.parametrize("part", ["language_model", "qformer"])
 def test_another_strength_of_the_adapters_is_refused(part, folder, tmp_path):
     """The tensors are the same for every alpha: only the file's header tells."""
     trained = {"lora_alpha": 8, "qformer_lora_rank": 2}
-    model, _ = build(folder, **trained)
+    model, _ = make_model(folder, **trained)
     model.config.adapters[part] = model.config.adapters[part] | {"lora_alpha": 5}
-    stages.save_stage(model, tmp_path / stages.STAGE_FILE, {})
+    stage_file.save_stage(model, tmp_path / stage_file.STAGE_FILE, {})
     with pytest.raises(ValueError, match=f"trained with lora_alpha=5 on the {part}, this model has [84]: "):
-        build(folder, checkpoint=str(tmp_path), **trained)
+        make_model(folder, checkpoint=str(tmp_path), **trained)
 
 
 def test_a_stage_file_alone_answers_as_the_one_in_training(folder, tmp_path, clouds):
     trained = options(folder, lora_alpha=3, lora_targets=["q_proj", "v_proj"], qformer_lora_rank=2)
     data = DataOptions(num_points=256, up_axis="z")
-    model, processor = stages.build(trained, data)
+    model, processor = build.build_model(trained, data)
     shaken(model)
     with torch.no_grad():
-        for one in checkpointing.stage_state(model).values():
+        for one in stage_file.stage_state(model).values():
             if one.ndim > 1:
                 one.copy_(one.to(torch.bfloat16))
-    path = tmp_path / "run" / stages.STAGE_FILE
-    stages.save_stage(model, path, {"model": asdict(trained), "data": asdict(data)})
+    path = tmp_path / "run" / stage_file.STAGE_FILE
+    stage_file.save_stage(model, path, {"model": asdict(trained), "data": asdict(data)})
     for name in (path, path.parent):
-        loaded, again = stages.load_for_inference(name)
+        loaded, again = build.load_for_inference(name)
         assert not loaded.training and loaded.config.adapters is None
         assert (again.feature_extractor.num_points, again.feature_extractor.up_axis) == (256, "z")
         found, expected = (logits(one.to("cpu"), processor, clouds) for one in (loaded, model))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     path.with_suffix(".json").unlink()
     with pytest.raises(ValueError, match=r"expected stage\.json beside it"):
-        stages.load_for_inference(path)
+        build.load_for_inference(path)
 
 
 def test_a_partial_or_truncated_stage_is_refused(folder, tmp_path):
-    model, _ = build(folder)
-    path = tmp_path / stages.STAGE_FILE
-    stages.save_stage(model, path, {})
+    model, _ = make_model(folder)
+    path = tmp_path / stage_file.STAGE_FILE
+    stage_file.save_stage(model, path, {})
     whole = load_file(path)
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
@@ -264,39 +264,39 @@ def test_a_partial_or_truncated_stage_is_refused(folder, tmp_path):
         ".lora_",
     ):
         kept = {name: one for name, one in whole.items() if lost not in name}
-        checkpointing.write_tensors(path, kept, header)
+        storage.write_tensors(path, kept, header)
         with pytest.raises(ValueError, match=f"missing .*{re.escape(lost)}"):
-            build(folder, checkpoint=str(path))
+            make_model(folder, checkpoint=str(path))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
-        build(folder, checkpoint=str(path))
+        make_model(folder, checkpoint=str(path))
 
 
 def test_an_unknown_checkpoint_is_named(folder):
     with pytest.raises(FileNotFoundError, match=r"model\.checkpoint='nowhere'"):
-        build(folder, checkpoint="nowhere")
+        make_model(folder, checkpoint="nowhere")
 
 
 def test_merged_adapters_answer_alike_and_leave_the_plain_layout(folder, clouds):
-    model, processor = build(folder)
+    model, processor = make_model(folder)
     shaken(model)
     before = logits(model, processor, clouds)
     with_adapters = {name for name in model.state_dict() if ".lora_" not in name}
-    stages.merge_adapters(model)
+    build.merge_adapters(model)
     torch.testing.assert_close(logits(model, processor, clouds), before, atol=1e-4, rtol=1e-4)
-    plain = stages.PointAlignForConditionalGeneration(model.config)
+    plain = build.PointAlignForConditionalGeneration(model.config)
     assert set(model.state_dict()) == set(plain.state_dict()) == {n.replace(".base_layer", "") for n in with_adapters}
-    unmoved, _ = build(folder)
-    stages.merge_adapters(unmoved)
+    unmoved, _ = make_model(folder)
+    build.merge_adapters(unmoved)
     assert not torch.allclose(logits(unmoved.eval(), processor, clouds), before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_exported_model_answers_as_the_one_in_training(dtype, folder, clouds, tmp_path):
-    model, processor = build(folder, dtype=dtype)
+    model, processor = make_model(folder, dtype=dtype)
     shaken(model)
-    stages.export(model, processor, tmp_path / "model")
-    loaded, again = stages.load_for_inference(tmp_path / "model")
+    build.export(model, processor, tmp_path / "model")
+    loaded, again = build.load_for_inference(tmp_path / "model")
     loaded.to("cpu")
     assert not loaded.training
     assert loaded.model.language_model.dtype == getattr(torch, dtype)

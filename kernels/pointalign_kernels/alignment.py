@@ -17,7 +17,182 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pointalign_kernels import reference
+from pointalign_kernels import alignment_triton, reference
+
+
+def _cast(weights: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
+    """The weights in the dtype of `flat`: views of `flat`, filled by one launch, or the weights themselves."""
+    if not flat.numel():
+        return list(weights)
+    copies = _split(flat, weights)
+    torch._foreach_copy_(copies, list(weights))  # pyright: ignore[reportPrivateImportUsage]
+    return copies
+
+
+def _split(flat: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    pieces = flat.split([weight.numel() for weight in weights])
+    return [piece.view(weight.shape) for piece, weight in zip(pieces, weights, strict=True)]
+
+
+def _outputs(
+    hidden: Tensor, weights: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised outputs of `alignment_forward` other than the loss."""
+    layers, rows, _ = hidden.shape
+    width, features = weights[0].shape[1], weights[2].shape[1]
+    return (
+        hidden.new_empty((layers * rows, features), dtype=dtype),
+        hidden.new_empty((2, layers, rows, width), dtype=dtype),
+        hidden.new_empty((2, layers, rows, width), dtype=dtype),
+        hidden.new_empty(hidden.shape if hidden.dtype != dtype else (0,), dtype=dtype),
+        hidden.new_empty(sum(w.numel() for w in weights) if weights[0].dtype != dtype else 0, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("pointalign::alignment_forward", mutates_args=())
+def alignment_forward(
+    hidden: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses `[L]` and what the backward needs; contiguous inputs.
+
+    Args:
+        hidden: `[L, M, C]`.
+        target: `[M, D]`.
+        weights: `[G, H, C]`, `[G, H, H]`, `[G, D, H]`.
+        biases: `[G, H]`, `[G, H]`, `[G, D]`.
+        dtype: of the matrix products.
+
+    Returns:
+        loss `[L]` fp32; gradient of each row's `1 - cos` with respect to the projection `[L * M, D]`; pre-activations
+        and activations `[2, L, M, H]`; copies of hidden and of the weights (flat) in `dtype`, empty where not needed.
+    """
+    dy, pre, act, hidden_copy, weight_copy = outputs = _outputs(hidden, weights, dtype)
+    layers, rows, _ = hidden.shape
+    if rows == 0:
+        return hidden.new_zeros(layers, dtype=torch.float32), *outputs
+    if layers * rows * max(*hidden.shape[2:], *weights[1].shape[2:], dy.shape[1]) >= 2**31:
+        raise ValueError(f"{layers} x {rows} rows are too many for 32-bit offsets: pass the layers one by one")
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        weights = _cast(weights, weight_copy)
+        if hidden_copy.numel():
+            hidden = hidden_copy.copy_(hidden)
+        x = hidden.view(weights[0].shape[0], -1, hidden.shape[2])
+        shape = (2, *x.shape[:2], -1)
+        (z1, z2), (a1, a2) = pre.view(shape), act.view(shape)
+        alignment_triton.linear(x, weights[0], biases[0], z1, a1)
+        alignment_triton.linear(a1, weights[1], biases[1], z2, a2)
+        partial = alignment_triton.linear(a2, weights[2], None, None, None)
+        loss = alignment_triton.cosine(partial, biases[2], target, x.shape[1], dy)
+    return loss, *outputs
+
+
+@alignment_forward.register_fake
+def _(hidden, target, weights, biases, dtype):
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), *_outputs(hidden, weights, dtype)
+
+
+@torch.library.custom_op("pointalign::alignment_backward", mutates_args=())
+def alignment_backward(
+    upstream: Tensor, hidden: Tensor, dy: Tensor, pre: Tensor, act: Tensor, weights: Sequence[Tensor],
+    biases: Sequence[Tensor], hidden_copy: Tensor, weight_copy: Tensor, need_hidden: bool, need_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, of the three weights and of the three biases, empty where not needed.
+
+    `upstream` `[L]` is the gradient of the losses; the rest are inputs and outputs of `alignment_forward`.
+    """
+    grads = _gradients(hidden, weights, biases, need_hidden, need_parameters)
+    layers, rows, inputs = hidden.shape
+    if rows == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    groups = weights[0].shape[0]
+    if weight_copy.numel():
+        weights = _split(weight_copy, weights)
+    x = (hidden_copy if hidden_copy.numel() else hidden).view(groups, -1, inputs)
+    shape = (groups, x.shape[1], -1)
+    factor = upstream.to(torch.float32).contiguous()
+    if groups != layers:  # rows of one shared dW carry different factors, so they cannot wait for the epilogue
+        dy, factor = (dy.view(layers, rows, -1) * (factor / rows)[:, None, None]).to(dy.dtype), None
+    (z1, z2), (a1, a2), dy = pre.view(2, *shape), act.view(2, *shape), dy.view(shape)
+    dz2, dz1 = torch.empty_like(z2), torch.empty_like(z1)
+    dw1, dw2, dw3, db1, db2, db3 = grads[1:] if need_parameters else [None] * 6
+    with torch.cuda.device_of(hidden):
+        alignment_triton.backward(dy, weights[2], a2, z2, factor, dz2, dw3, db3)
+        alignment_triton.backward(dz2, weights[1], a1, z1, None, dz1, dw2, db2)
+        dh = grads[0].view(shape) if need_hidden else None
+        alignment_triton.backward(dz1, weights[0], x, None, None, dh, dw1, db1)
+    return grads
+
+
+def _gradients(
+    hidden: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], need_hidden: bool, need_parameters: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dh = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
+    w1, w2, w3, b1, b2, b3 = (torch.empty_like(p) if need_parameters else p.new_empty(0) for p in (*weights, *biases))
+    return dh, w1, w2, w3, b1, b2, b3
+
+
+@alignment_backward.register_fake
+def _(upstream, hidden, dy, pre, act, weights, biases, hidden_copy, weight_copy, need_hidden, need_parameters):
+    return _gradients(hidden, weights, biases, need_hidden, need_parameters)
+
+
+def _alignment_context(ctx, inputs, output) -> None:
+    hidden, _, weights, biases, _ = inputs
+    ctx.save_for_backward(hidden, *weights, *biases, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or every backward would fill zeros for them
+
+
+def _alignment_backward(ctx, upstream, *_):
+    hidden, *rest = ctx.saved_tensors
+    weights, biases, (dy, pre, act, hidden_copy, weight_copy) = rest[:3], rest[3:6], rest[6:]
+    need_hidden, _, need_weights, need_biases, _ = ctx.needs_input_grad
+    need_parameters = any((*need_weights, *need_biases))
+    dh, *grads = alignment_backward(
+        upstream, hidden, dy, pre, act, weights, biases, hidden_copy, weight_copy, need_hidden, need_parameters
+    )
+    wanted = [grad if need_parameters else None for grad in grads]
+    return dh if need_hidden else None, None, wanted[:3], wanted[3:], None
+
+
+alignment_forward.register_autograd(_alignment_backward, setup_context=_alignment_context)
+
+
+@torch.library.custom_op("pointalign::cosine_forward", mutates_args=())
+def cosine_forward(projected: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses `[L]` and fp32 per-row gradients `[L * M, D]` of contiguous `projected` `[L, M, D]`, `target` `[M, D]`."""
+    layers, rows, width = projected.shape
+    dy = projected.new_empty((layers * rows, width), dtype=torch.float32)
+    if rows == 0:
+        return projected.new_zeros(layers, dtype=torch.float32), dy
+    with torch.cuda.device_of(projected):
+        return alignment_triton.cosine(projected, None, target, rows, dy), dy
+
+
+@cosine_forward.register_fake
+def _(projected, target):
+    layers, rows, width = projected.shape
+    loss = projected.new_empty(layers, dtype=torch.float32)
+    return loss, projected.new_empty((layers * rows, width), dtype=torch.float32)
+
+
+def _cosine_context(ctx, inputs, output) -> None:
+    ctx.dtype, ctx.shape = inputs[0].dtype, inputs[0].shape
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _cosine_backward(ctx, upstream, _):
+    (dy,) = ctx.saved_tensors
+    factor = upstream / max(ctx.shape[1], 1)
+    return (dy.view(ctx.shape) * factor[:, None, None]).to(ctx.dtype), None
+
+
+cosine_forward.register_autograd(_cosine_backward, setup_context=_cosine_context)
+
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -72,10 +247,10 @@ def cosine_alignment(projected: Tensor, target: Tensor, impl: str = "auto") -> T
     _check_target(projected, projected.shape[-1], target)
     if not _fused(impl, projected.device.type):
         return reference.cosine_alignment(projected, target)
-    from pointalign_kernels import alignment_ops
+    from pointalign_kernels import alignment
 
     layers = projected if projected.dim() == 3 else projected[None]
-    loss, _ = alignment_ops.cosine_forward(layers.contiguous(), target.detach().contiguous())
+    loss, _ = alignment.cosine_forward(layers.contiguous(), target.detach().contiguous())
     return loss if projected.dim() == 3 else loss.squeeze(0)
 
 
@@ -96,10 +271,10 @@ def alignment_loss(
         return reference.alignment_loss(hidden, target, weights, biases)
     dtype = _compute_dtype(hidden)
     _check_projector(hidden, weights, biases)
-    from pointalign_kernels import alignment_ops
+    from pointalign_kernels import alignment
 
     layers = hidden if hidden.dim() == 3 else hidden[None]
-    loss = alignment_ops.alignment_forward(
+    loss = alignment.alignment_forward(
         layers.contiguous(),
         target.detach().contiguous(),
         [(weight if weight.dim() == 3 else weight[None]).contiguous() for weight in weights],

@@ -1,12 +1,118 @@
 """Samples of a `ConversationDataset` become one batch, padded or packed."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from pointalign.data.augment import augment
-from pointalign.data.packing import pack
+from pointalign.data.conversations import Conversation, to_messages
+
+IGNORED = -100  # label of a token that carries no loss
+
+
+def pack(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
+    """A padded batch `[B, T]` as one row `[1, S]`, S the number of real tokens, samples in their order.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `point_mask`, `labels`; clouds are handed through, they follow the text's
+            reading order either way.
+
+    Returns:
+        The same without `attention_mask` (with one, samples would see each other), and `position_ids [1, S]` that
+        start at 0 in every sample, `cu_seq_lens_q`, `cu_seq_lens_k` `[B + 1]` int32, `max_length_q`, `max_length_k`:
+        the names by which transformers hands them to an attention function. The first token of a sample carries no
+        label, so that no sample predicts the beginning of the next.
+    """
+    packed: dict[str, Tensor | int] = dict(batch)
+    real = batch["attention_mask"].bool()
+    del packed["attention_mask"]
+    lengths = real.sum(dim=1)
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    for name in ("input_ids", "point_mask", "labels"):
+        packed[name] = batch[name][real][None]
+    packed["labels"][0, starts] = IGNORED  # type: ignore[index]
+    total = int(ends[-1])
+    packed["position_ids"] = (torch.arange(total) - starts.repeat_interleave(lengths))[None]
+    cumulative = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    return packed | {
+        "cu_seq_lens_q": cumulative,
+        "cu_seq_lens_k": cumulative,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def token_counts(processor, conversations: Sequence[Conversation], max_length: int) -> list[int]:
+    """Tokens of each conversation as the processor would lay it out, at most `max_length`; no cloud is read."""
+    template = processor.chat_template
+    counts = []
+    for one in conversations:
+        parts, _ = processor._render(to_messages(one, [""] * len(one.object_ids)), template, False, {})
+        counts.append(min(max_length, len(processor._encode(parts)["input_ids"])))
+    return counts
+
+
+class TokenBudgetSampler(Sampler[list[int]]):
+    """Batches of samples that together have at most `budget` tokens, for `DataLoader(batch_sampler=...)`.
+
+    Samples are shuffled once by `seed` and grouped greedily, in windows of 64 sorted by length so that batches fill;
+    every epoch has the same batches in another order. With several processes, process r takes batches r, r + world,
+    ...: all processes have equally many, up to `world - 1` batches at the end are left out.
+
+    Raises:
+        ValueError: a sample alone exceeds the budget.
+    """
+
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int = 0, rank: int = 0, world: int = 1):
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        if lengths[longest] > budget:
+            raise ValueError(
+                f"sample {longest} has {lengths[longest]} tokens, the budget is {budget}: raise data.pack_tokens or "
+                f"lower data.max_length"
+            )
+        self.lengths, self.budget, self.seed = list(lengths), budget, seed
+        self.rank, self.world, self.epoch = rank, world, 0
+        self.batches = self._group()
+        if len(self.batches) < world:
+            raise ValueError(f"{len(self.batches)} batches of {budget} tokens are too few for {world} processes")
+
+    def _group(self) -> list[list[int]]:
+        order = torch.randperm(len(self.lengths), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        batches: list[list[int]] = []
+        for first in range(0, len(order), 64):
+            window = sorted(order[first : first + 64], key=self.lengths.__getitem__, reverse=True)
+            room: list[int] = []  # of the batches opened in this window
+            opened: list[list[int]] = []
+            for sample in window:
+                length = self.lengths[sample]
+                place = next((index for index, left in enumerate(room) if left >= length), None)
+                if place is None:
+                    place = len(room)
+                    room.append(self.budget)
+                    opened.append([])
+                room[place] -= length
+                opened[place].append(sample)
+            batches += opened
+        return batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches) // self.world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.batches), generator=generator).tolist()
+        for place in range(self.rank, len(self) * self.world, self.world):
+            yield self.batches[order[place]]
+
 
 POSE_FREE = "simple_description"  # naming does not depend on the pose; sides and symmetry are the object's own
 
@@ -19,7 +125,7 @@ class ConversationCollator:
         max_length: the most tokens of a sample; a longer one is cut at the right, never through a cloud.
         augmentation: show every cloud differently in every epoch. What it draws depends on the sample and the epoch
             only, so that a resumed run continues exactly.
-        packing: lay the samples end to end in one row, see `pointalign.data.packing.pack`.
+        packing: lay the samples end to end in one row, see `pointalign.data.collator.pack`.
         features: a `pointalign.feature_cache.FeatureCache` that stands for the clouds.
     """
 

@@ -75,24 +75,3 @@ def layer_curves(results: dict[str, dict], path: Path) -> None:
     figure.tight_layout(rect=(0, 0.3 / (2.7 * rows), 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def arm_differences(rows: list[dict], metric: str, baseline: str, path: Path) -> None:
-    """Every arm's paired difference from the baseline with its interval, and each seed's as a dot."""
-    compared = [row for row in rows if metric in row.get("differences", {})]
-    if not compared:
-        return
-    figure, axis = plt.subplots(figsize=(7, 1.3 + 0.42 * len(compared)))
-    for place, row in enumerate(reversed(compared)):
-        one = row["differences"][metric]
-        axis.plot([one["low"], one["high"]], [place, place], color="tab:blue", linewidth=2.2)
-        axis.plot(one["mean"], place, "o", color="tab:blue", markersize=7)
-        axis.plot(one["per_seed"], [place - 0.2] * len(one["per_seed"]), ".", color="gray", markersize=5)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(compared)), [row["arm"] for row in reversed(compared)])
-    axis.set_xlabel(f"{metric}, difference from {baseline} (95 % interval; dots are seeds)", fontsize=9)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from pointalign.evaluation import runs
-from pointalign.evaluation.gallery import as_data_url, render
+from pointalign.data.augment import turn
+from pointalign.data.point_cloud import normalise
+from pointalign.evaluation import results
 
 SHOWN = 40  # gallery entries per task
 WORST = ("likelihood margin", "accuracy")  # what the gallery is sorted by, the first that applies
@@ -69,10 +71,10 @@ def write_report(folder: Path) -> Path:
 
 
 def _clouds(asked: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
-    options = runs.EvaluationOptions(**asked, sentence_models=["none"])
+    options = results.EvaluationOptions(**asked, sentence_models=["none"])
     if options.data != "furniture" and not Path(options.data).exists():
         return None
-    return runs.load_objects(options).cloud
+    return results.load_objects(options).cloud
 
 
 def _facts(evaluation: dict[str, Any]) -> str:
@@ -89,9 +91,9 @@ def _facts(evaluation: dict[str, Any]) -> str:
 def _task_table(name: str, task: dict[str, Any]) -> str:
     rows = []
     for metric, one in task["metrics"].items():
-        mean, interval, count = runs.shown(metric, one)
+        mean, interval, count = results.shown(metric, one)
         bar = ""
-        if metric not in runs.metrics.UNBOUNDED:
+        if metric not in results.metrics.UNBOUNDED:
             low, high, middle = (100 * min(max(one[key], 0), 1) for key in ("low", "high", "mean"))
             bar = (
                 f"<div class=track><i style='left:{low:.1f}%;width:{max(high - low, 0.5):.1f}%'></i>"
@@ -153,3 +155,39 @@ def _card(row: dict[str, Any], metric: str, cloud: Callable[[str], np.ndarray] |
         f"<p{style}><span>{html.escape(label)}</span> {html.escape(said)}</p>" for label, said, style in lines
     )
     return f"<div class=card>{picture}{text}</div>"
+
+
+BACKGROUND = (0.87, 0.89, 0.92)  # neither white nor black: most objects are one of them
+VIEWS = ((0.0, 0.15), (np.pi / 2, 0.15), (np.pi / 4, 0.6))  # turn about the vertical axis and tilt, radians
+
+
+def render(cloud: np.ndarray, size: int = 150) -> np.ndarray:
+    """A cloud `[N, 6]` (y up, colours in 0..1) from three views, side by side: `[size, 3 * size, 3]` uint8."""
+    cloud = normalise(cloud)
+    return np.concatenate([_view(cloud, size, yaw, tilt) for yaw, tilt in VIEWS], axis=1)
+
+
+def _view(cloud: np.ndarray, size: int, yaw: float, tilt: float) -> np.ndarray:
+    xyz = turn(cloud[:, :3], yaw)
+    cos, sin = np.cos(tilt), np.sin(tilt)
+    up, toward = xyz[:, 1] * cos - xyz[:, 2] * sin, xyz[:, 1] * sin + xyz[:, 2] * cos
+    column = ((xyz[:, 0] * 0.47 + 0.5) * size).astype(int)
+    row = ((0.5 - up * 0.47) * size).astype(int)
+    shade = 0.72 + 0.28 * (toward + 1) / 2  # what is farther is darker
+    colours = np.clip(cloud[:, 3:6], 0, 1) * shade[:, None]
+    image = np.empty((size, size, 3))
+    image[:] = BACKGROUND
+    order = np.argsort(toward, kind="stable")  # near points are painted last
+    for down in (0, 1, 2):
+        for right in (0, 1, 2):
+            image[np.clip(row[order] + down, 0, size - 1), np.clip(column[order] + right, 0, size - 1)] = colours[order]
+    return (image * 255).round().astype(np.uint8)
+
+
+def as_data_url(image: np.ndarray) -> str:
+    """An image `[H, W, 3]` uint8 as the `src` of an `<img>`, PNG with 64 colours."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).quantize(64).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

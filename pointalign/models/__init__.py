@@ -9,7 +9,6 @@ from transformers import (
     AutoProcessor,
 )
 
-from pointalign.models.attention import choose_attention
 from pointalign.models.configuration import PointAlignConfig, PointBertConfig
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointAlignModel, PointFeatures
 from pointalign.models.phi import PointAlignPhiConfig, PointAlignPhiForCausalLM
@@ -37,5 +36,4 @@ __all__ = [
     "PointBertConfig",
     "PointBertModel",
     "PointFeatures",
-    "choose_attention",
 ]

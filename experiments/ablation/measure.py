@@ -1,0 +1,53 @@
+"""What an ablation measures of a trained arm on held-out objects."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pointalign.evaluation.answering import AnswerTree, Features, Generation, answer_likelihoods, margins, prompt_batch
+from pointalign.evaluation.metrics import naming_scores
+from pointalign.evaluation.objects import Material
+from pointalign.evaluation.tasks import PROMPTS, Question
+from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+
+PRIMARY, SECOND = "likelihood margin", "generated accuracy"
+
+
+def measure(
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    held_out: Material,
+    blind: bool,
+    question: str = PROMPTS[0],
+) -> dict[str, list[float]]:
+    """Margin, closed-set accuracy and generated accuracy for every held-out object that has a true candidate."""
+    known = [row for row, label in enumerate(held_out.labels) if label]
+    candidates = list(held_out.candidates)
+    tree = AnswerTree(
+        [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in held_out.candidates.values()]
+    )
+    features = Features(model, processor)
+    for row in known:
+        features.known[str(row)] = torch.zeros_like(held_out.features[row]) if blind else held_out.features[row]
+    questions = [Question(str(row), (str(row),), question, held_out.labels[row]) for row in known]
+    likelihoods, texts = [], []
+    for start in range(0, len(known), 8):
+        batch = _on(prompt_batch(processor, features, questions[start : start + 8]), model)
+        likelihoods.append(answer_likelihoods(model, batch, tree))
+    for start in range(0, len(known), 32):
+        batch = _on(prompt_batch(processor, features, questions[start : start + 32]), model)
+        with torch.inference_mode():
+            options = Generation(max_new_tokens=20).arguments("classification")
+            generated = model.generate(**batch, **options)  # type: ignore[operator]
+        texts += processor.answers(generated, batch["input_ids"].shape[1])
+    labels = [held_out.labels[row] for row in known]
+    margin = margins(np.concatenate(likelihoods), [candidates.index(label) for label in labels])
+    if held_out.candidates[labels[0]] == labels[0]:  # whole captions
+        said = [float(text == label) for text, label in zip(texts, labels, strict=True)]
+    else:
+        said = [float(value or 0) for value in naming_scores(texts, labels)["head noun"]]
+    return {PRIMARY: margin.tolist(), "closed-set accuracy": (margin > 0).astype(float).tolist(), SECOND: said}
+
+
+def _on(batch: dict[str, Tensor], model: PointAlignForConditionalGeneration) -> dict[str, Tensor]:
+    return {name: one.to(model.device) for name, one in batch.items()}

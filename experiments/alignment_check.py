@@ -1,0 +1,106 @@
+"""`python -m experiments.alignment_check`: is the alignment real?
+
+A projector alone can lower the alignment loss while the language model stays as it was. So the alignment stage is run
+twice, with LoRA training and with LoRA frozen, and on held-out objects the projected hidden states of every object are
+compared with its own target and with the targets of the others. Raw cosines are inflated by what all objects share, so
+the same is printed with the mean over objects removed from each query's tokens.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ARMS = {"LoRA trains": ["lora"], "LoRA frozen": []}
+
+
+def measure(aligned, processor, clouds: list, batch_size: int = 16) -> dict[str, float]:
+    """Mean cosine of the first aligned layer to own and to other objects' targets, over objects and query tokens."""
+    from pointalign.evaluation.naming import QUESTION
+
+    projected, targets = [], []
+    aligned.eval()
+    layer, projector = aligned.alignment.layers[0], aligned.alignment.alignment_projector[0]
+    for start in range(0, len(clouds), batch_size):
+        conversations = [
+            [{"role": "user", "content": [{"type": "point", "point": cloud}, {"type": "text", "text": QUESTION}]}]
+            for cloud in clouds[start : start + batch_size]
+        ]
+        batch = processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
+        batch = batch.to(aligned.device)
+        with torch.inference_mode(), aligned.tap.capture(batch["point_mask"]) as hidden:
+            features = aligned.model(**batch, use_cache=False).point_features
+            target = aligned.target(features, hidden)
+            projected.append(projector(hidden[layer].float()))
+            targets.append(target.float())
+    queries = aligned.config.num_query_tokens
+    seen, wanted = (torch.cat(one).view(len(clouds), queries, -1) for one in (projected, targets))  # [N, Q, D]
+    raw, centred = _own_and_other(seen, wanted), _own_and_other(seen - seen.mean(0), wanted - wanted.mean(0))
+    return {
+        "own": raw[0],
+        "others": raw[1],
+        "own, centred": centred[0],
+        "others, centred": centred[1],
+        "retrieval@1": centred[2],
+    }
+
+
+def _own_and_other(seen: Tensor, wanted: Tensor) -> tuple[float, float, float]:
+    similarity = torch.einsum("nqd,mqd->nm", functional.normalize(seen, dim=-1), functional.normalize(wanted, dim=-1))
+    similarity /= seen.shape[1]  # mean over query tokens
+    count = len(seen)
+    own = similarity.diagonal().mean()
+    others = (similarity.sum() - similarity.diagonal().sum()) / (count * (count - 1))
+    found = (similarity.argmax(dim=1).cpu() == torch.arange(count)).float().mean()
+    return float(own), float(others), float(found)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.alignment_check", description=__doc__)
+    parser.add_argument("--steps", type=int, default=60, help="steps of the alignment stage (default: %(default)s)")
+    parser.add_argument("--split", default="validation", choices=["validation", "test"])
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/alignment-check"), help="folder (default: %(default)s)"
+    )
+    parser.add_argument("options", nargs="*", help="further options of pointalign.train, after --")
+    chosen = parser.parse_args(arguments)
+
+    from pointalign import assets, storage
+    from pointalign.evaluation.naming import load_objects
+    from pointalign.options import parse
+    from pointalign.train import describe, keep_freed_memory, make_trainer
+
+    keep_freed_memory()
+    objects = load_objects(assets.furniture(), chosen.split)
+    results: dict[str, dict[str, float]] = {}
+    options = None
+    for name, parts in ARMS.items():
+        folder = chosen.output / name.replace(" ", "-").lower()
+        options = parse(["demo", f"--training.max_steps={chosen.steps}", "--training.save_strategy=no",
+                         f"--training.output_dir={folder}", f"--model.train={parts}",
+                         "--training.contrastive_steps=0", *chosen.options])  # fmt: skip
+        trainer, _, processor = make_trainer(options)
+        if not results:
+            results["before training"] = measure(trainer.model, processor, objects.clouds)
+        trainer.train()
+        results[name] = measure(trainer.model, processor, objects.clouds)
+    assert options is not None
+    storage.write_json(
+        chosen.output / "alignment.json",
+        {"results": results, "steps": chosen.steps, "split": chosen.split, "objects": len(objects.clouds)}
+        | {"run": describe(options)},
+    )
+    columns = list(results["before training"])
+    print(f"\ncosine of projected hidden states and Q-Former targets, {len(objects.clouds)} {chosen.split} objects")
+    print(f"{'':16}" + "".join(f"{column:>17}" for column in columns))
+    for name, row in results.items():
+        print(f"{name:16}" + "".join(f"{row[column]:17.3f}" for column in columns))
+    print(f"written: {chosen.output / 'alignment.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

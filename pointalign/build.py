@@ -1,0 +1,308 @@
+"""A model from options, a run folder, a stage file or an exported folder: the one loader."""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from pointalign import stage_file, storage
+from pointalign.convert import tensors
+from pointalign.efficient import quantization
+from pointalign.models import (
+    PointAlignConfig,
+    PointAlignFeatureExtractor,
+    PointAlignForConditionalGeneration,
+    PointAlignProcessor,
+    adapters,
+)
+from pointalign.models.configuration import PointBertConfig
+from pointalign.models.modeling import LOADING_PROBLEMS
+from pointalign.options import CHECKPOINTS, DataOptions, ModelOptions
+
+# Of a whole model, what is no matrix of the language model's blocks and is never quantised.
+WHOLE = (
+    "model.point_encoder",
+    "model.point_mlp",
+    "model.qformer",
+    "model.query_experts",
+    "model.modality_projector",
+    "model.language_model.lm_head",
+)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The language model's dtype; `auto` is bfloat16 where this machine computes in it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def build_model(
+    options: ModelOptions, data: DataOptions, point_branch_only: bool = False
+) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
+    """Model with adapters and processor, as the options say; only the parts in `options.train` require gradients.
+
+    With `point_branch_only` nothing requires gradients and the language model stays on the meta device, without
+    adapters (a converted folder is read as a whole): enough to encode clouds.
+    """
+    from transformers import AutoTokenizer
+
+    from pointalign import assets
+
+    folder = assets.language_model() if options.llm == "smollm2" else Path(options.llm)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"model.llm={options.llm!r}: no language model in {folder} (config.json is missing)")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_model(folder, options, point_branch_only)
+    # a language model without weights takes no adapters
+    asked = replace(options, lora_rank=0) if point_branch_only else options
+    if options.checkpoint is not None:
+        stage = stage_file.find_stage(options.checkpoint)
+        add_adapters(model, asked, stage_file.adapted_parts(stage))
+        stage_file.load_stage(model, stage, point_branch_only)
+    add_adapters(model, asked)  # new ones, on parts that no stage before adapted
+    choose_experts(model, options)
+    set_trainable(model, [] if point_branch_only else options.train)
+    point = model.config.point_config
+    most = data.num_points or getattr(point, "num_points", PointBertConfig.num_points)
+    extractor = PointAlignFeatureExtractor(
+        num_points=most, min_points=max(point.num_groups, point.group_size), up_axis=data.up_axis
+    )
+    processor = PointAlignProcessor(
+        extractor,
+        tokenizer,
+        num_query_tokens=model.config.num_query_tokens,
+        point_token_id=model.config.point_token_id,
+    )
+    if processor.ends_in_mark:
+        model.generation_config.eos_token_id = processor.end_token_ids()
+    return model, processor
+
+
+def load_model(folder: Path, options: ModelOptions, point_branch_only: bool) -> PointAlignForConditionalGeneration:
+    """A converted model, or a language model behind a point branch drawn by `options.seed`; without new adapters."""
+    if not is_converted(folder):
+        language_model = empty_language_model(folder) if point_branch_only else load_language_model(folder, options)
+        torch.manual_seed(options.seed)
+        return PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
+    dtype, config = resolve_dtype(options.dtype), PointAlignConfig.from_pretrained(folder)
+    own, config.adapters = config.adapters, None  # put on last: peft wraps a 4-bit layer and a plain one differently
+    model = PointAlignForConditionalGeneration.from_pretrained(
+        folder, config=config, dtype=dtype, quantization_config=four_bits(options, dtype, skipped=WHOLE)
+    )
+    quantization.keep_layout(model)
+    if options.dequantize_once:
+        quantization.dequantize(model)
+    if own:
+        model.config.adapters = own
+        adapters.load(model, folder)
+    torch.manual_seed(options.seed)
+    return model
+
+
+def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
+    """The language model, in 4 bits or not, as `options` say.
+
+    Raises: ValueError: weights are missing, unexpected or of another shape.
+    """
+    dtype = resolve_dtype(options.dtype)
+    language_model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=four_bits(options, dtype), output_loading_info=True
+    )
+    if problems := [str(key) for kind in LOADING_PROBLEMS for key in info[kind]]:
+        raise ValueError(
+            f"model.llm={options.llm!r}: the weights do not fit the configuration, {len(problems)} are missing or "
+            f"unexpected: {', '.join(sorted(problems)[:3])}; Phi-2 in its old format goes through pointalign.convert"
+        )
+    quantization.keep_layout(language_model)
+    if options.dequantize_once:
+        quantization.dequantize(language_model)
+    return language_model
+
+
+def four_bits(options: ModelOptions, dtype: torch.dtype, skipped: tuple[str, ...] = ()) -> BitsAndBytesConfig | None:
+    """What `from_pretrained` needs for the options' quantisation; modules named in `skipped` keep their dtype."""
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return quantization.quantization_config(options.quantization, dtype, sharded, skipped)
+
+
+def empty_language_model(folder: Path) -> PreTrainedModel:
+    """A language model's shape, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds a whole model, as `pointalign.convert` writes it, and not a language model alone."""
+    return json.loads((folder / "config.json").read_text()).get("model_type") == "pointalign"
+
+
+def add_adapters(
+    model: PointAlignForConditionalGeneration,
+    options: ModelOptions,
+    parts: Collection[str] = ("language_model", "qformer"),
+) -> None:
+    """Put the options' adapters on those of `parts` that came without."""
+    wanted = set(parts) - set(model.config.adapters or {})
+    if options.lora_rank and "language_model" in wanted:
+        adapters.add(
+            model,
+            "language_model",
+            r=options.lora_rank,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            target_modules=options.lora_targets,
+        )
+    if options.qformer_lora_rank and "qformer" in wanted:
+        rank, dropout = options.qformer_lora_rank, tensors.QFORMER_DROPOUT
+        targets = tensors.QFORMER_TARGETS
+        adapters.add(model, "qformer", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets)
+
+
+def choose_experts(model: PointAlignForConditionalGeneration, options: ModelOptions) -> None:
+    """Add the options' query experts to a model without, and route among those it has as the options say.
+
+    Raises: ValueError: the model has another number of experts, or none to route among.
+    """
+    if options.query_experts and model.model.query_experts is None:
+        model.model.add_query_experts(options.query_experts)
+    if options.query_experts not in (0, model.config.num_query_experts):
+        raise ValueError(
+            f"model.query_experts={options.query_experts}: this model already has {model.config.num_query_experts}"
+        )
+    if options.query_routing is not None:
+        if model.model.query_experts is None:
+            raise ValueError(f"model.query_routing={options.query_routing}: this model has no query experts")
+        model.model.route_queries(options.query_routing, model.config.query_top_k)
+
+
+def set_trainable(model: PointAlignForConditionalGeneration, parts: list[str]) -> None:
+    """Freeze everything, then thaw `parts`, and nothing that is not named.
+
+    Raises: ValueError: the model has no such part.
+    """
+    model.requires_grad_(False)
+    if "llm_norms" in parts and not hasattr(model.model.language_model, "trained_norms"):  # no stage would hand them on
+        raise ValueError("model.train: this model has no llm_norms that train: only the published Phi has")
+    thawed = set()
+    for name, parameter in model.named_parameters():
+        here = _parts_of(name) & set(parts)
+        parameter.requires_grad_(bool(here))
+        thawed |= here
+    if missing := sorted(set(parts) - thawed):
+        raise ValueError(f"model.train: this model has no {missing[0]}")
+
+
+def _parts_of(name: str) -> set[str]:
+    """The parts, as `model.train` names them, that a parameter belongs to."""
+    if ".language_model." in name:
+        return {"lora"} if ".lora_" in name else {"llm_norms"} if tensors.is_llm_norm(name) else set()
+    part = name.removeprefix("model.").partition(".")[0]
+    if part == "query_tokens":
+        return {"qformer", "query_tokens"}
+    if part == "qformer" and (".lora_" in name or tensors.is_qformer_norm(name)):
+        return {"qformer", "qformer_lora"}
+    return {part}
+
+
+def merge_adapters(model: PointAlignForConditionalGeneration) -> None:
+    """Fold LoRA into the weights they adapt and remove it, in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            if quantization.is_4bit(base):  # the sum of both has more than 4 bits
+                base = quantization.dequantized(base)
+                base.weight.data += module.get_delta_weight("default").to(base.weight)
+            else:
+                module.merge(safe_merge=True)
+            model.set_submodule(name, base)
+    quantization.dequantize(model)
+    for part in (model.model.language_model, model.model.qformer):
+        if hasattr(part, "peft_config"):
+            del part.peft_config
+    model.config.adapters = None
+
+
+def export(model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, folder: Path) -> None:
+    """Merge the adapters and write a folder for `from_pretrained`: no projector, no trace of how it was trained."""
+    merge_adapters(model)
+    with storage.replacing(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+
+
+def load_for_inference(model: str | Path) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
+    """A model to talk to: an exported folder, or a stage file put on the language model it was trained with.
+
+    Raises:
+        FileNotFoundError: neither is there, or the language model is gone.
+        ValueError: what is there does not fit together.
+    """
+    folder = Path(model)
+    if (folder / "config.json").exists():
+        loaded = PointAlignForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        processor = PointAlignProcessor.from_pretrained(folder)
+    else:
+        loaded, processor = build_model(*stage_file.trained_options(stage_file.find_stage(str(model))))
+        merge_adapters(loaded)
+    if torch.cuda.is_available():
+        loaded.to("cuda")
+    return loaded.eval(), processor
+
+
+def load(
+    name: str, up_axis: str | None = None, device: str | None = None
+) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor, str]:
+    """Model in evaluation mode, processor, and a hash of the weights that were read.
+
+    Args:
+        name: a folder for `from_pretrained`, a run's folder of `pointalign.train`, a stage file, or the name of a
+            shipped checkpoint.
+        device: by default CUDA where there is one.
+
+    Raises:
+        FileNotFoundError: none of these.
+        ValueError: a stage file that does not say what it was trained with, or that does not fit.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = next((one for one in (Path(name), Path(name) / "model") if (one / "config.json").exists()), None)
+    if folder is not None:
+        model = PointAlignForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        processor = PointAlignProcessor.from_pretrained(folder)
+        digest = file_hash(*sorted(folder.glob("*.safetensors")))
+    else:
+        path = stage_file.find_stage(name)
+        model, processor = build_model(*stage_file.trained_options(path))
+        merge_adapters(model)
+        digest = file_hash(path)
+    if up_axis is not None:
+        processor.feature_extractor.up_axis = up_axis
+    return model.eval().requires_grad_(False).to(device), processor, digest  # type: ignore[arg-type]
+
+
+def shipped() -> str:
+    """The shipped model that is evaluated when none is named."""
+    names = sorted(one.stem for one in CHECKPOINTS.glob("*.safetensors"))
+    if not names:
+        raise FileNotFoundError("no checkpoint is shipped here: name a MODEL (a folder, a run, or a stage file)")
+    return names[0]
+
+
+def file_hash(*paths: Path) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,109 @@
+"""`python -m pointalign.convert`: the published weights (MiniGPT-3D, PointAlign, Phi-2, BLIP-2) become one folder.
+
+Tensors are read, translated and written one at a time. Every tensor of every file is accounted for, in
+`conversion.json`; what no rule explains, and what a part lacks, ends the conversion before anything is written.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pointalign.convert import sizes, tensors, write
+from pointalign.convert.files import ConversionError, Source, collect
+
+PARTS_FILE = "parts.safetensors"  # what a conversion without a language model writes
+REPORT_FILE = "conversion.json"
+
+
+def convert(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the conversion that the options describe; the content of `conversion.json`.
+
+    Raises: ConversionError: a file is refused, or tensors are missing, unexplained or of the wrong shape.
+    """
+    from pointalign import storage
+
+    paths = [("llm", options.llm), ("qformer", options.qformer), ("point_encoder", options.point_encoder)]
+    paths += [("checkpoint", path) for path in options.checkpoint]
+    sources = [Source(role, Path(path)) for role, path in paths if path is not None]
+    if not sources:
+        raise ConversionError("nothing to convert: give --llm, --qformer, --point-encoder or --checkpoint")
+    if options.merge_adapters and options.llm is None:
+        raise ConversionError("--merge-adapters needs --llm, the weights to merge into")
+    llm = None if options.llm is None else Path(options.llm)
+    found = collect(sources)
+    config = sizes.configure(found, llm, options)
+    shapes = sizes.expected_shapes(config)
+    absent = sizes.verify(found, shapes, config.num_query_experts, whole=llm is not None)
+    adapters = sizes.adapter_options(found, options)
+    report = {
+        "sources": [source.describe() for source in sources],
+        "adapters": {} if options.merge_adapters else adapters,
+        "merged_adapters": adapters if options.merge_adapters else {},
+        "random": [] if llm is None else absent,
+    }
+    with storage.replacing(Path(options.output)) as folder:
+        folder.mkdir()
+        if llm is None:
+            storage.write_tensors(folder / PARTS_FILE, {name: one.read() for name, one in found.pieces.items()})
+        else:
+            dtype = options.dtype and getattr(torch, options.dtype)
+            write.write(folder, llm, found, config, shapes, adapters, options.merge_adapters, dtype)
+            report["fingerprint"] = write.run(folder)
+        report["tensors"] = found.report
+        storage.write_json(folder / REPORT_FILE, report)
+        readme = write.card(report["sources"], report["random"], report["adapters"])
+        (folder / "README.md").write_text(readme)
+    return report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pointalign.convert",
+        description="Convert published weights into a folder for from_pretrained. Without --llm the parts are only "
+        f"translated, into {PARTS_FILE}, which a later --checkpoint takes.",
+    )
+    parser.add_argument("--llm", help="folder of Phi-2, in either format")
+    parser.add_argument("--qformer", help="BLIP-2 file, for the Q-Former")
+    parser.add_argument("--point-encoder", help="PointBERT file, of MiniGPT-3D or PointLLM")
+    parser.add_argument("--checkpoint", action="append", default=[], help="stage file; of several, the last one counts")
+    parser.add_argument("--output", help="folder to write")
+    parser.add_argument("--merge-adapters", action="store_true", help="fold LoRA into the weights, for inference")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="of the language model (as stored)")
+    parser.add_argument("--lora-alpha", type=int, default=tensors.LLM_ALPHA, help="of the language model's adapters")
+    parser.add_argument("--head-size", type=int, default=64, help="of Q-Former and point encoder (default: 64)")
+    parser.add_argument("--num-groups", type=int, default=512, help="groups of the point encoder (default: 512)")
+    parser.add_argument("--group-size", type=int, default=32, help="points per group (default: 32)")
+    parser.add_argument("--query-routing", default="sparse", help="sparse, soft or constant, with query experts")
+    parser.add_argument("--query-top-k", type=int, default=2, help="experts in use under sparse routing (default: 2)")
+    parser.add_argument("--check", metavar="DIR", help="run the self-test of a converted folder again and compare")
+    options = parser.parse_args(arguments)
+    if (options.output is None) == (options.check is None):
+        parser.error("give either --output DIR or --check DIR")
+    try:
+        if options.check:
+            from pointalign.convert import write
+
+            write.compare(
+                Path(options.check), json.loads((Path(options.check) / REPORT_FILE).read_text())["fingerprint"]
+            )
+            print(f"{options.check}: answers as it did when it was converted")
+            return 0
+        report = convert(options)
+    except (ConversionError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    counts: dict[str, int] = {}
+    for one in report["tensors"]:
+        counts[one["status"]] = counts.get(one["status"], 0) + 1
+    print(f"{options.output}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    if report["random"]:
+        print(f"in no file, drawn at random, to be trained: {', '.join(report['random'])}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""The language model's training step with less to compute and to keep: `--fused`, beside the alignment loss.
+
+Every part computes what the plain modules compute and can be switched by itself (`--fused_parts`, `applied(parts=)`):
+
+    lora            adapters without casts to fp32, without intermediate sums; keeps only inputs and rank-r products
+    merged          layers that read one input share products: q, k, v (and fc1 in Phi's parallel block), gate and up
+    residual        dense and fc2 of Phi's parallel block add onto the residual inside their products; stock Phi only,
+                    and where its residual dropout is 0 (Phi-2 comes with 0.1)
+    gelu            tanh-GELU as one operator where transformers composes it
+    swiglu          silu(gate) * up keeps its two inputs only
+    norms           frozen layer and RMS norms in the compute dtype, not fp32; RMS norms by liger-kernel's kernel (a
+                    layer norm of PyTorch is one launch each way already)
+    rotary          rotary embedding by liger-kernel's kernel, which transformers composes of many
+    cross_entropy   head and cross-entropy over supervised rows as one operator: no logits are kept; by liger-kernel's
+                    kernel, else by the one below. PyTorch's `linear_cross_entropy` sums in the compute dtype: not used
+
+liger-kernel's kernels run on CUDA where the package is installed, PyTorch's operators elsewhere.
+
+Frozen weights are required and everything is undone on leaving: parameters, names and checkpoints stay the same.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pointalign.efficient.fused_lora import adapter_groups, parallel_blocks
+
+PARTS = ("lora", "merged", "residual", "gelu", "swiglu", "norms", "rotary", "cross_entropy")
+ROTARY = "apply_rotary_pos_emb"
+ROWS_AT_ONCE = 1024  # of logits in fp32
+
+
+@contextmanager
+def applied(model: Any, parts: Sequence[str] = PARTS) -> Iterator[dict[str, int]]:
+    """Within the block `model` (a `PointAlignForConditionalGeneration`) runs the given parts.
+
+    Yields:
+        how many modules each part took over; 0 says that the model has nothing of the kind.
+
+    Raises:
+        ValueError: an unknown part, or `merged` or `residual` without `lora`.
+    """
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise ValueError(f"fused_parts: unknown part {unknown[0]!r}, expected of {', '.join(PARTS)}")
+    for part in ("merged", "residual"):
+        if part in parts and "lora" not in parts:
+            raise ValueError(f"fused_parts: {part} products are those of lora, name both")
+    language_model = model.model.language_model
+    groups = adapter_groups(language_model, "merged" in parts and not sharded()) if "lora" in parts else []
+    # What stands in for an attribute of a module (before what its class has) or of a Python module; the last one counts
+    changes: dict[tuple[Any, str], Callable] = {
+        (module, "forward"): partial(group, index) for group in groups for index, module in enumerate(group.modules)
+    }
+    counts = {"lora": len(changes), "merged": sum(len(group.modules) > 1 for group in groups)}
+    blocks = parallel_blocks(language_model, groups) if "residual" in parts else []
+    counts["residual"] = len(blocks)
+    for one in blocks:
+        changes[one.block, "forward"] = one
+        for index, group in enumerate(one.groups):
+            changes[group.modules[0], "forward"] = partial(one.output, index)
+    for part, find, name in (
+        ("gelu", _gelus, "forward"),
+        ("swiglu", _swiglus, "forward"),
+        ("norms", _norms, "forward"),
+        ("rotary", _rotary, ROTARY),
+    ):
+        found = {(module, name): function for module, function in find(language_model)} if part in parts else {}
+        counts[part] = len(found)
+        changes |= found
+    head, loss = model.get_output_embeddings(), (model, "supervised_cross_entropy")
+    if "cross_entropy" in parts and not any(p.requires_grad for p in head.parameters()):
+        changes[loss] = partial(head_cross_entropy, head)
+    counts["cross_entropy"] = int(loss in changes)
+    before = {(module, name): vars(module).get(name) for module, name in changes}
+    for (module, name), function in changes.items():
+        vars(module)[name] = function
+    try:
+        yield {part: counts[part] for part in parts}
+    finally:
+        for (module, name), own in before.items():
+            if own is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = own
+        for group in groups:
+            group.unstack()
+
+
+def sharded() -> bool:
+    """Whether FSDP owns the weights: then they cannot be laid side by side."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+# -- activations and norms ---------------------------------------------------------------------------------------------
+
+
+def _gelus(language_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
+    from transformers.activations import NewGELUActivation
+
+    for module in language_model.modules():
+        if isinstance(module, NewGELUActivation):
+            yield module, partial(functional.gelu, approximate="tanh")
+
+
+class SiluProduct(torch.autograd.Function):
+    """`silu(gate) * up`, keeping both inputs; silu is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), functional.silu(gate).mul_(gradient)
+
+
+def _swiglus(language_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
+    def forward(mlp: Any, x: Tensor) -> Tensor:
+        return mlp.down_proj(SiluProduct.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+
+    for block in language_model.get_decoder().layers:  # type: ignore[operator,union-attr]
+        mlp: Any = getattr(block, "mlp", None)
+        if all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+            if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"):
+                yield mlp, partial(forward, mlp)
+
+
+def _norms(language_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
+    def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        bias = None if norm.bias is None else norm.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # which would return fp32, cast again by every reader
+            return functional.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), bias, norm.eps)
+
+    def rms_norm(norm: Any, x: Tensor) -> Tensor:
+        weight = norm.weight.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if x.is_cuda and (liger := liger_rms_norm()) is not None:
+                return liger(x, weight, norm.variance_epsilon, 0.0, "llama", False)
+            return functional.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
+
+    for module in language_model.modules():
+        if any(one.requires_grad for one in module.parameters(recurse=False)):
+            continue  # rounded, its steps would be lost
+        if type(module) is nn.LayerNorm and module.elementwise_affine:  # not those that keep what a stage trained
+            yield module, partial(layer_norm, module)
+        elif type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
+            yield module, partial(rms_norm, module)
+
+
+def _rotary(language_model: nn.Module) -> Iterator[tuple[Any, Callable]]:
+    """The Python module of the attention layers, whose function of this name they call."""
+    liger = liger_rotary()
+    blocks = language_model.get_decoder().layers  # type: ignore[operator,union-attr]
+    home = sys.modules[type(blocks[0].self_attn).__module__]
+    plain = getattr(home, ROTARY, None)
+    if liger is None or plain is None:
+        return
+
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not q.is_cuda or kwargs or not q.dtype == k.dtype == cos.dtype:
+            return plain(q, k, cos, sin, **kwargs)
+        return liger(q, k, cos, sin)
+
+    yield home, rotary
+
+
+# -- liger-kernel ------------------------------------------------------------------------------------------------------
+
+
+def _liger(name: str, function: str) -> Callable | None:
+    try:
+        return getattr(import_module(f"liger_kernel.ops.{name}"), function).apply
+    except ImportError:
+        return None
+
+
+def liger_rms_norm() -> Callable | None:
+    """`(x, weight, epsilon, offset, casting mode, in place)`, if liger-kernel is installed."""
+    return _liger("rms_norm", "LigerRMSNormFunction")
+
+
+def liger_rotary() -> Callable | None:
+    """`(q, k, cos, sin)` with q, k `[B, heads, T, D]` and cos, sin `[B or 1, T, D]`; it may write over q and k."""
+    return _liger("rope", "LigerRopeFunction")
+
+
+def liger_cross_entropy() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None:
+    """`(rows [R, H], weight [V, H], targets [R], bias [V])` to the fp32 sum, if liger-kernel is installed.
+
+    As many rows at a time as logits may exist for: by default it takes R H / V, and every piece reads the whole head.
+    """
+    apply = _liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
+    if apply is None:
+        return None
+
+    def cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+        whole = -(-weight.shape[0] // weight.shape[1])  # a piece then holds R rows
+        # class weights, ignored label, square of the normaliser, smoothing, reduction; the rest as it is by default
+        options = (None, -100, 0.0, 0.0, "sum", None, False, None, False, False, False, None, None, whole)
+        pieces = zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
+        return torch.stack([apply(part, weight, target, bias, *options)[0] for part, target in pieces]).sum()
+
+    return cross_entropy
+
+
+# -- loss --------------------------------------------------------------------------------------------------------------
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of `rows W^T + b`; W and b are frozen. The gradient is computed on the way forward.
+
+    Logits exist for `ROWS_AT_ONCE` rows at a time; what is kept is the gradient with respect to the rows.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            part = slice(first, first + ROWS_AT_ONCE)
+            logits = functional.linear(rows[part], weight, bias).float()
+            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            target = targets[part, None]
+            total += (normaliser - logits.gather(1, target)).sum()
+            if gradient is not None:
+                probabilities = logits.sub_(normaliser).exp_()
+                probabilities.scatter_add_(1, target, -torch.ones_like(normaliser))
+                gradient[part] = probabilities.to(rows.dtype) @ weight
+        ctx.save_for_backward(*([] if gradient is None else [gradient]))
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None, None
+
+
+def head_cross_entropy(head: nn.Linear, rows: Tensor, targets: Tensor) -> Tensor:
+    """fp32 sum over rows `[R, H]` of the cross-entropy of the head's logits and `targets [R]`."""
+    kind = rows.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+    with torch.autocast(kind, enabled=False):
+        bias = None if head.bias is None else head.bias.to(dtype)
+        if rows.is_cuda and len(rows) and (liger := liger_cross_entropy()) is not None:
+            return liger(rows.to(dtype), head.weight.to(dtype), targets, bias)
+        return LinearCrossEntropy.apply(rows.to(dtype), head.weight.to(dtype), bias, targets)  # type: ignore[return-value]

@@ -1,0 +1,240 @@
+"""An evaluation from a model's name to files: answers, metrics, tables; and two evaluations compared."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pointalign import assets, storage
+from pointalign.evaluation import metrics, statistics
+from pointalign.evaluation.answering import Features, Generation, Journal, answer, with_input
+from pointalign.evaluation.tasks import (
+    ObjectSet,
+    Task,
+    annotated_objects,
+    build_tasks,
+    furniture_objects,
+    modelnet_objects,
+)
+
+
+@dataclass
+class EvaluationOptions:
+    """What is asked of a model.
+
+    Attributes:
+        task: of classification, captioning, geometry, modelnet40.
+        data: `furniture` (the embedded objects), an annotation file in the PointLLM schema, or ModelNet40's `.dat`.
+        clouds: folder of the clouds that an annotation file names.
+        split: of the embedded objects: train, validation or test.
+        prompts: of classification and modelnet40: 0 "What is this?", 1 "This is an object of ".
+        inputs: what the model sees when it names (controls under the first prompt only): `true`, `shuffled`
+            (another object's cloud), `zeroed`, `blind` (none).
+        limit: ask about so many objects only, taken evenly.
+        up_axis: vertical axis of the clouds of an annotation file.
+        sentence_models: NAME=FOLDER of sentence encoders; by default MiniLM of the assets; `none` leaves them out.
+        device: by default CUDA where there is one.
+        output: folder of the results.
+    """
+
+    task: list[str] = field(default_factory=lambda: ["classification", "captioning", "geometry"])
+    data: str = "furniture"
+    clouds: str | None = None
+    split: str = "test"
+    prompts: list[int] = field(default_factory=lambda: [0, 1])
+    inputs: list[str] = field(default_factory=lambda: ["true", "shuffled"])
+    limit: int | None = None
+    up_axis: str = "y"
+    sentence_models: list[str] = field(default_factory=list)
+    device: str | None = None
+    output: str = "runs/evaluation"
+
+    def __post_init__(self) -> None:
+        from pointalign.evaluation.tasks import TASKS
+
+        for name in self.task:
+            if name not in TASKS:
+                raise ValueError(f"--task {name}: expected of {', '.join(TASKS)}")
+        if self.data != "furniture" and self.clouds is None and "modelnet40" not in self.task:
+            raise ValueError("--data FILE needs --clouds FOLDER, where the clouds lie that the file names")
+        if any(number not in (0, 1) for number in self.prompts):
+            raise ValueError(f"--prompts {self.prompts}: expected of 0, 1 (captioning always uses 2)")
+
+
+def load_objects(options: EvaluationOptions) -> ObjectSet:
+    if options.data == "furniture":
+        objects = furniture_objects(assets.furniture(), options.split)
+    elif "modelnet40" in options.task:
+        objects = modelnet_objects(Path(options.data))
+    else:
+        assert options.clouds is not None
+        objects = annotated_objects(Path(options.data), Path(options.clouds), options.up_axis)
+    return objects.first(options.limit)
+
+
+def sentence_models(entries: Sequence[str]) -> dict[str, Path]:
+    if list(entries) == ["none"]:
+        return {}
+    if not entries:
+        return {"MiniLM": assets.sentence_encoder()}
+    pairs = [entry.partition("=") for entry in entries]
+    for name, _, folder in pairs:
+        if not folder or not (Path(folder) / "config.json").exists():
+            raise ValueError(
+                f"--sentence_models {name}: expected NAME=FOLDER with a sentence encoder (config.json) in it"
+            )
+    return {name: Path(folder) for name, _, folder in pairs}
+
+
+def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> dict[str, Any]:
+    """Ask, score and write; returns what `evaluation.json` holds.
+
+    The output folder receives `answers.jsonl` (the journal), one file per task in PointLLM's format, and
+    `evaluation.json`: metrics with intervals, and the values of every question, for `compare`. The same model, options
+    and machine give the same bytes.
+    """
+    from pointalign.build import load
+
+    folder = Path(options.output)
+    objects = load_objects(options)
+    model, processor, digest = load(name, device=options.device)
+    asked = asdict(options)
+    for key in ("output", "device", "sentence_models"):
+        del asked[key]
+    described = {"model": Path(name).name, "weights": digest, "asked": asked, "generation": asdict(generation)}
+    journal = Journal(folder / "answers.jsonl", described)
+    features = Features(model, processor)
+    encoders = sentence_models(options.sentence_models)
+    results: dict[str, Any] = {}
+    for kind in options.task:
+        for number, whole in enumerate(build_tasks(kind, objects, options.prompts)):
+            named = kind in ("classification", "modelnet40")
+            kinds = options.inputs if named and number == 0 else ["true"]  # controls under the first prompt suffice
+            for task in [with_input(whole, one) for one in kinds]:
+                answers = answer(model, processor, task, objects, features, generation, journal)
+                scores = metrics.score(task, answers, encoders)
+                results[task.name] = _result(task, answers.texts, scores)
+                storage.write_json(folder / f"{task.name}.json", pointllm_output(task, answers.texts))
+    described |= {"versions": versions(), "tasks": results}
+    storage.write_json(folder / "evaluation.json", described)
+    return described
+
+
+def _result(task: Task, texts: Sequence[str], scores: metrics.Scores) -> dict[str, Any]:
+    rows = [
+        {
+            "id": question.id,
+            "objects": list(question.object_ids),
+            "family": question.family,
+            "kind": question.kind,
+            "question": question.text,
+            "truth": question.truth,
+            "label": question.label,
+            "answer": text,
+            "values": {name: values[place] for name, values in scores.items() if values[place] is not None},
+        }
+        for place, (question, text) in enumerate(zip(task.questions, texts, strict=True))
+    ]
+    result = {"kind": task.kind, "metrics": metrics.summarise(task, scores), "questions": rows}
+    if task.kind == "captioning":
+        result["sacrebleu"] = metrics.corpus_bleu(texts, [question.truth for question in task.questions])
+    return result
+
+
+def pointllm_output(task: Task, texts: Sequence[str]) -> dict[str, Any]:
+    """The answers in the format that PointLLM's own evaluator reads."""
+    results = [
+        {
+            "object_id": question.object_ids[0] if len(question.object_ids) == 1 else list(question.object_ids),
+            "ground_truth": question.truth,
+            "model_output": text,
+            "label_name": question.label,
+        }
+        for question, text in zip(task.questions, texts, strict=True)
+    ]
+    return {"prompt": task.prompt, "results": results}
+
+
+def versions() -> dict[str, str | None]:
+    import torch
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    software = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return software | {"commit": storage.commit(), "device": device}
+
+
+def table(evaluation: dict[str, Any]) -> str:
+    """Every metric of every task with its interval, as Markdown."""
+    lines = ["| task | metric | mean | 95 % interval | n |", "|---|---|---|---|---|"]
+    for name, task in evaluation["tasks"].items():
+        for metric, one in task["metrics"].items():
+            lines.append(f"| {name} | {metric} | {' | '.join(shown(metric, one))} |")
+        if "sacrebleu" in task:
+            lines.append(f"| {name} | sacreBLEU (corpus) | {task['sacrebleu']:.1f} | | {len(task['questions'])} |")
+    return "\n".join(lines)
+
+
+def shown(metric: str, one: dict[str, float]) -> tuple[str, str, str]:
+    """Mean, interval and number as text: x 100, but for nats."""
+    scale = 1 if metric in metrics.UNBOUNDED else 100
+    digits = 2 if scale == 1 else 1
+    mean = f"{scale * one['mean']:.{digits}f}"
+    if "majority" in one:
+        mean += f" (majority {100 * one['majority']:.1f})"
+    return mean, f"{scale * one['low']:.{digits}f} to {scale * one['high']:.{digits}f}", str(int(one["count"]))
+
+
+# -- two runs ----------------------------------------------------------------------------------------------------------
+
+
+def compare(ours: Path, theirs: Path) -> list[dict[str, Any]]:
+    """Paired differences `ours - theirs` of every metric that both files hold for the same questions.
+
+    Returns:
+        One row per task and metric: `mean`, `low`, `high`, `count`, `p` (sign flips over families), `p_holm` (corrected
+        over all rows), `detectable` (the minimum detectable effect).
+
+    Raises:
+        ValueError: the files share no question.
+    """
+    first, second = (json.loads(Path(path).read_text())["tasks"] for path in (ours, theirs))
+    rows = []
+    for task in [name for name in first if name in second]:
+        other = {row["id"]: row for row in second[task]["questions"]}
+        shared = [(row, other[row["id"]]) for row in first[task]["questions"] if row["id"] in other]
+        for metric in dict.fromkeys(metric for row, _ in shared for metric in row["values"]):
+            pairs = [
+                (row["values"][metric], mate["values"][metric], row["family"])
+                for row, mate in shared
+                if metric in row["values"] and metric in mate["values"]
+            ]
+            if not pairs:
+                continue
+            a, b, families = (list(column) for column in zip(*pairs, strict=True))
+            estimate, p = statistics.paired_difference(a, b, families)
+            detectable = statistics.minimum_detectable_effect(np.array(a) - np.array(b), families)
+            rows.append({"task": task, "metric": metric} | estimate.as_dict() | {"p": p, "detectable": detectable})
+    if not rows:
+        raise ValueError(f"{ours} and {theirs} share no question: they are of different tasks or objects")
+    for row, p in zip(rows, statistics.holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = p
+    return rows
+
+
+def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| task | metric | difference | 95 % interval | n | p | p (Holm) | detectable |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        mean, interval, count = shown(row["metric"], row)
+        scale = 1 if row["metric"] in metrics.UNBOUNDED else 100
+        lines.append(
+            f"| {row['task']} | {row['metric']} | {mean} | {interval} | {count} | {row['p']:.4f} | {row['p_holm']:.4f} "
+            f"| {scale * row['detectable']:.2f} |"
+        )
+    return "\n".join(lines)
