@@ -118,10 +118,7 @@ STAGES = (
         "parts",
         240,
         500,
-        (
-            f"{{pytest}} {rows('a', 'b2', *(f'd{number}' for number in range(1, 12)))} "
-            f"{STEP}::test_outputs_onto_the_residual {BENCHMARK}",
-        ),
+        (f"{{pytest}} {rows('a', 'b2', *(f'd{number}' for number in range(1, 12)))} {BENCHMARK}",),
         needs=("bitsandbytes",),
     ),
     Stage("compiled", 120, 300, (f"{{pytest}} {rows('c')} {BENCHMARK}",), needs=("bitsandbytes",)),
