@@ -69,7 +69,6 @@ PYTHON
   --ignore tests/test_alignment_interpreted.py --ignore tests/test_liger_interpreted.py) || failed=1
 
 step "what travels"
-rm -rf "$carried/results"
 du -ch --apparent-size "$carried"/* | sed 's/^/    /'
 mib=$(($(du -sb "$carried" | cut -f1) / 1048576 + $(git ls-files -z | xargs -0 ls -ld 2>/dev/null | awk '{n += $5} END {print int(n / 1048576)}') + 1))
 echo "    with the tracked files about $mib MiB of at most $largest_mib"
