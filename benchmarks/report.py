@@ -43,6 +43,7 @@ COLUMNS = {
 # part of the device's own name: compute capability, dense bf16 FLOP/s, bytes/s: attainable rates, assumed
 CARDS = {
     "H100": (90, 790e12, 3.0e12),
+    "H200": (90, 790e12, 4.3e12),
     "RTX 4090": (89, 165e12, 1.0e12),
     "RTX 3090": (86, 71e12, 0.94e12),
 }
