@@ -91,7 +91,7 @@ def _torch_quickfps(num_points: int, num_samples: int) -> dict[str, Callable]:
 
 
 def _torch_fps(device: torch.device, batch: int, num_points: int, num_samples: int) -> dict[str, Callable]:
-    """Its Triton kernels on CUDA, its C++ on a CPU; without the checks that would synchronise."""
+    """Its Triton kernels, without the checks that would synchronise."""
     import torch_fps  # pyright: ignore[reportMissingImports]
 
     everything = torch.ones(batch, num_points, dtype=torch.bool, device=device)
@@ -110,7 +110,7 @@ def sampling_peers(clouds: Clouds, num_samples: int, executor: ThreadPoolExecuto
         peers |= _fpsample(num_points, num_samples, executor)
     if importlib.util.find_spec("torch_quickfps"):
         peers |= _torch_quickfps(num_points, num_samples)
-    if importlib.util.find_spec("torch_fps"):
+    if device.type == "cuda" and importlib.util.find_spec("torch_fps"):  # on a CPU it compiles C++ at its first call
         peers |= _torch_fps(device, batch, num_points, num_samples)
     return peers
 
