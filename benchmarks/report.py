@@ -168,6 +168,20 @@ def alignment() -> str:
     return "\n".join([*parts, EXPLICIT, _cards(results), _resources()])
 
 
+def conversion() -> str:
+    """Time and memory of a conversion of the published weights."""
+    content = json.loads((RESULTS / "convert_full_size.json").read_text())
+    where = stamp({**content, "load_average": None})
+    columns = {
+        "seconds": "seconds",
+        "cpu_seconds": "CPU seconds",
+        "peak_resident_gb": "peak memory, GB",
+        "written_gb": "written, GB",
+    }
+    rows = [[name, *(str(run[column]) for column in columns)] for name, run in content["runs"].items()]
+    return f"{where}\n\n{table(['conversion', *columns.values()], rows)}"
+
+
 def _percent(estimate: dict, sign: str = "") -> str:
     mean, low, high = (f"{100 * estimate[key]:{sign}.1f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
@@ -274,26 +288,12 @@ def point_ops() -> str:
     return (RESULTS / "point_ops_cpu_table.md").read_text()
 
 
-def conversion() -> str:
-    """Time and memory of a conversion of the published weights."""
-    content = json.loads((RESULTS / "convert_full_size.json").read_text())
-    columns = {
-        "seconds": "seconds",
-        "cpu_seconds": "CPU seconds",
-        "peak_resident_gb": "peak memory, GB",
-        "written_gb": "written, GB",
-    }
-    rows = [[name, *(str(run[column]) for column in columns)] for name, run in content["runs"].items()]
-    return f"{stamp(content)}\n\n{table(['conversion', *columns.values()], rows)}"
-
-
 SECTIONS: dict[str, Callable[[], str]] = {
     "ablation_folds": partial(ablation, "ablation_folds"),
     "ablation_objects": partial(ablation, "ablation_objects"),
     "ablation_shapes": partial(ablation, "ablation_shapes"),
     "alignment": alignment,
     "alignment_check": alignment_check,
-    "conversion": conversion,
     "demo": demo,
     "evaluation": evaluation,
     "held_out_naming": held_out_naming,
@@ -302,6 +302,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "probe": probe,
     "summary": summary,
     "train_step": train_step,
+    "conversion": conversion,
 }
 
 
