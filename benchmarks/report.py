@@ -134,8 +134,8 @@ def _resources() -> str:
             lines.append([f"{card}, {kernel}", str(registers), str(spills), f"{shared:.1f} of {limit}", instruction])
     header = ["kernel", "registers", "spilled bytes", "shared KiB", "matrix instruction"]
     origin = content["provenance"]
-    intro = f"Compiled ahead of time, most over all tiles; triton {origin['triton']}, commit {origin['commit']}.\n\n"
-    return intro + table(header, lines)
+    where = f"triton {origin['triton']}, commit {origin['commit']}, {origin['date']}"
+    return f"Compiled ahead of time, the largest need over all tiles; {where}.\n\n{table(header, lines)}"
 
 
 def _plot(results: list[dict]) -> None:
@@ -240,8 +240,9 @@ def summary() -> str:
         _stamp_of_run(folds["run"], folds["provenance"]["date"]),
     ]
     return (
-        f"{table(header, rows)}\nOf objects whose noun occurs in training, with 95 % intervals over families. First "
-        f"column: {stamps[0]} Second column: {stamps[1]}\n"
+        f"{table(header, rows)}\nOf objects whose noun occurs in training, with 95 % intervals over families. Shuffled: "
+        "asked with another object's cloud. 1-NN: the name of the nearest training cloud. Random yaw: clouds turned "
+        f"about the vertical. First column: {stamps[0]} Second column: {stamps[1]}\n"
     )
 
 
