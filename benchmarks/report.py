@@ -240,9 +240,9 @@ def summary() -> str:
         _stamp_of_run(folds["run"], folds["provenance"]["date"]),
     ]
     return (
-        f"{table(header, rows)}\nOf objects whose noun occurs in training, with 95 % intervals over families. Shuffled: "
-        "asked with another object's cloud. 1-NN: the name of the nearest training cloud. Random yaw: clouds turned "
-        f"about the vertical. First column: {stamps[0]} Second column: {stamps[1]}\n"
+        f"{table(header, rows)}\nOf objects whose noun occurs in training, with 95 % intervals over families. "
+        "Shuffled: asked with another object's cloud. 1-NN: the name of the nearest training cloud. Random yaw: clouds "
+        f"turned about the vertical. First column: {stamps[0]} Second column: {stamps[1]}\n"
     )
 
 
