@@ -267,7 +267,6 @@ def main() -> None:
     content = {"benchmark": "parity", "provenance": provenance(DEVICE), "rows": rows()}
     slug = "cpu" if DEVICE.type == "cpu" else re.sub(r"\W+", "_", device_name(DEVICE).lower())
     (output / f"parity_{slug}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (output / "parity_table.md").write_text(table(content))
 
 
 if __name__ == "__main__":
