@@ -26,7 +26,6 @@ from experiments.ablation.few_shot import few_shot
 from experiments.ablation.measure import PRIMARY, measure
 from experiments.ablation.recipe import Recipe, read_recipe
 from pointalign import build, stage_file, storage
-from pointalign.build import file_hash
 from pointalign.evaluation import objects
 from pointalign.evaluation.objects import Material
 from pointalign.evaluation.probe import probe_layers, qformer_probes, spaced
@@ -54,7 +53,7 @@ def run_ablation(
     described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")}
     if recipe.model.checkpoint is not None:  # known by its weights, wherever it lies
         described["model"]["checkpoint"] = Path(recipe.model.checkpoint).name
-        described["weights"] = file_hash(stage_file.find_stage(recipe.model.checkpoint))
+        described["weights"] = storage.file_hash(stage_file.find_stage(recipe.model.checkpoint))[:16]
     definition = json.loads(json.dumps(described))
     shared = folder / "shared.lock"  # of what all processes write
     with lock(shared):

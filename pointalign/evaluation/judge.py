@@ -358,9 +358,7 @@ class LocalJudge:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from pointalign.build import file_hash
-
-        weights = file_hash(folder / "config.json", *sorted(folder.glob("*.safetensors")))
+        weights = storage.file_hash(folder / "config.json", *sorted(folder.glob("*.safetensors")))[:16]
         self.name = f"local {folder.name} {weights}"  # replies are kept under it: two folders may share a name
         self.workers = 1
         self.usage = Usage()
