@@ -26,7 +26,6 @@ from experiments.ablation.recipe import Recipe, read_recipe
 from experiments.ablation.train_arm import Arm, restore, train_arm, trainable_state
 from pointalign import build, stage_file, storage
 from pointalign.alignment import AlignmentConfig
-from pointalign.build import file_hash
 from pointalign.evaluation import objects
 from pointalign.evaluation.objects import Material
 from pointalign.evaluation.probe import probe_layers, qformer_probes, spaced
@@ -72,7 +71,7 @@ def definition(recipe: Recipe) -> dict[str, Any]:
     described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")}
     if recipe.model.checkpoint is not None:  # identified by its weights, not by its folder
         described["model"]["checkpoint"] = Path(recipe.model.checkpoint).name
-        described["weights"] = file_hash(stage_file.find_stage(recipe.model.checkpoint))
+        described["weights"] = storage.file_hash(stage_file.find_stage(recipe.model.checkpoint))[:16]
     return json.loads(json.dumps(described))
 
 

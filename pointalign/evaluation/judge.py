@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pointalign import assets, storage
-from pointalign.build import file_hash
 from pointalign.data.modelnet import CLASSES
 from pointalign.evaluation import metrics
 from pointalign.evaluation.naming import head_noun
@@ -325,7 +324,7 @@ class LocalJudge(Judge):
     def __init__(self, folder: Path):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        weights = file_hash(folder / "config.json", *sorted(folder.glob("*.safetensors")))
+        weights = storage.file_hash(folder / "config.json", *sorted(folder.glob("*.safetensors")))[:16]
         super().__init__(f"local {folder.name} {weights}")  # with the hash, because two folders may share a name
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(folder)

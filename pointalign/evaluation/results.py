@@ -159,13 +159,11 @@ def pointllm_output(task: Task, texts: Sequence[str]) -> dict[str, Any]:
     return {"prompt": task.prompt, "results": results}
 
 
-def versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | bool | None]:
     import torch
-    import transformers
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    software = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return software | {"commit": storage.commit(), "device": device}
+    origin = storage.provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {name: origin[name] for name in ("torch", "transformers", "commit", "uncommitted_changes", "device")}
 
 
 def table(evaluation: dict[str, Any]) -> str:
