@@ -1,117 +1,197 @@
-"""`python -m experiments.folds`: an ablation on the embedded objects in which every object is held out once.
+"""The five-fold driver, and `python -m experiments.folds`: an ablation in which every embedded object is held out once.
 
-The families are split into five folds. For each fold, stage 1 is trained on the other four, so that encoder and
-Q-Former never see a family of it, and the ablation runs from that stage; then the held-out objects of all folds are
-compared as one set: paired by seed, clustered by family, corrected over arms. An interval takes families for
-independent: what the families of a fold share is the stage 1 that they meet, of which there are five.
+The families of objects are split into five folds. For each fold, stage 1 is trained on the other four, so that encoder
+and Q-Former never see a family of the fold, and the ablation runs from that stage; then the held-out objects of all
+folds are compared as one set: paired by seed, clustered by family, corrected over arms. The interval treats families as
+independent, although those of a fold share a stage 1, of which there are five.
 
-What is finished is kept, and the same command goes on where it was stopped.
+Finished work is kept: the same command continues where it was stopped. Two processes may share the folds, `--folds 0 1 2`
+and `--folds 3 4`; the last to finish writes the result.
 """
 
 import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from experiments.ablation.recipe import Recipe
+from experiments.ablation.ablation import run_ablation
+from experiments.ablation.comparison import run_file, summarise
+from experiments.ablation.recipe import Recipe, read_recipe
+from pointalign import stage_file, storage, train
+from pointalign.embedded import catalogue
+from pointalign.trainer import checkpoints
+
+
+def fold_parser(program: str, description: str | None, output: str) -> argparse.ArgumentParser:
+    """A parser with the options that every study in folds has."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = range(catalogue.FOLDS)
+    parser.add_argument(
+        "--folds", type=int, nargs="+", choices=every, default=every, help="folds to run (default: all)"
+    )
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder (default: %(default)s)")
+    return parser
+
+
+def fold_folders(output: Path) -> list[Path]:
+    return [output / f"fold-{fold}" for fold in range(catalogue.FOLDS)]
+
+
+def run_folds(
+    output: Path,
+    folds: Sequence[int],
+    run: Callable[[int, Path], int],
+    finished: Callable[[Path], bool],
+    pool: Callable[[list[Path]], None],
+) -> int:
+    """Run a study for each of `folds`, and pool the folds once all of them are finished.
+
+    Args:
+        run: trains and measures without the families of a fold, in a folder; returns an exit status.
+        finished: whether a fold's folder holds the result of a complete run.
+        pool: writes the result from the folders of all folds.
+
+    Returns:
+        An exit status: that of a failed run; 1 after an error, which is printed; 130 after Ctrl-C; else 0.
+    """
+    folders = fold_folders(output)
+    try:
+        for fold in folds:
+            if status := run(fold, folders[fold]):
+                return status
+        if missing := [folder.name for folder in folders if not finished(folder)]:
+            print(f"not finished: {', '.join(missing)}")
+            return 0
+        pool(folders)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def require_agreement(folders: Sequence[Path], descriptions: Sequence[dict[str, Any]]) -> None:
+    """Refuse to pool folds that differ in more than their objects.
+
+    Raises:
+        ValueError: two descriptions differ; names the folders and the keys.
+    """
+    for folder, description in zip(folders, descriptions, strict=True):
+        keys = sorted({*description, *descriptions[0]})
+        different = [key for key in keys if description.get(key) != descriptions[0].get(key)]
+        if different:
+            raise ValueError(
+                f"{folder} differs from {folders[0]} in {', '.join(different)}: remove one, then run again"
+            )
+
+
+# -- the ablation ------------------------------------------------------------------------------------------------------
 
 
 def train_stage(recipe: str, fold: int, folder: Path) -> int:
-    """Train stage 1 without the families of a fold, unless that is done. Returns the exit status."""
-    from pointalign import stage_file, train
-    from pointalign.trainer import checkpoints
-
+    """Train stage 1 without the families of a fold, unless that is done. Returns an exit status."""
     if (folder / stage_file.STAGE_FILE).exists():
         return 0
     command = [recipe, f"--data.fold={fold}", "--data.evaluate=none", f"--training.output_dir={folder}"]
-    if found := checkpoints(folder):
-        command.append(f"--training.resume_from_checkpoint={found[-1]}")
+    if resumable := checkpoints(folder):
+        command.append(f"--training.resume_from_checkpoint={resumable[-1]}")
     elif folder.exists():  # stopped before its first checkpoint
         shutil.rmtree(folder)
     return train.main(command)
 
 
-def blend(values: list[Any], weights: list[int]) -> Any:
-    """The weighted mean of numbers, or of nested dictionaries of them, key by key."""
-    if isinstance(values[0], dict):
-        return {key: blend([one[key] for one in values], weights) for key in values[0]}
-    return float(np.average(values, weights=weights))
+def pool(recipe: Recipe, folder: Path) -> str:
+    """Write the runs of all folds as the runs of one ablation into `folder`, and compare its arms.
 
-
-def pool(recipe: "Recipe", folder: Path) -> str:
-    """Write the runs of all folds as one ablation's into `folder`, and compare its arms. Returns tables, as Markdown.
-
-    Scores and families of the held-out objects are laid end to end; probes and similarities are averaged over folds,
-    each by its number of objects.
+    Scores and families of the held-out objects are concatenated; probes and similarities are averaged over folds,
+    weighted by the number of objects.
 
     Args:
-        recipe: whose runs `folder/fold-<k>` hold.
-    """
-    from experiments.ablation.comparison import run_file, summarise
-    from pointalign import storage
-    from pointalign.embedded.catalogue import FOLDS
+        recipe: of the runs in `folder/fold-<k>`.
 
-    folders = [folder / f"fold-{fold}" for fold in range(FOLDS)]
+    Returns:
+        Tables and conclusion, as Markdown.
+    """
+    folders = fold_folders(folder)
+    recipes = [json.loads((fold / "recipe.json").read_text()) for fold in folders]
+    require_agreement(
+        folders, [{key: value for key, value in kept.items() if key not in DIFFERENT} for kept in recipes]
+    )
     counts: list[int] = []
     for arm, seed in recipe.plan():
-        files = [run_file(one, arm, seed) for one in folders]
-        if missing := [one for one in files if not one.exists()]:
-            raise ValueError(f"{missing[0]} is missing: another process may still be at it, then run this again")
-        parts = [json.loads(one.read_text()) for one in files]
-        counts = [len(one["families"]) for one in parts]
-        scores = {key: [value for one in parts for value in one["scores"][key]] for key in parts[0]["scores"]}
-        joined = {
-            "scores": scores,
-            "families": [family for one in parts for family in one["families"]],
-            "mean": {key: float(np.mean(values)) for key, values in scores.items()},
-        }
-        means = {key: blend([one[key] for one in parts], counts) for key in ("probes", "similarity", "majority")}
-        kept = {key: parts[0][key] for key in ("arm", "versions", "seed", "layer", "few_shot", "kinds")}
-        storage.write_json(run_file(folder, arm, seed), kept | joined | means)
-    ceilings = [json.loads((one / "ceiling.json").read_text()) for one in folders]
-    storage.write_json(folder / "ceiling.json", blend(ceilings, counts))
+        parts = [json.loads(run_file(fold, arm, seed).read_text()) for fold in folders]
+        counts = [len(part["families"]) for part in parts]
+        storage.write_json(run_file(folder, arm, seed), join_runs(parts, counts))
+    ceilings = [json.loads((fold / "ceiling.json").read_text()) for fold in folders]
+    storage.write_json(folder / "ceiling.json", weighted_mean(ceilings, counts))
     described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "fold")}
-    storage.write_json(folder / "recipe.json", described | {"folds": FOLDS})
+    storage.write_json(folder / "recipe.json", described | {"folds": catalogue.FOLDS})
     return summarise(folder, recipe)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.folds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+DIFFERENT = ("fold", "model", "weights")  # the keys of `recipe.json` in which folds may differ: each has its stage 1
+
+
+def join_runs(parts: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:
+    """The runs of one arm and seed in all folds, with `counts` held-out objects, as one run."""
+    scores = {key: [value for part in parts for value in part["scores"][key]] for key in parts[0]["scores"]}
+    same = {key: parts[0][key] for key in ("arm", "versions", "seed", "layer", "few_shot", "kinds")}
+    means = {key: weighted_mean([part[key] for part in parts], counts) for key in ("probes", "similarity", "majority")}
+    return (
+        same
+        | {
+            "scores": scores,
+            "families": [family for part in parts for family in part["families"]],
+            "mean": {key: float(np.mean(values)) for key, values in scores.items()},
+        }
+        | means
     )
+
+
+def weighted_mean(values: list[Any], weights: list[int]) -> Any:
+    """The weighted mean of numbers, or of nested dictionaries of numbers, key by key."""
+    if isinstance(values[0], dict):
+        return {key: weighted_mean([value[key] for value in values], weights) for key in values[0]}
+    return float(np.average(values, weights=weights))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = fold_parser("python -m experiments.folds", __doc__, "runs/folds")
     parser.add_argument("--recipe", default="objects", help="ablation on the embedded objects (default: %(default)s)")
     parser.add_argument("--stage1", default="scratch", help="recipe of `pointalign.train` (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="paired seeds (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/folds"), help="folder (default: %(default)s)")
-    chosen = parser.parse_args(arguments)
-
-    from experiments.ablation.ablation import run_ablation
-    from experiments.ablation.recipe import read_recipe
-    from pointalign.embedded.catalogue import FOLDS
-
+    options = parser.parse_args(arguments)
     try:
-        recipe = read_recipe(chosen.recipe)
-        recipe.seeds = chosen.seeds
-        for fold in range(FOLDS):
-            folder = chosen.output / f"fold-{fold}"
-            if status := train_stage(chosen.stage1, fold, folder / "stage1"):
-                return status
-            table = run_ablation(chosen.recipe, chosen.seeds, str(folder), fold, str(folder / "stage1"))
-            print(f"fold {fold}:\n{table}\n")
-        print(f"all folds:\n{pool(recipe, chosen.output)}")
+        recipe = read_recipe(options.recipe)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    recipe.seeds = options.seeds
+
+    def run(fold: int, folder: Path) -> int:
+        if status := train_stage(options.stage1, fold, folder / "stage1"):
+            return status
+        table = run_ablation(options.recipe, options.seeds, str(folder), fold, str(folder / "stage1"))
+        print(f"fold {fold}:\n{table}\n")
+        return 0
+
+    def finished(folder: Path) -> bool:
+        return all(run_file(folder, arm, seed).exists() for arm, seed in recipe.plan())
+
+    def pool_folds(_folders: list[Path]) -> None:
+        print(f"all folds:\n{pool(recipe, options.output)}")
+
+    return run_folds(options.output, options.folds, run, finished, pool_folds)
 
 
 if __name__ == "__main__":

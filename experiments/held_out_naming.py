@@ -1,40 +1,41 @@
-"""Every embedded object named by a model that saw nothing of its family: `make held-out-naming`.
+"""`python -m experiments.held_out_naming`: every embedded object named by a model that saw nothing of its family.
 
-The families are split into five folds. For each, the demo's recipe is run on the other four, but from nothing: the
-shipped checkpoint has seen most objects of any fold. The objects of all folds then count as one set, several times as
-large as the test part, beside the same controls and baselines; the test part's own objects are also counted alone.
+The families of objects are split into five folds. For each fold, the demo's recipe is run on the other four, from a new
+point branch: the shipped checkpoint has seen most objects of any fold. The objects of all folds then count as one set,
+several times as large as the test part, beside the same controls and baselines; the objects of the test part are also
+counted separately.
 
-Finished folds are kept. Two processes may share the work, `ARGS="--folds 0 1 2"` and `ARGS="--folds 3 4"`: the last one
-to finish writes the result.
+Finished folds are kept. Two processes may share the folds, `--folds 0 1 2` and `--folds 3 4`; the last to finish writes
+the result.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from provenance import provenance
 
+from experiments.folds import fold_parser, require_agreement, run_folds
 from pointalign import storage
-from pointalign.embedded.catalogue import FOLDS, read_splits
+from pointalign.embedded.catalogue import read_splits
 from pointalign.evaluation import naming
 
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "held_out_naming.json"
-# LoRA is new too, and has to learn to answer: more steps, at a higher rate.
+# LoRA is new as well and must learn to answer, hence more steps and a higher rate than in the demo.
 COMMAND = ["demo", "--model.checkpoint=null", "--training.max_steps=60", "--training.learning_rate=6e-4"]
 SHARED = ("model", "alignment", "versions", "commit", "device")  # what the folds must have in common
 
 
 def run(fold: int, folder: Path) -> int:
-    """Train and ask without the families of a fold, unless that is done. Returns the exit status."""
-    if (folder / "accuracy.json").exists():
+    """Train without the families of a fold and name its objects, unless that is done. Returns an exit status."""
+    if finished(folder):
         return 0
-    shutil.rmtree(folder, ignore_errors=True)  # stopped halfway
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     options = [*COMMAND, f"--data.fold={fold}", f"--training.output_dir={folder}"]
     began = time.perf_counter()
     status = subprocess.run([sys.executable, "-m", "pointalign.train", *options]).returncode
@@ -42,59 +43,50 @@ def run(fold: int, folder: Path) -> int:
     return status
 
 
-def pool(folders: list[Path]) -> dict:
+def finished(folder: Path) -> bool:
+    return (folder / "accuracy.json").exists()
+
+
+def pool(folders: list[Path]) -> dict[str, Any]:
     """Objects of finished runs as one set: accuracies and paired tests, and every object with its answer.
 
-    Raises ValueError if the runs differ in more than their fold.
+    Raises:
+        ValueError: the runs differ in more than their fold.
     """
     parts = [json.loads((folder / "accuracy.json").read_text()) for folder in folders]
     runs = [json.loads((folder / "stage.json").read_text()) for folder in folders]
-    for folder, part, one in zip(folders, parts, runs, strict=True):
-        different = [key for key in SHARED if one[key] != runs[0][key]]
-        if list(part["accuracy"]) != list(parts[0]["accuracy"]):
-            different.append("accuracy")
-        if different:
-            raise ValueError(
-                f"{folder} differs from {folders[0]} in {', '.join(different)}: remove one, then run again"
-            )
-    objects = [one for part in parts for one in part["objects"]]
+    described = [{key: run[key] for key in SHARED} for run in runs]
+    methods = list(parts[0]["accuracy"])
+    require_agreement(
+        folders,
+        [run | {"accuracy": list(part["accuracy"])} for run, part in zip(described, parts, strict=True)],
+    )
+    objects = [entry for part in parts for entry in part["objects"]]
     splits = read_splits()
-    tested = [one for one in objects if splits.get(one["object_id"], {}).get("split") == "test"]
-    content: dict = {"run": {key: runs[0][key] for key in SHARED}, "command": " ".join(COMMAND)}
-    for name, chosen in {"all folds": objects, "objects of the test part": tested}.items():
-        report = _report(chosen, list(parts[0]["accuracy"]))
+    tested = [entry for entry in objects if splits.get(entry["object_id"], {}).get("split") == "test"]
+    content: dict[str, Any] = {"run": described[0], "command": " ".join(COMMAND)}
+    for name, part in {"all folds": objects, "objects of the test part": tested}.items():
+        report = naming_report(part, methods)
         print(f"\n{name}; 95 % intervals clustered by family\n{report.table()}")
         content[name] = report.as_dict()
     return content | {"objects": objects}
 
 
-def _report(objects: list[dict], methods: list[str]) -> naming.NamingReport:
-    results = {name: np.array([name in one["right"] for one in objects], dtype=float) for name in methods}
-    known = np.array([one["noun_in_training"] for one in objects])
-    return naming.report(results, [one["family"] for one in objects], known)
+def naming_report(objects: list[dict[str, Any]], methods: list[str]) -> naming.NamingReport:
+    results = {name: np.array([name in entry["right"] for entry in objects], dtype=float) for name in methods}
+    known = np.array([entry["noun_in_training"] for entry in objects])
+    return naming.report(results, [entry["family"] for entry in objects], known)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = range(FOLDS)
-    parser.add_argument("--folds", type=int, nargs="+", choices=every, default=every, help="which to run (all)")
-    parser.add_argument("--output", type=Path, default=Path("runs/held_out"), help="folder (default: %(default)s)")
-    chosen = parser.parse_args()
-    folders = [chosen.output / f"fold-{fold}" for fold in every]
-    for fold in chosen.folds:
-        if status := run(fold, folders[fold]):
-            return status
-    if missing := [folder.name for folder in folders if not (folder / "accuracy.json").exists()]:
-        print(f"not finished: {', '.join(missing)}")
-        return 0
-    try:
-        content = pool(folders)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def write_result(folders: list[Path]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    storage.write_json(RESULT, {"provenance": provenance(device)} | content)
-    return 0
+    storage.write_json(RESULT, {"provenance": storage.provenance(device)} | pool(folders))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = fold_parser("python -m experiments.held_out_naming", __doc__, "runs/held_out")
+    options = parser.parse_args(arguments)
+    return run_folds(options.output, options.folds, run, finished, write_result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ was made from, and the folder is built again when those change.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pointalign.storage import lock
+from pointalign.storage import file_hash, lock
 
 STAMP = ".complete.json"
 LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
@@ -108,7 +107,7 @@ def furniture(fold: int | None = None) -> Path:
     Raises: ValueError: there is no such fold.
     """
     data = Path(__file__).parent / "embedded" / "furniture_data"
-    committed = hashlib.sha256((data / "splits.json").read_bytes() + (data / "names.json").read_bytes()).hexdigest()
+    committed = file_hash(data / "splits.json", data / "names.json")
     folder = _asset("furniture", SWEETHOME3D, f"{FURNITURE_FORMAT} {committed}", _build_furniture)
     return folder if fold is None else _fold(folder, fold)
 
@@ -167,14 +166,6 @@ def _is_complete(folder: Path, stamp: dict) -> bool:
         return False
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _obtain(source: Source, folder: Path) -> Path:
     """The source's file: the one a user put into `home()/downloads`, or fetched into `folder`. Raises AssetError."""
     placed = home() / "downloads" / source.file
@@ -187,7 +178,7 @@ def _obtain(source: Source, folder: Path) -> Path:
         raise AssetError(
             f"expected {source.file}, but the download brought {sorted(os.listdir(folder))}. {_by_hand(source)}"
         )
-    if (found := _sha256(path)) != source.sha256:
+    if (found := file_hash(path)) != source.sha256:
         raise AssetError(f"{path}: expected SHA-256 {source.sha256}, got {found}. Delete the file and try again.")
     return path
 

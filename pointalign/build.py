@@ -1,6 +1,5 @@
 """A model from options, a run folder, a stage file or an exported folder: the one loader."""
 
-import hashlib
 import json
 import os
 from collections.abc import Collection
@@ -24,8 +23,9 @@ from pointalign.models.configuration import PointBertConfig
 from pointalign.models.modeling import LOADING_PROBLEMS
 from pointalign.options import CHECKPOINTS, DataOptions, ModelOptions
 
-# Of a whole model, what is no matrix of the language model's blocks and is never quantised.
-WHOLE = (
+MODEL_TYPE = PointAlignConfig.model_type
+# Modules of a converted model outside the decoder blocks: they stay in their dtype.
+NOT_QUANTIZED = (
     "model.point_encoder",
     "model.point_mlp",
     "model.qformer",
@@ -47,10 +47,15 @@ def resolve_dtype(name: str) -> torch.dtype:
 def build_model(
     options: ModelOptions, data: DataOptions, point_branch_only: bool = False
 ) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
-    """Model with adapters and processor, as the options say; only the parts in `options.train` require gradients.
+    """Model with adapters, and its processor, from options; only the parts in `options.train` require gradients.
 
-    With `point_branch_only` nothing requires gradients and the language model stays on the meta device, without
-    adapters (a converted folder is read as a whole): enough to encode clouds.
+    Args:
+        point_branch_only: enough to encode clouds. Nothing requires gradients, and the language model stays on the meta
+            device, without adapters (that of a converted folder is read with the rest).
+
+    Raises:
+        FileNotFoundError: a folder or file that the options name is missing.
+        ValueError: the parts do not fit together.
     """
     from transformers import AutoTokenizer
 
@@ -62,18 +67,18 @@ def build_model(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load_model(folder, options, point_branch_only)
     # a language model without weights takes no adapters
-    asked = replace(options, lora_rank=0) if point_branch_only else options
+    adapter_options = replace(options, lora_rank=0) if point_branch_only else options
     if options.checkpoint is not None:
         stage = stage_file.find_stage(options.checkpoint)
-        add_adapters(model, asked, stage_file.adapted_parts(stage))
+        add_adapters(model, adapter_options, stage_file.adapted_parts(stage))
         stage_file.load_stage(model, stage, point_branch_only)
-    add_adapters(model, asked)  # new ones, on parts that no stage before adapted
+    add_adapters(model, adapter_options)  # new ones, on parts that no earlier stage adapted
     choose_experts(model, options)
     set_trainable(model, [] if point_branch_only else options.train)
     point = model.config.point_config
-    most = data.num_points or getattr(point, "num_points", PointBertConfig.num_points)
+    num_points = data.num_points or getattr(point, "num_points", PointBertConfig.num_points)
     extractor = PointAlignFeatureExtractor(
-        num_points=most, min_points=max(point.num_groups, point.group_size), up_axis=data.up_axis
+        num_points=num_points, min_points=max(point.num_groups, point.group_size), up_axis=data.up_axis
     )
     processor = PointAlignProcessor(
         extractor,
@@ -88,27 +93,39 @@ def build_model(
 
 def load_model(folder: Path, options: ModelOptions, point_branch_only: bool) -> PointAlignForConditionalGeneration:
     """A converted model, or a language model behind a point branch drawn by `options.seed`; without new adapters."""
-    if not is_converted(folder):
+    converted = model_type(folder) == MODEL_TYPE
+    if converted:
+        model = load_converted(folder, options)
+        torch.manual_seed(options.seed)
+    else:
         language_model = empty_language_model(folder) if point_branch_only else load_language_model(folder, options)
         torch.manual_seed(options.seed)
-        return PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
+        model = PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
+    if not point_branch_only:
+        fingerprint = stage_file.weights_fingerprint(folder, "model.language_model." if converted else "")
+        model.model.language_model.weights_fingerprint = fingerprint
+    return model
+
+
+def load_converted(folder: Path, options: ModelOptions) -> PointAlignForConditionalGeneration:
+    """The model of a folder that `pointalign.convert` wrote, in 4 bits or not, with the adapters of that folder."""
     dtype, config = resolve_dtype(options.dtype), PointAlignConfig.from_pretrained(folder)
-    own, config.adapters = config.adapters, None  # put on last: peft wraps a 4-bit layer and a plain one differently
+    # put on last: peft wraps a 4-bit layer and a plain one differently
+    stored_adapters, config.adapters = config.adapters, None
     model = PointAlignForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype, quantization_config=four_bits(options, dtype, skipped=WHOLE)
+        folder, config=config, dtype=dtype, quantization_config=four_bits(options, dtype, skipped=NOT_QUANTIZED)
     )
     quantization.keep_layout(model)
     if options.dequantize_once:
         quantization.dequantize(model)
-    if own:
-        model.config.adapters = own
+    if stored_adapters:
+        model.config.adapters = stored_adapters
         adapters.load(model, folder)
-    torch.manual_seed(options.seed)
     return model
 
 
 def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
-    """The language model, in 4 bits or not, as `options` say.
+    """A language model's folder, in 4 bits or not, as `options` say.
 
     Raises: ValueError: weights are missing, unexpected or of another shape.
     """
@@ -139,9 +156,9 @@ def empty_language_model(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
-def is_converted(folder: Path) -> bool:
-    """Whether a folder holds a whole model, as `pointalign.convert` writes it, and not a language model alone."""
-    return json.loads((folder / "config.json").read_text()).get("model_type") == "pointalign"
+def model_type(folder: Path) -> str | None:
+    """`model_type` of a folder's config.json: `MODEL_TYPE` where the model has a point branch."""
+    return json.loads((folder / "config.json").read_text()).get("model_type")
 
 
 def add_adapters(
@@ -149,9 +166,9 @@ def add_adapters(
     options: ModelOptions,
     parts: Collection[str] = ("language_model", "qformer"),
 ) -> None:
-    """Put the options' adapters on those of `parts` that came without."""
-    wanted = set(parts) - set(model.config.adapters or {})
-    if options.lora_rank and "language_model" in wanted:
+    """Put the options' adapters on those of `parts` that have none."""
+    missing = set(parts) - set(model.config.adapters or {})
+    if options.lora_rank and "language_model" in missing:
         adapters.add(
             model,
             "language_model",
@@ -160,7 +177,7 @@ def add_adapters(
             lora_dropout=options.lora_dropout,
             target_modules=options.lora_targets,
         )
-    if options.qformer_lora_rank and "qformer" in wanted:
+    if options.qformer_lora_rank and "qformer" in missing:
         rank, dropout = options.qformer_lora_rank, tensors.QFORMER_DROPOUT
         targets = tensors.QFORMER_TARGETS
         adapters.add(model, "qformer", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets)
@@ -184,19 +201,19 @@ def choose_experts(model: PointAlignForConditionalGeneration, options: ModelOpti
 
 
 def set_trainable(model: PointAlignForConditionalGeneration, parts: list[str]) -> None:
-    """Freeze everything, then thaw `parts`, and nothing that is not named.
+    """Let the parameters of `parts` require gradients, and no others.
 
     Raises: ValueError: the model has no such part.
     """
     model.requires_grad_(False)
     if "llm_norms" in parts and not hasattr(model.model.language_model, "trained_norms"):  # no stage would hand them on
         raise ValueError("model.train: this model has no llm_norms that train: only the published Phi has")
-    thawed = set()
+    present = set()
     for name, parameter in model.named_parameters():
-        here = _parts_of(name) & set(parts)
-        parameter.requires_grad_(bool(here))
-        thawed |= here
-    if missing := sorted(set(parts) - thawed):
+        parts_of_parameter = _parts_of(name) & set(parts)
+        parameter.requires_grad_(bool(parts_of_parameter))
+        present |= parts_of_parameter
+    if missing := sorted(set(parts) - present):
         raise ValueError(f"model.train: this model has no {missing[0]}")
 
 
@@ -233,76 +250,68 @@ def merge_adapters(model: PointAlignForConditionalGeneration) -> None:
 
 
 def export(model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, folder: Path) -> None:
-    """Merge the adapters and write a folder for `from_pretrained`: no projector, no trace of how it was trained."""
+    """Merge the adapters, in place, and write a folder for `from_pretrained`, without the alignment projector."""
     merge_adapters(model)
     with storage.replacing(folder) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
 
 
-def load_for_inference(model: str | Path) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
-    """A model to talk to: an exported folder, or a stage file put on the language model it was trained with.
+# -- the one loader of a trained model ---------------------------------------------------------------------------------
+
+
+def find_model(name: str | Path) -> Path:
+    """The exported folder or the stage file that `name` stands for; of a run's folder, its exported model comes first.
 
     Raises:
-        FileNotFoundError: neither is there, or the language model is gone.
-        ValueError: what is there does not fit together.
+        FileNotFoundError: there is nothing of that name.
+        ValueError: it is the folder of another kind of model.
     """
-    folder = Path(model)
-    if (folder / "config.json").exists():
-        loaded = PointAlignForConditionalGeneration.from_pretrained(folder, dtype="auto")
-        processor = PointAlignProcessor.from_pretrained(folder)
-    else:
-        loaded, processor = build_model(*stage_file.trained_options(stage_file.find_stage(str(model))))
-        merge_adapters(loaded)
-    if torch.cuda.is_available():
-        loaded.to("cuda")
-    return loaded.eval(), processor
+    for folder in (Path(name), Path(name) / "model"):
+        if not (folder / "config.json").exists():
+            continue
+        if (kind := model_type(folder)) != MODEL_TYPE:
+            raise ValueError(
+                f"{folder} holds a model of type {kind!r}, not {MODEL_TYPE!r}: expected a folder written by "
+                f"pointalign.train or pointalign.convert, a stage file, or the name of a shipped checkpoint"
+            )
+        return folder
+    return stage_file.find_stage(str(name))
 
 
 def load(
-    name: str, up_axis: str | None = None, device: str | None = None
+    name: str | Path, up_axis: str | None = None, device: str | torch.device | None = None
 ) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor, str]:
-    """Model in evaluation mode, processor, and a hash of the weights that were read.
+    """Model in evaluation mode, processor, and a hash of the files that the weights were read from.
 
     Args:
         name: a folder for `from_pretrained`, a run's folder of `pointalign.train`, a stage file, or the name of a
-            shipped checkpoint.
+            shipped checkpoint. A stage file is put on the language model it was trained with.
+        up_axis: vertical axis of the clouds, in place of the processor's.
         device: by default CUDA where there is one.
 
     Raises:
-        FileNotFoundError: none of these.
-        ValueError: a stage file that does not say what it was trained with, or that does not fit.
+        FileNotFoundError: none of these, or the stage file's language model is gone.
+        ValueError: another kind of model, or a stage file that does not fit or does not say what it was trained with.
     """
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = next((one for one in (Path(name), Path(name) / "model") if (one / "config.json").exists()), None)
-    if folder is not None:
-        model = PointAlignForConditionalGeneration.from_pretrained(folder, dtype="auto")
-        processor = PointAlignProcessor.from_pretrained(folder)
-        digest = file_hash(*sorted(folder.glob("*.safetensors")))
+    source = find_model(name)
+    if source.is_dir():
+        model = PointAlignForConditionalGeneration.from_pretrained(source, dtype="auto")
+        processor = PointAlignProcessor.from_pretrained(source)
+        files = sorted(source.glob("*.safetensors"))
     else:
-        path = stage_file.find_stage(name)
-        model, processor = build_model(*stage_file.trained_options(path))
+        model, processor = build_model(*stage_file.trained_options(source))
         merge_adapters(model)
-        digest = file_hash(path)
+        files = [source]
     if up_axis is not None:
         processor.feature_extractor.up_axis = up_axis
-    return model.eval().requires_grad_(False).to(device), processor, digest  # type: ignore[arg-type]
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval().requires_grad_(False).to(device), processor, storage.file_hash(*files)[:16]
 
 
 def shipped() -> str:
     """The shipped model that is evaluated when none is named."""
-    names = sorted(one.stem for one in CHECKPOINTS.glob("*.safetensors"))
+    names = sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors"))
     if not names:
         raise FileNotFoundError("no checkpoint is shipped here: name a MODEL (a folder, a run, or a stage file)")
     return names[0]
-
-
-def file_hash(*paths: Path) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]

@@ -13,12 +13,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pointalign.chat", description="Ask about point clouds or meshes (.npy .ply .obj .glb .stl ...)."
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="one or several clouds, all in one conversation")
-    parser.add_argument("--question", action="append", help="ask this and leave; may be given several times, in turn")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="clouds or meshes, all in one conversation")
+    parser.add_argument("--question", action="append", help="ask this and exit; repeat for several questions")
     parser.add_argument(
         "--model",
         default=DEFAULT_CHECKPOINT,
-        help="folder of a trained model (runs/demo/model), or the name of a shipped checkpoint (default: %(default)s)",
+        help="folder of a run or a model, stage file, or name of a shipped checkpoint (default: %(default)s)",
     )
     parser.add_argument("--up-axis", default="y", help="vertical axis of the files: x y z -x -y -z (default: y)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -38,9 +38,9 @@ def chat(options: argparse.Namespace) -> int:
     clouds = [load_point_cloud(path, up_axis=options.up_axis) for path in options.files]
     import torch
 
-    from pointalign.build import load_for_inference
+    from pointalign.build import load
 
-    model, processor = load_for_inference(options.model)
+    model, processor, _ = load(options.model)
     for path, cloud in zip(options.files, clouds, strict=True):
         try:
             processor.feature_extractor.prepare(cloud)
@@ -52,7 +52,7 @@ def chat(options: argparse.Namespace) -> int:
 
     def ask(question: str) -> str:
         messages.append({"role": "user", "content": [*opening, {"type": "text", "text": question}]})
-        opening.clear()  # the clouds stand before the first question only
+        opening.clear()  # the clouds come before the first question only
         batch = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True).to(model.device)
         with torch.inference_mode():
             generated = model.generate(**batch, max_new_tokens=options.max_new_tokens, do_sample=False)
@@ -64,7 +64,7 @@ def chat(options: argparse.Namespace) -> int:
         for question in options.question:
             print(f"> {question}\n{ask(question)}")
         return 0
-    print("Ask away; an empty line or Ctrl-D ends the talk.")
+    print("Ask away; an empty line or Ctrl-D ends the conversation.")
     while True:
         try:
             question = input("> ").strip()

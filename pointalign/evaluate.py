@@ -63,7 +63,7 @@ def evaluate(arguments: list[str]) -> None:
     result = results.evaluate(name, options, built.generation)
     print(results.table(result))
     folder = Path(options.output)
-    if built.judge.chosen:
+    if built.judge.model is not None:
         print(judge_tasks(folder, result, built.judge))
     print(f"\nwritten: {folder / 'evaluation.json'}, {write_report(folder)}")
 

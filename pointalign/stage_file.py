@@ -1,11 +1,12 @@
-"""The stage-file format: everything but the language model's own weights, handed from one training stage to the next.
+"""The stage-file format: everything but the language model's weights, handed from one training stage to the next.
 
-A stage file names the language model it was trained with and is refused by any other: adapters on the wrong weights
-would answer garbage without an error.
+A stage file identifies the language model it was trained with and is refused by any other: adapters on the wrong
+weights would answer garbage without an error.
 """
 
 import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,85 @@ from pointalign.options import CHECKPOINTS, DataOptions, ModelOptions
 
 STAGE_FILE = "stage.safetensors"
 EXPERTS = "model.query_experts.queries"
+SAMPLED_ROWS = 8  # of every matrix, in the fingerprint of a language model
 
 
 def stage_state(model: nn.Module) -> dict[str, Tensor]:
-    """All that a stage hands to the next: everything but the language model's own weights.
+    """All that a stage hands to the next: everything but the language model's weights.
 
-    Norms that the published stages train beside the adapters (`trained_norms` of the class) are handed on too.
+    Norms that the published stages train beside the adapters (`trained_norms` of the class) are included.
     """
     norms = getattr(model.get_submodule("model.language_model"), "trained_norms", ())
-    kept = tuple(f"{norm}.weight" for norm in norms)
+    trained = tuple(f"{norm}.weight" for norm in norms)
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if ".language_model." not in f".{name}" or ".lora_" in name or name.endswith(kept)
+        if ".language_model." not in f".{name}" or ".lora_" in name or name.endswith(trained)
     }
 
 
-def fingerprint(language_model: nn.Module) -> str:
-    """Names a language model by its shape and a sample of its embedding matrix."""
+# -- which language model a stage belongs to -------------------------------------------------------------------------
+
+
+def weights_fingerprint(folder: Path, prefix: str = "") -> str:
+    """Identifies the weights of a folder of safetensors files: names, shapes and a sample of every tensor.
+
+    Read from the files and sampled in bfloat16, so the same model has the same fingerprint however it is loaded
+    (float32, bfloat16, 4 bits) and cut into files. Of a matrix 8 rows count, of a vector everything: a fine-tune
+    changes some of them. Files in another format count by size and 8 blocks of bytes, and only equal themselves.
+
+    Args:
+        prefix: only tensors whose names begin so, without it: `model.language_model.` in a converted folder.
+    """
+    paths = sorted(folder.glob("model*.safetensors"))
+    if not paths:
+        return _bytes_fingerprint(sorted(folder.glob("pytorch_model*.bin")))
+    files: dict[str, Path] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            files |= {name: path for name in file.keys() if name.startswith(prefix) and ".lora_" not in name}
+    if not files:
+        raise ValueError(f"{folder}: no tensor whose name begins with {prefix!r} in {len(paths)} safetensors files")
+    digest = hashlib.sha256()
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
+        for name in sorted(files):
+            values = opened[files[name]].get_slice(name)
+            shape = values.get_shape()
+            digest.update(json.dumps([name.removeprefix(prefix), shape]).encode())
+            rows = values[:][None] if len(shape) < 2 else [values[row : row + 1] for row in _places(shape[0])]
+            for row in rows:
+                row = row.to(torch.bfloat16) if row.is_floating_point() else row
+                digest.update(row.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _places(count: int) -> list[int]:
+    """Up to `SAMPLED_ROWS` of `count` places, evenly spaced, the last among them."""
+    number = min(SAMPLED_ROWS, count)
+    return [count - 1 - place * count // number for place in range(number)]
+
+
+def _bytes_fingerprint(paths: list[Path]) -> str:
+    if not paths:
+        raise FileNotFoundError("no weights: expected model*.safetensors or pytorch_model*.bin")
+    digest, block = hashlib.sha256(), 1 << 16
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with path.open("rb") as file:
+            for place in _places(-(-size // block)):
+                file.seek(place * block)
+                digest.update(file.read(block))
+    return digest.hexdigest()[:16]
+
+
+def embedding_fingerprint(language_model: nn.Module) -> str:
+    """Identifies a language model by its sizes and 64 rows of its embeddings.
+
+    Every stage file carries it. It does not tell a model from its fine-tunes: it decides only where the file or the
+    model has no `weights_fingerprint`, as early files and models that came from no folder.
+    """
     embedding = language_model.get_input_embeddings().weight
     sample = embedding.detach()[:: max(1, len(embedding) // 64)].to("cpu", torch.bfloat16).view(torch.int16).numpy()
     config = language_model.config
@@ -44,18 +106,40 @@ def fingerprint(language_model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(shape).encode() + sample.tobytes()).hexdigest()[:16]
 
 
+def _fingerprints(language_model: nn.Module) -> dict[str, str]:
+    """Both fingerprints, as they stand in the header of a stage file."""
+    header = {"language_model": embedding_fingerprint(language_model)}
+    weights = getattr(language_model, "weights_fingerprint", None)  # set by `pointalign.build` when it reads a folder
+    return header if weights is None else header | {"language_model_weights": weights}
+
+
+def _require_language_model(path: Path, header: dict[str, str], language_model: nn.Module) -> None:
+    """Raises: ValueError: the stage file with this header was trained with another language model."""
+    present = _fingerprints(language_model)
+    for name, current in present.items():
+        trained = header.get(name)
+        if trained != current and (name == "language_model" or trained is not None):
+            raise ValueError(
+                f"{path} was trained with the language model {trained}, this one is {current}: its adapters would only "
+                f"disturb it"
+            )
+
+
+# -- writing and reading ---------------------------------------------------------------------------------------------
+
+
 def save_stage(model: PointAlignForConditionalGeneration, path: Path, description: dict[str, Any]) -> None:
     """Write a stage file, matrices in bfloat16, and `description` beside it as JSON.
 
-    Vectors stay in fp32: a norm's weights are near 1, where bfloat16 would round away what training changed. Numbers
-    that no tensor tells, and that change what the tensors mean, go into the file's header.
+    Vectors stay in fp32: a norm's weights are near 1, where bfloat16 would round away what training changed. Settings
+    that change what the tensors mean, and that no tensor shows, go into the file's header.
     """
     config = model.config
-    untold = {"adapters": config.adapters, "query_routing": config.query_routing, "query_top_k": config.query_top_k}
-    header = {"language_model": fingerprint(model.model.language_model), "model": json.dumps(untold)}
+    settings = {"adapters": config.adapters, "query_routing": config.query_routing, "query_top_k": config.query_top_k}
+    header = _fingerprints(model.model.language_model) | {"model": json.dumps(settings)}
     state = {
-        name: one.to(torch.bfloat16) if one.is_floating_point() and one.ndim > 1 else one
-        for name, one in stage_state(model).items()
+        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+        for name, tensor in stage_state(model).items()
     }
     storage.write_tensors(path, state, header)
     storage.write_json(path.with_suffix(".json"), description)
@@ -68,7 +152,7 @@ def find_stage(checkpoint: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    names = ", ".join(one.stem for one in CHECKPOINTS.glob("*.safetensors")) or "none"
+    names = ", ".join(path.stem for path in CHECKPOINTS.glob("*.safetensors")) or "none"
     raise FileNotFoundError(
         f"model.checkpoint={checkpoint!r}: expected a stage file, a run's folder with {STAGE_FILE}, or the name of a "
         f"shipped checkpoint ({names})"
@@ -76,17 +160,17 @@ def find_stage(checkpoint: str) -> Path:
 
 
 def require_fold(checkpoint: str | None, fold: int | None) -> None:
-    """Refuse a stage that was trained with another part of the embedded objects held out: it may know what is asked.
+    """Refuse a stage that was trained with other embedded objects held out: it may have seen the test objects.
 
-    Raises: ValueError: the stage's own `data.fold`, as its description says, is not `fold`.
+    Raises: ValueError: `data.fold` in the stage's description is not `fold`.
     """
     if checkpoint is None:
         return
     description = find_stage(checkpoint).with_suffix(".json")
     trained = json.loads(description.read_text()).get("data", {}).get("fold") if description.exists() else None
     if trained != fold:
-        split = ["the committed split" if one is None else f"fold {one}" for one in (trained, fold)]
-        raise ValueError(f"{checkpoint} was trained under {split[0]}, and may know objects that {split[1]} holds out")
+        names = ["the committed split" if number is None else f"fold {number}" for number in (trained, fold)]
+        raise ValueError(f"{checkpoint} was trained under {names[0]}, and may know objects that {names[1]} holds out")
 
 
 def _stage_contents(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
@@ -107,9 +191,9 @@ def adapted_parts(path: Path) -> set[str]:
 
 
 def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
-    """The options that build a stage file's model again, to answer, from what its run left beside it.
+    """The options that build a stage file's model again for answering, from the description beside it.
 
-    Raises: ValueError: the JSON file beside it is missing or does not tell.
+    Raises: ValueError: the description is missing or names no model.
     """
     beside = path.with_suffix(".json")
     described = json.loads(beside.read_text()) if beside.is_file() else {}
@@ -125,20 +209,16 @@ def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
 
 
 def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_branch_only: bool = False) -> None:
-    """Load a stage file; with `point_branch_only` not what it holds of the language model.
+    """Load a stage file; with `point_branch_only` without the adapters and norms of the language model.
 
     Raises: ValueError: it belongs to another language model, to other adapters, or does not fit.
     """
     header, shapes = _stage_contents(path)
-    own = None if point_branch_only else fingerprint(model.model.language_model)
-    if (trained_with := header.get("language_model")) != own and not point_branch_only:
-        raise ValueError(
-            f"{path} was trained with the language model {trained_with}, this one is {own}: its adapters would only "
-            f"disturb it"
-        )
-    untold = json.loads(header.get("model", "{}"))  # early stage files have none
+    if not point_branch_only:
+        _require_language_model(path, header, model.model.language_model)
+    settings = json.loads(header.get("model", "{}"))  # early stage files have none
     for part, adapter in (model.config.adapters or {}).items():
-        before = (untold.get("adapters") or {}).get(part, adapter)["lora_alpha"]
+        before = (settings.get("adapters") or {}).get(part, adapter)["lora_alpha"]
         if before != adapter["lora_alpha"]:
             raise ValueError(
                 f"{path} was trained with lora_alpha={before} on the {part}, this model has {adapter['lora_alpha']}: "
@@ -147,8 +227,8 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
     if EXPERTS in shapes:
         if model.model.query_experts is None:
             model.model.add_query_experts(shapes[EXPERTS][0])
-        if untold:
-            model.model.route_queries(untold["query_routing"], untold["query_top_k"])
+        if settings:
+            model.model.route_queries(settings["query_routing"], settings["query_top_k"])
     expected, ignored = set(stage_state(model)), None
     if point_branch_only:
         ignored = ".language_model."

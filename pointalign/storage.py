@@ -1,11 +1,17 @@
-"""Files of this project: safetensors and JSON only, complete or absent, and locks between processes."""
+"""Files of this project: safetensors and JSON only, complete or absent; locks, hashes and the origin of a result."""
 
+import datetime
+import functools
+import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import random
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +21,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+ROOT = Path(__file__).parents[1]  # the checkout, where there is one
+# Import names of what a result may depend on beside torch; absent ones are left out of the record.
+PACKAGES = (
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "liger_kernel",
+    "scipy",
+    "fpsample",
+    "torch_quickfps",
+    "torch_fps",
+)
 
 
 @contextmanager
@@ -50,30 +71,31 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     with replacing(path) as temporary:
-        save_file({name: one.detach().contiguous() for name, one in tensors.items()}, temporary, metadata=metadata)
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata=metadata)
 
 
-def commit() -> str | None:
-    """The commit of the code that writes; where git or its folder is absent, what POINTALIGN_COMMIT says."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        said = ""
-    return said or os.environ.get("POINTALIGN_COMMIT")
+def file_hash(*paths: Path) -> str:
+    """SHA-256 of the contents of files, one after the other, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
 def lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the file `path`, made if missing, as long as the block runs.
+    """Hold a lock on the file `path`, created if missing, while the block runs.
 
     Args:
-        wait: until another process lets go of it; else the block runs at once, without the lock.
+        wait: wait until another process releases it; else the block runs at once, without the lock.
 
     Yields:
-        Whether it is held. Always true where the system has no flock: processes then are not kept apart.
+        Whether the lock is held. Always true where the system has no flock: nothing then separates processes.
     """
     if os.name != "posix":
         yield True
@@ -90,28 +112,106 @@ def lock(path: Path, wait: bool = True) -> Iterator[bool]:
         yield True
 
 
+# -- the origin of a result --------------------------------------------------------------------------------------------
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to repeat a result: device, versions, commit, date, load of the machine.
+
+    Nothing here raises where git, lscpu, nvidia-smi or a package is missing: the field is None. POINTALIGN_COMMIT names
+    the commit where git does not.
+
+    Args:
+        device: where the result was computed.
+    """
+    commit, changed = _commit()
+    return {
+        "device": device_name(device),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        **{name: version_of(name) for name in ("torch", "transformers", "triton", "numpy")},
+        "packages": {name: version for name in PACKAGES if (version := version_of(name))},
+        "python": platform.python_version(),
+        "commit": commit,
+        "uncommitted_changes": changed,
+        "date": datetime.date.today().isoformat(),
+        "load_average": load_average(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's with the number of threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = re.search(r"Model name:\s*(.+)", _output("lscpu") or "")
+    return f"{model[1] if model else platform.machine()}, threads: {torch.get_num_threads()}"
+
+
+def version_of(import_name: str) -> str | None:
+    """The version of the package that is imported under this name; its wheel may be named otherwise.
+
+    Returns: None where no such package is installed.
+    """
+    distributions = _distributions().get(import_name)
+    return importlib.metadata.version(distributions[0]) if distributions else None
+
+
+def load_average() -> float | None:
+    """Processes that ran or waited over the last minute; None where the system does not tell."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (OSError, AttributeError):
+        return None
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of this code, and whether tracked files differ from it."""
+    if _output("git", "ls-files", "--error-unmatch", __file__) is None:  # no git, or somebody else's repository
+        return os.environ.get("POINTALIGN_COMMIT"), None
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return _output("git", "rev-parse", "--short=12", "HEAD"), None if changed is None else bool(changed)
+
+
+@functools.cache
+def _distributions() -> Mapping[str, Sequence[str]]:
+    return importlib.metadata.packages_distributions()
+
+
+def _output(*command: str) -> str | None:
+    """Standard output of a program; None where it is missing, fails or hangs."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
 def training_state(model: nn.Module) -> dict[str, Tensor]:
     """What training changes: trainable parameters, and the buffers (batch statistics) that go with them."""
-    state = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for prefix, module in model.named_modules():
-        if any(one.requires_grad for one in module.parameters(recurse=False)):
-            state |= {f"{prefix}.{name}".lstrip("."): one for name, one in module.named_buffers(recurse=False)}
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            state |= {f"{prefix}.{name}".lstrip("."): buffer for name, buffer in module.named_buffers(recurse=False)}
     return state
 
 
 def read_tensors(path: Path, expected: set[str], ignored: str | None = None) -> dict[str, Tensor]:
-    """Exactly the `expected` keys of a safetensors file, less those that contain `ignored`.
+    """The tensors of a safetensors file, without those whose names contain `ignored`.
 
     Raises:
-        ValueError: a key is missing or unexpected, or the file is damaged.
+        FileNotFoundError: there is no such file.
+        ValueError: the names differ from `expected`, or the file is damaged.
     """
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        state = {key: one for key, one in load_file(path).items() if ignored is None or ignored not in key}
+        state = {key: tensor for key, tensor in load_file(path).items() if ignored is None or ignored not in key}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     problems = [f"missing {key}" for key in sorted(expected - state.keys())]
@@ -135,37 +235,37 @@ def load_state(model: nn.Module, path: Path, expected: set[str], ignored: str | 
         ValueError: a key is missing, unexpected, or of another shape: nothing is ever loaded in part.
     """
     state = read_tensors(path, expected, ignored)
-    own = model.state_dict(keep_vars=True)
+    parameters = model.state_dict(keep_vars=True)
     _refuse(
         path,
         [
-            f"{key} has shape {list(state[key].shape)}, the model's is {list(own[key].shape)}"
+            f"{key} has shape {list(state[key].shape)}, the model's is {list(parameters[key].shape)}"
             for key in sorted(state)
-            if state[key].shape != own[key].shape
+            if state[key].shape != parameters[key].shape
         ],
     )
     with torch.no_grad():
         for key, value in state.items():
-            own[key].copy_(value)
+            parameters[key].copy_(value)
 
 
-# -- what else a run needs to go on where it stopped -------------------------------------------------------------------
+# -- optimizer and random numbers, for a run that is resumed -----------------------------------------------------------
 
 
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
     """`optimizer.safetensors` and `optimizer.json` under the folder `path`, the scheduler included."""
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
     for index, values in state["state"].items():
         for name, value in values.items():
-            where = tensors if isinstance(value, Tensor) else scalars
-            where[f"{index}.{name}"] = value
+            target = tensors if isinstance(value, Tensor) else scalars
+            target[f"{index}.{name}"] = value
     schedule = {name: value for name, value in scheduler.state_dict().items() if not name.startswith("lr_lambdas")}
     write_tensors(path / "optimizer.safetensors", tensors)
     write_json(path / "optimizer.json", {"groups": state["param_groups"], "scalars": scalars, "scheduler": schedule})
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
     described = json.loads((path / "optimizer.json").read_text())
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*load_file(path / "optimizer.safetensors").items(), *described["scalars"].items()]:
@@ -181,7 +281,7 @@ def save_random(path: Path) -> None:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {"cpu": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
     if torch.cuda.is_available():
-        tensors |= {f"cuda.{index}": one for index, one in enumerate(torch.cuda.get_rng_state_all())}
+        tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     write_tensors(path.with_suffix(".safetensors"), tensors)
     described = {"python": [version, list(words), gauss], "numpy": [kind, position, has_gauss, cached]}
     write_json(path.with_suffix(".json"), described)

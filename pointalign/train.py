@@ -48,7 +48,7 @@ def run(options: "Options") -> int:
     from pointalign import build, stage_file, storage
     from pointalign.efficient.training_form import training_form
     from pointalign.evaluation.naming import HeldOutNaming
-    from pointalign.evaluation.plots import loss_curves
+    from pointalign.evaluation.report import loss_curves
     from pointalign.trainer import checkpoints
 
     folder = run_folder(options)

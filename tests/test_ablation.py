@@ -1,4 +1,4 @@
-"""Probes and ablation arms: they measure what they say, are paired, and resume."""
+"""Probes and ablation arms: they measure what they claim, are paired by seed, and resume."""
 
 import json
 from collections.abc import Sequence
@@ -8,16 +8,21 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from experiments.ablation import ablation, arms, comparison, few_shot
-from experiments.ablation.arms import Arm, ArmLoss, Schedule, train_arm, training_batch
-from pointalign import build, evaluate
+from experiments.ablation import __main__ as command
+from experiments.ablation import ablation, comparison, conclusion, few_shot
+from experiments.ablation import train_arm as arms
+from experiments.ablation.measure import PRIMARY, SECOND, measure
+from experiments.ablation.train_arm import Arm, Schedule, aligned_model, target_table, train_arm, training_batch
+from pointalign import build
+from pointalign.alignment import AlignmentConfig, LayerTap, release_span
 from pointalign.evaluation import objects, probe, statistics
 from pointalign.evaluation.objects import Material
 from pointalign.evaluation.probe import linear_cka, point_states, ridge_probe, similarity
 from pointalign.options import ModelOptions
+from pointalign.trainer import AlignedModel
 
 
-def made(count: int = 12, seed: int = 0) -> Material:
+def colour_objects(count: int = 12, seed: int = 0) -> Material:
     """Objects whose Q-Former tokens hold a colour and a size; answers name the colour."""
     rng = np.random.default_rng(seed)
     colours = [("red", "blue", "green")[i % 3] for i in range(count)]
@@ -83,7 +88,7 @@ def test_similarity_ignores_what_all_clouds_share():
 
 
 def test_point_states_are_the_models_hidden_states(processor):
-    model, data = tiny_model(), made(5)
+    model, data = tiny_model(), colour_objects(5)
     means, whole = point_states(model, processor, data.features, [0, 2, 4], [2], batch_size=2)
     assert means[2].shape == (5, 32) and whole[2].shape == (5, 4, 32)
     batch = training_batch(processor, data, np.array([3]), np.random.default_rng(0), 99, False)
@@ -95,65 +100,117 @@ def test_point_states_are_the_models_hidden_states(processor):
     torch.testing.assert_close(means[0][3], projected[0].mean(0), atol=1e-5, rtol=1e-4)
 
 
-def test_each_arm_aligns_what_it_says(processor):
-    data, rows = made(), torch.tensor([4, 1, 7])
+ROWS = np.array([4, 1, 7])
+
+
+def losses_and_gradient(model, processor, arm: Arm, weight: float) -> tuple[dict, torch.Tensor]:
+    """Of one batch, with dropout from a fixed seed."""
+    data = colour_objects()
+    batch = training_batch(processor, data, ROWS, np.random.default_rng(0), 99, False)
+    aligned = aligned_model(model, arm, weight, seed=0).train()
+    if isinstance(aligned, arms.TargetFromBatch):
+        batch["target_tokens"] = target_table(arm, data, 0)[np.roll(ROWS, 1) if arm.source == "other" else ROWS]
+    model.zero_grad()
+    torch.manual_seed(0)
+    losses = aligned(**batch)
+    losses["loss"].backward()
+    return losses, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_the_method_arm_trains_with_the_products_losses(processor, monkeypatch):
+    data, batches = colour_objects(), []
+    original = arms.training_batch
+    monkeypatch.setattr(arms, "training_batch", lambda *inputs: batches.append(original(*inputs)) or batches[-1])
+    schedule = Schedule(steps=1, batch_size=4)
+    history = train_arm(adapted(), processor, Arm(layer=[2, 3]), 0.5, data, schedule, 7, "alignment")
+    expected = AlignedModel(adapted(), AlignmentConfig(weight=0.5, layer=[2, 3], seed=7)).train()
+    torch.manual_seed(7)
+    losses = expected(**batches[0])
+    assert history["ntp"] == [losses["ntp_loss"].item()]
+    assert history["alignment"] == [losses["alignment_loss"].item()] != [0.0]
+    assert type(aligned_model(adapted(), Arm(), 0.5, 0)) is AlignedModel
+
+
+def test_each_arm_is_compared_with_its_targets(processor, monkeypatch):
+    data, model = colour_objects(), adapted()
+    compared = []
+    original = AlignedModel.target, arms.TargetFromBatch.target
+    for kind, target in zip((AlignedModel, arms.TargetFromBatch), original, strict=True):
+        monkeypatch.setattr(kind, "target", lambda *inputs, t=target: compared.append(t(*inputs)) or compared[-1])
+
+    def targets(**changes) -> torch.Tensor:
+        losses_and_gradient(model, processor, Arm(**changes), 0.5)
+        return compared[-1].view(3, 4, -1)
+
+    assert torch.equal(targets(), data.features[ROWS])
+    assert torch.equal(targets(target="encoder"), data.encoder[ROWS])
+    assert torch.equal(targets(source="other"), data.features[[7, 4, 1]])
+    assert torch.equal(targets(source="mean"), data.features.mean(0).expand(3, -1, -1))
+    random = targets(source="random")
+    assert torch.equal(random, targets(source="random")) and not torch.allclose(random, data.features[ROWS])
+    assert targets(target="llm:4").shape == (3, 4, 32) and len(compared) == 7
+
+
+def test_the_release_arm_aligns_the_places_of_the_release(processor, monkeypatch):
+    masks = []
+    original = LayerTap.capture
+    monkeypatch.setattr(LayerTap, "capture", lambda tap, mask: masks.append(mask) or original(tap, mask))
+    batch = training_batch(processor, colour_objects(), ROWS, np.random.default_rng(0), 99, False)
+    for span in ("points", "release"):
+        losses_and_gradient(adapted(), processor, Arm(span=span), 0.5)
+    assert torch.equal(masks[0], batch["point_mask"])
+    assert torch.equal(masks[1], release_span(batch["labels"], 4)) and not masks[1][batch["labels"] != -100].any()
+
+
+def test_arms_differ_in_the_alignment_loss_alone(processor):
     model = adapted()
-    own, other, mean, drawn, encoder = (
-        ArmLoss(model, Arm(**arm), 0.5, data, 0).target(rows).view(3, 4, 16)
-        for arm in ({}, {"source": "other"}, {"source": "mean"}, {"source": "random"}, {"target": "encoder"})
-    )
-    assert torch.equal(own, data.features[rows]) and torch.equal(encoder, data.encoder[rows])
-    assert torch.equal(other, data.features[[7, 4, 1]])
-    assert torch.equal(mean, data.features.mean(0).expand(3, -1, -1))
-    assert not torch.allclose(drawn, own)
-    assert torch.equal(drawn, ArmLoss(model, Arm(source="random"), 0.5, data, 0).target(rows).view(3, 4, 16))
-
-    batch = training_batch(processor, data, rows.numpy(), np.random.default_rng(0), 99, False)
-
-    def gradient(**arm):
-        model.train()
-        model.zero_grad()
-        torch.manual_seed(0)
-        loss, ntp, alignment = ArmLoss(model, Arm(**arm), arm.get("weight", 0.5), data, 0)(batch, rows)
-        loss.backward()
-        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        return found.clone(), ntp, alignment
-
-    plain, ntp, zero = gradient(weight=0.0)
-    attached, same_ntp, aligned = gradient()
-    detached, _, also = gradient(states="detached")
-    release, _, elsewhere = gradient(span="release")
-    assert ntp == same_ntp and zero == 0 and aligned == also != elsewhere  # the same dropout: arms are paired
-    torch.testing.assert_close(detached, plain)  # the language model does not feel a detached loss
-    assert not torch.allclose(attached, plain) and not torch.allclose(release, attached)
+    plain, plain_gradient = losses_and_gradient(model, processor, Arm(weight=0.0), 0.0)
+    attached, gradient = losses_and_gradient(model, processor, Arm(), 0.5)
+    detached, detached_gradient = losses_and_gradient(model, processor, Arm(states="detached"), 0.5)
+    assert plain["alignment_loss"] == 0 < attached["alignment_loss"] == detached["alignment_loss"]
+    assert torch.equal(detached_gradient, plain_gradient)  # a detached loss does not reach the language model
+    assert (gradient - plain_gradient).norm() > 1e-3 * plain_gradient.norm()
+    for changes in ({"source": "other"}, {"source": "mean"}, {"source": "random"}, {"span": "release"}, {}):
+        losses, other_gradient = losses_and_gradient(model, processor, Arm(**changes), 0.5)
+        assert losses["ntp_loss"] == plain["ntp_loss"]  # the same dropout: arms of a seed are paired
+        assert bool(losses["alignment_loss"] == attached["alignment_loss"]) == (changes == {})
+        assert torch.equal(other_gradient, gradient) == (changes == {})
 
 
 def test_arms_of_one_seed_see_the_same_data(processor, monkeypatch):
-    seen = []
+    batches = []
     original = arms.training_batch
 
     def watched(processor, train, rows, *rest):
         batch = original(processor, train, rows, *rest)
-        seen.append((rows.tolist(), batch["input_ids"].tolist()))
+        batches.append((rows.tolist(), batch["input_ids"].tolist()))
         return batch
 
     monkeypatch.setattr(arms, "training_batch", watched)
     schedule = Schedule(steps=3, batch_size=4)
-    for arm, seed in ((Arm(weight=0.0), 1), (Arm(), 1), (Arm(), 2)):
-        train_arm(adapted(), processor, arm, 0.5 if arm.weight is None else 0.0, made(), schedule, seed, "arm")
-    assert seen[:3] == seen[3:6] != seen[6:]
+    runs = ((Arm(weight=0.0), 0.0, 1), (Arm(), 0.5, 1), (Arm(source="random"), 0.5, 1), (Arm(), 0.5, 2))
+    for arm, weight, seed in runs:
+        train_arm(adapted(), processor, arm, weight, colour_objects(), schedule, seed, "arm")
+    first, second, third, other_seed = (batches[start : start + 3] for start in range(0, 12, 3))
+    assert first == second == third and all(a != b for a, b in zip(first, other_seed, strict=True))
 
 
-def test_alignment_training_raises_what_can_be_read(processor):
-    data, held = made(30), made(12, seed=1)
+def test_alignment_training_raises_what_can_be_read(processor, monkeypatch):
+    monkeypatch.setattr(probe, "FIT_STEPS", 60)
+    data, held_out = colour_objects(30), colour_objects(12, seed=1)
     aligned, plain = adapted(), adapted()
     schedule = Schedule(steps=40, batch_size=8, learning_rate=3e-3)
     history = train_arm(aligned, processor, Arm(layer=[2]), 3.0, data, schedule, 0, "aligned")
     train_arm(plain, processor, Arm(weight=0.0), 0.0, data, schedule, 0, "plain")
     assert np.mean(history["alignment"][-5:]) < 0.7 * np.mean(history["alignment"][:5])
     assert np.mean(history["ntp"][-5:]) < np.mean(history["ntp"][:5])
-    scores = ablation.measure(aligned, processor, held, blind=False)
-    assert len(scores[ablation.PRIMARY]) == 12 and set(scores[ablation.SECOND]) <= {0.0, 1.0}
+    cosines = [
+        probe.probe_layers(model, processor, data, held_out, [2], [2])["similarity"]["2"]["centred cosine"]
+        for model in (aligned, plain)
+    ]
+    assert cosines[0] > cosines[1] + 0.04  # without an alignment loss both are the same model
+    scores = measure(aligned, processor, held_out, blind=False)
+    assert len(scores[PRIMARY]) == 12 and set(scores[SECOND]) <= {0.0, 1.0}
 
 
 RECIPE = """
@@ -174,42 +231,42 @@ def test_an_ablation_resumes_and_compares_pairs(processor, tmp_path, monkeypatch
     monkeypatch.setattr(probe, "FIT_STEPS", 5)
     monkeypatch.setattr(statistics, "RESAMPLES", 500)
     monkeypatch.setattr(build, "build_model", lambda options, data: (adapted(), processor))
-    monkeypatch.setattr(objects, "load", lambda *given: (made(20), made(9, seed=1)))
-    command = ["ablation", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(objects, "load", lambda *_: (colour_objects(20), colour_objects(9, seed=1)))
+    arguments = [str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")]
     original, runs = ablation.run_arm, []
 
-    def counted(*given):
-        runs.append(given[3:5])
+    def counted(*inputs):
+        runs.append(inputs[3:5])
         if len(runs) == 3:
             raise KeyboardInterrupt
-        return original(*given)
+        return original(*inputs)
 
     monkeypatch.setattr(ablation, "run_arm", counted)
-    assert evaluate.main(command) == 130
-    assert evaluate.main(command) == 0
+    assert command.main(arguments) == 130
+    assert command.main(arguments) == 0
     assert runs == [("no alignment", 0), ("alignment", 0), ("no alignment", 1), ("no alignment", 1),
                     ("alignment", 1), ("deep target", 0)]  # fmt: skip
-    assert evaluate.main(command) == 0 and len(runs) == 6  # nothing is left to do
+    assert command.main(arguments) == 0 and len(runs) == 6  # nothing is left to do
     result = json.loads((tmp_path / "out" / "ablation.json").read_text())
     rows = {row["arm"]: row for row in result["arms"]}
     assert "differences" not in rows["no alignment"]
-    difference = rows["alignment"]["differences"][ablation.PRIMARY]
+    difference = rows["alignment"]["differences"][PRIMARY]
     kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*.json")}
-    means = {name: np.mean(run["scores"][ablation.PRIMARY]) for name, run in kept.items()}
+    means = {name: np.mean(run["scores"][PRIMARY]) for name, run in kept.items()}
     by_hand = np.mean([means[f"alignment-{seed}"] - means[f"no-alignment-{seed}"] for seed in (0, 1)])
     assert (
         difference["mean"] == pytest.approx(by_hand) and difference["detectable"] > 0 and 0 < difference["p_holm"] <= 1
     )
-    assert len(rows["deep target"]["differences"][ablation.PRIMARY]["per_seed"]) == 1
+    assert len(rows["deep target"]["differences"][PRIMARY]["per_seed"]) == 1
     assert (tmp_path / "out" / "layers.png").stat().st_size > 10_000 and (tmp_path / "out" / "differences.png").exists()
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("steps: 2", "steps: 3"))
-    assert evaluate.main(command) == 1 and "another recipe (schedule changed)" in capsys.readouterr().err
+    assert command.main(arguments) == 1 and "another recipe (schedule changed)" in capsys.readouterr().err
 
 
 def test_processes_share_the_runs_of_an_ablation(processor, tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     monkeypatch.setattr(build, "build_model", lambda options, data: (adapted(), processor))
-    monkeypatch.setattr(objects, "load", lambda *given: (made(20), made(9, seed=1)))
+    monkeypatch.setattr(objects, "load", lambda *_: (colour_objects(20), colour_objects(9, seed=1)))
     monkeypatch.setattr(ablation, "summarise", lambda folder, recipe: "")
     runs: list[tuple[str, int]] = []
 
@@ -217,7 +274,7 @@ def test_processes_share_the_runs_of_an_ablation(processor, tmp_path, monkeypatc
         runs.append((arm, seed))
         if runs == [("no alignment", 0)]:  # meanwhile another process goes through the same plan
             ablation.run_ablation(str(tmp_path / "recipe.yaml"), None, str(tmp_path / "out"))
-        return {"mean": {ablation.PRIMARY: 0.0}}
+        return {"mean": {PRIMARY: 0.0}}
 
     monkeypatch.setattr(ablation, "run_arm", run)
     ablation.run_ablation(str(tmp_path / "recipe.yaml"), None, str(tmp_path / "out"))
@@ -225,7 +282,7 @@ def test_processes_share_the_runs_of_an_ablation(processor, tmp_path, monkeypatc
 
 
 def test_few_shots_teach_and_leave_no_trace(processor, monkeypatch):
-    train, held = made(40), made(12, seed=1)
+    train, held = colour_objects(40), colour_objects(12, seed=1)
     for part in (train, held):
         part.properties = {"B: lopsided": [colour == "red" for colour in part.properties["noun"]]}
     monkeypatch.setattr(few_shot, "STEPS", 80)
@@ -256,10 +313,12 @@ def test_a_rerun_gives_the_same_numbers(processor, monkeypatch):
     recipe = ablation.Recipe(
         schedule=Schedule(steps=2, batch_size=4), arms={"no alignment": Arm(weight=0.0), "a": Arm()}
     )
-    first, second = (ablation.run_arm(adapted(), processor, recipe, "a", 3, made(), made(6, 1)) for _ in range(2))
+    train, held_out = colour_objects(), colour_objects(6, 1)
+    first, second = (ablation.run_arm(adapted(), processor, recipe, "a", 3, train, held_out) for _ in range(2))
     assert first == second
-    recipe.decoder, recipe.layers = {"hidden_size": 32}, 5  # a small decoder: similarity is measured everywhere
-    assert list(ablation.run_arm(adapted(), processor, recipe, "a", 3, made(), made(6, 1))["similarity"]) == [*"01234"]
+    recipe.decoder, recipe.layers = {"hidden_size": 32}, 5  # a small decoder: similarity is measured at every layer
+    run = ablation.run_arm(adapted(), processor, recipe, "a", 3, train, held_out)
+    assert list(run["similarity"]) == [*"01234"]
 
 
 def test_shipped_recipes_are_readable():
@@ -273,6 +332,8 @@ def test_shipped_recipes_are_readable():
         ablation.read_recipe("nothing")
     with pytest.raises(ValueError, match="defined for the qformer target"):
         Arm(source="other", target="encoder")
+    with pytest.raises(ValueError, match="blind needs weight 0"):
+        Arm(blind=True)
 
 
 def compared(
@@ -281,44 +342,39 @@ def compared(
     others: dict[str, list[float]],
     set_b: float = 0.0,
     read: Sequence[float] = (0.0, 0.0, 0.0),
+    baseline: Sequence[float] | None = None,
+    first_seed: dict[str, int] | None = None,
 ):
-    """Rows of arms whose margins lie so far above the baseline's, seed by seed, and the arms themselves."""
-    rng = np.random.default_rng(0)
-    start = rng.normal(0, 1, nouns)
+    """Rows of arms, and the arms, from the mean likelihood margin of each seed above that of the objects."""
+    start = np.random.default_rng(0).normal(0, 1, nouns)
 
-    def run(shift: float, seed: int, gain: float = 0.0, found: float = 0.0) -> dict:
+    def run(shift: float, seed: int, gain: float, reading: float) -> dict:
         values = start + shift + np.random.default_rng(seed).normal(0, 0.05, nouns)
-        scores = {ablation.PRIMARY: values.tolist(), ablation.SECOND: (values > 0).astype(float).tolist()}
+        scores = {PRIMARY: values.tolist(), SECOND: (values > 0).astype(float).tolist()}
         probes = {"A: colour": {"Q-Former": 0.9, "0": 0.9, "2": 0.9}}
         probes["B: taper"] = {"Q-Former": 0.8, "0": 0.8, "2": 0.3 + gain + 0.01 * seed}
-        similar = {"1": {"centred cosine": 0.1 + found, "retrieval@1": 0.1, "CKA": 0.1}}
+        similar = {"1": {"centred cosine": 0.1 + reading, "retrieval@1": 0.1, "CKA": 0.1}}
         return {"scores": scores, "families": [str(i) for i in range(nouns)], "layer": 1, "similarity": similar,
                 "probes": probes, "few_shot": {}}  # fmt: skip
 
-    shifts = {"no alignment": [0.0] * len(methods), "alignment": methods} | others
-    runs = {
-        name: {
-            seed: run(
-                shift,
-                seed if name == "no alignment" else seed + 10,
-                set_b * (name == "alignment"),
-                read[seed] * (name == "alignment"),
-            )
-            for seed, shift in enumerate(given)
+    shifts = {"no alignment": list(baseline or [0.0] * len(methods)), "alignment": methods} | others
+    runs = {}
+    for name, by_seed in shifts.items():
+        is_method, first = name == "alignment", (first_seed or {}).get(name, 0)
+        noise = 0 if name == "no alignment" else 10
+        runs[name] = {
+            seed: run(shift, seed + noise, set_b * is_method, read[seed] if is_method and seed < len(read) else 0.0)
+            for seed, shift in enumerate(by_seed, first)
         }
-        for name, given in shifts.items()
-    }
     arms = {"no alignment": Arm(weight=0.0), "alignment": Arm()} | {name: Arm(source="other") for name in others}
-    rows = [comparison._row(name, results, {}) for name, results in runs.items()]
-    comparison._compare(rows, runs, "no alignment", "differences")
-    comparison._compare(rows[1:], runs, "alignment", "differences from alignment")
+    rows = comparison.compare_arms(runs, "no alignment", {})
     return rows, arms
 
 
 @pytest.mark.parametrize(
     ("methods", "others", "said"),
     [
-        ([0.0, 0.0, 0.0], {"wrong": [0.0] * 3}, ["cannot tell alignment", "controls (wrong) explain"]),
+        ([0.0, 0.0, 0.0], {"wrong": [0.0] * 3}, ["cannot tell alignment", "controls (wrong) could explain"]),
         ([-0.5] * 3, {"wrong": [0.0] * 3}, ["Shown: alignment lowers", "No gain of alignment"]),
         ([0.5] * 3, {"wrong": [0.0] * 3}, ["Shown: alignment raises", "Alignment beats wrong."]),
         ([0.5] * 3, {"wrong": [0.5] * 3}, ["Shown: alignment raises", "plain regularisation may explain both"]),
@@ -327,11 +383,11 @@ def compared(
 def test_the_conclusion_says_what_is_shown_and_what_is_not(methods, others, said, monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 1000)
     rows, arms = compared(60, methods, others)
-    paragraphs = comparison.conclusion(rows, "no alignment", arms)
+    paragraphs = conclusion.conclusion(rows, "no alignment", arms)
     for words, paragraph in zip(said, paragraphs, strict=False):
         assert words in paragraph
-    assert "3 paired seeds, 60 objects" in paragraphs[0] and "would have been found" in paragraphs[0]
-    wrong, aligned = rows[2]["differences from alignment"][ablation.PRIMARY], rows[1]["differences"][ablation.PRIMARY]
+    assert "3 paired seeds, 60 objects" in paragraphs[0] and "is detected with 80 % power" in paragraphs[0]
+    wrong, aligned = rows[2]["differences from alignment"][PRIMARY], rows[1]["differences"][PRIMARY]
     assert wrong["mean"] == pytest.approx(others["wrong"][0] - methods[0], abs=0.05)
     assert aligned["mean"] == pytest.approx(methods[0], abs=0.05)
     assert "differences from alignment" not in rows[0] and "differences from alignment" not in rows[1]
@@ -340,8 +396,8 @@ def test_the_conclusion_says_what_is_shown_and_what_is_not(methods, others, said
 def test_a_control_that_harms_is_not_called_indistinguishable(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 1000)
     rows, arms = compared(60, [0.5] * 3, {"wrong": [-0.5] * 3})
-    rows[2]["differences from alignment"][ablation.PRIMARY]["p_holm"] = 1.0  # as if nothing were shown of it
-    assert "Wrong is shown to do worse than no alignment" in comparison.conclusion(rows, "no alignment", arms)[1]
+    rows[2]["differences from alignment"][PRIMARY]["p_holm"] = 1.0  # as if nothing were shown of it
+    assert "Wrong is shown to be worse than no alignment" in conclusion.conclusion(rows, "no alignment", arms)[1]
 
 
 def test_what_captions_never_mention_is_compared_over_seeds(monkeypatch):
@@ -349,7 +405,7 @@ def test_what_captions_never_mention_is_compared_over_seeds(monkeypatch):
     rows, arms = compared(20, [0.0, 0.0, 0.0], {}, set_b=0.2)
     kept = rows[1]["differences"]["set B"]
     assert kept["mean"] == pytest.approx(0.3) and kept["low"] > 0 and kept["count"] == 3
-    assert "alignment keeps more of it" in comparison.conclusion(rows, "no alignment", arms)[-1]
+    assert "alignment keeps more of it" in conclusion.conclusion(rows, "no alignment", arms)[-1]
     table = comparison.probe_table(rows, "no alignment")
     assert "| B: taper | 0.800 | 0.310 | 0.610 |" in table
     assert "Q-Former | last layer, no alignment | last layer, alignment" in table
@@ -363,22 +419,53 @@ def test_what_alignment_asks_for_is_said_apart_from_what_it_brings(read, words, 
     monkeypatch.setattr(statistics, "RESAMPLES", 100)
     rows, arms = compared(20, [0.0, 0.0, 0.0], {}, read=read)
     assert rows[1]["differences"]["centred cosine"]["mean"] == pytest.approx(np.mean(read))
-    paragraphs = comparison.conclusion(rows, "no alignment", arms)
+    paragraphs = conclusion.conclusion(rows, "no alignment", arms)
     said = [one for one in paragraphs if one.startswith("What alignment asks for")]
     assert len(said) == 1 and words in said[0] and "over 3 seeds" in said[0] and "cannot tell" in paragraphs[0]
+
+
+def test_arms_are_compared_on_the_seeds_that_both_have(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 100)
+    # seeds 2 and 3 are far above the others, in the baseline as well
+    rows, _ = compared(20, [0.1, 0.1, 5.1, 5.1], {"two seeds": [0.3, 0.3]}, baseline=[0.0, 0.0, 5.0, 5.0])
+    _, method, two = rows
+    margin = {row["arm"]: row["metrics"][PRIMARY]["mean"] for row in rows}
+    assert margin["alignment"] - margin["no alignment"] == pytest.approx(0.1, abs=0.05)
+    assert margin["two seeds"] < margin["no alignment"] - 2  # other seeds: no comparison
+    beside = {name: figures["metrics"][PRIMARY]["mean"] for name, figures in two["same seeds"].items()}
+    assert margin["two seeds"] - beside["no alignment"] == pytest.approx(0.3, abs=0.05)
+    assert margin["two seeds"] - beside["alignment"] == pytest.approx(0.2, abs=0.05)
+    assert two["seeds"] == two["differences"]["seeds"] == two["differences from alignment"]["seeds"] == [0, 1]
+    assert method["differences"]["seeds"] == [0, 1, 2, 3]
+    assert two["differences"][PRIMARY]["mean"] == pytest.approx(0.3, abs=0.05)
+    lines = [line.split(" | ")[:3] for line in comparison.arm_table(rows, "no alignment").splitlines()[2:]]
+    assert [(name.removeprefix("| "), seeds) for name, seeds, _ in lines] == [
+        ("no alignment", "0-3"), ("alignment", "0-3"),
+        ("no alignment", "0-1"), ("alignment", "0-1"), ("two seeds", "0-1"),
+    ]  # fmt: skip
+    assert float(lines[4][2]) - float(lines[2][2]) == pytest.approx(0.3, abs=0.05)
+    assert "| two seeds | 0-1 | " in comparison.difference_table(rows, "no alignment")
+    assert "(seeds 0-3)" in comparison.probe_table(rows, "no alignment")
+
+
+def test_an_arm_without_a_seed_in_common_is_not_shown(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 100)
+    rows, _ = compared(20, [0.0, 0.0], {"later": [0.0, 0.0]}, first_seed={"later": 2})
+    assert [row["arm"] for row in rows] == ["no alignment", "alignment"]
+    assert comparison.seed_text([0, 2, 3]) == "0, 2, 3" and comparison.seed_text([4]) == "4"
 
 
 def test_two_seeds_have_no_interval_over_seeds(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 100)
     rows, arms = compared(20, [0.0, 0.0], {}, read=[0.3, 0.4])
     assert "centred cosine" not in rows[1]["differences"] and "set B" not in rows[1]["differences"]
-    assert not any("asks for" in one for one in comparison.conclusion(rows, "no alignment", arms))
+    assert not any("asks for" in one for one in conclusion.conclusion(rows, "no alignment", arms))
 
 
 def test_an_arm_that_differs_is_named_even_where_alignment_does_not(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 1000)
     rows, arms = compared(60, [0.0] * 3, {"wrong": [0.5] * 3, "same": [0.0] * 3})
-    said = [one for one in comparison.conclusion(rows, "no alignment", arms) if one.startswith("Shown of other arms")]
+    said = [one for one in conclusion.conclusion(rows, "no alignment", arms) if one.startswith("Shown for other arms")]
     assert len(said) == 1 and "wrong +0.496" in said[0] and "over 3 seeds" in said[0]
     assert "same" not in said[0]
 

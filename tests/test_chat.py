@@ -84,6 +84,14 @@ def test_a_bad_file_is_named(kind, folder, files, clouds, tmp_path, capsys):
     assert "error: " in shown.err and str(path) in shown.err and "Traceback" not in shown.err
 
 
+def test_a_plain_language_model_is_refused_before_it_is_read(files, tmp_path, capsys):
+    """Its config.json alone is there: nothing else need be read to refuse it."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert run(tmp_path, files[0], "--question", "What?") == 1
+    message = capsys.readouterr().err
+    assert "holds a model of type 'llama', not 'pointalign'" in message and "expected a folder written by" in message
+
+
 def test_a_missing_model_and_a_wrong_axis_are_errors(folder, files, capsys):
     assert run(folder / "nowhere", files[0], "--question", "What?") == 1
     assert "nowhere" in capsys.readouterr().err

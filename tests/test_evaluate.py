@@ -296,6 +296,38 @@ def test_mistakes_are_named(saved, tmp_path, capsys):
     assert "--task segmentation: expected of classification" in capsys.readouterr().err
 
 
+def test_chat_and_evaluate_load_the_same_weights_of_a_run(tmp_path, tokenizer, monkeypatch):
+    """Of a run's folder both take the exported model, though the stage file beside it holds other weights."""
+    from conftest import tiny_text_config
+    from transformers import AutoModelForCausalLM
+
+    from pointalign import build, chat, stage_file
+    from pointalign.options import DataOptions, ModelOptions
+
+    AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    options = ModelOptions(llm=str(tmp_path / "llm"), dtype="float32", lora_rank=4)
+    model, processor = build.build_model(options, DataOptions(num_points=256))
+    run = tmp_path / "run"
+    stage_file.save_stage(model, run / stage_file.STAGE_FILE, {"model": {**options.__dict__}})
+    with torch.no_grad():
+        model.model.modality_projector[1].bias.add_(1)
+    exported = model.model.modality_projector[1].bias.detach().clone()
+    build.export(model, processor, run / "model")
+
+    loaded, load = [], build.load
+    monkeypatch.setattr(build, "load", lambda *a, **k: (loaded.append(load(*a, **k)), loaded[-1])[1])
+    cloud = CLOUDS / f"{NAMES[0]}_8192.npy"
+    assert chat.main([str(cloud), "--model", str(run), "--question", "What?", "--max-new-tokens", "2"]) == 0
+    arguments = ["--task", "captioning", "--limit", "1", "--data", str(CLOUDS / "annotations.json")]
+    arguments += ["--clouds", str(CLOUDS), "--sentence_models", "none", "--generation.max_new_tokens", "2"]
+    assert evaluate.main([str(run), *arguments, "--output", str(tmp_path / "out")]) == 0
+    (first, _, first_hash), (second, _, second_hash) = loaded
+    assert first_hash == second_hash == json.loads((tmp_path / "out" / "evaluation.json").read_text())["weights"]
+    assert torch.equal(first.cpu().model.modality_projector[1].bias, exported)
+    assert all(torch.equal(one, second.state_dict()[name].cpu()) for name, one in first.state_dict().items())
+
+
 def test_a_stage_file_and_its_exported_folder_answer_alike(tmp_path, tokenizer):
     from conftest import tiny_text_config
     from transformers import AutoModelForCausalLM

@@ -9,7 +9,7 @@ from conftest import CLOUDS, user
 from safetensors.torch import load_file
 
 from pointalign import build, evaluate, train
-from pointalign.build import load_for_inference
+from pointalign.build import load
 from pointalign.convert import __main__ as convert
 from pointalign.data.dataset import make_datasets
 from pointalign.efficient import quantization
@@ -76,9 +76,9 @@ def test_every_stage_starts_from_the_one_before(files, tmp_path, clouds):
             assert all(any(name.startswith(part) for name in changed) for part in trained), recipe
         before = state
     assert json.loads((tmp_path / "align" / "stage.json").read_text())["last_log"]["alignment_loss"] > 0
-    model, processor = load_for_inference(tmp_path / "align")
+    model, processor, _ = load(tmp_path / "align" / "stage.safetensors")
     assert model.config.query_routing == "soft" and model.config.num_query_experts == 8
-    exported, _ = load_for_inference(tmp_path / "align" / "model")
+    exported, _, _ = load(tmp_path / "align" / "model")
     batch = processor.apply_chat_template([user("What is this?", clouds[0])], tokenize=True)
     with torch.no_grad():
         scores = [one.to("cpu")(**batch).logits for one in (model, exported)]
@@ -104,7 +104,7 @@ def test_query_experts_train_under_every_routing(routing, files, tmp_path):
     state = run("stage4_experts", files / "converted", tmp_path / "run", *flags)
     moved = [not torch.equal(one, queries) for one in state["model.query_experts.queries"]]
     assert all(moved) if routing != "sparse" else 0 < sum(moved) < 8
-    trained = load_for_inference(tmp_path / "run" / "model")[0].model.query_experts
+    trained = load(tmp_path / "run" / "model")[0].model.query_experts
     assert (trained.routing, trained.top_k) == (routing, 2)
 
 
@@ -160,6 +160,6 @@ def test_the_alignment_stage_in_four_bits(recipe, files, tmp_path, clouds):
     assert all(not torch.equal(state[name], one.bfloat16()) for name, one in before.items() if ".language_" in name)
     log = json.loads((tmp_path / "run" / "stage.json").read_text())["last_log"]
     assert 0 < log["alignment_loss"] < 2 and log["ntp_loss"] > 0
-    exported, _ = load_for_inference(tmp_path / "run" / "model")
+    exported, _, _ = load(tmp_path / "run" / "model")
     batch = processor.apply_chat_template([user("What is this?", clouds[0])], tokenize=True).to(exported.device)
     assert exported.generate(**batch, max_new_tokens=3, min_new_tokens=3).shape[1] == batch["input_ids"].shape[1] + 3

@@ -7,10 +7,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from pointalign.evaluation import judge as judging
 from pointalign.evaluation.judge import (
     Case,
+    EndpointJudge,
     JudgeFailure,
     JudgeOptions,
+    StringJudge,
+    build_judge,
     judge_cases,
     judge_file,
     judge_tasks,
@@ -84,7 +88,8 @@ def completion(text):
 
 
 @pytest.fixture
-def serve():
+def serve(monkeypatch):
+    monkeypatch.setattr(judging, "PAUSE", 0.01)
     started = []
 
     def start(script):
@@ -98,19 +103,13 @@ def serve():
 
 
 def options(server, **changes):
-    return JudgeOptions(**({"base_url": server.url, "model": "m", "pause": 0.01, "timeout": 0.4} | changes))
+    return JudgeOptions(**({"base_url": server.url, "model": "m", "timeout": 0.4} | changes))
 
 
-def build(given):
-    from pointalign.evaluation.judge import build_judge
-
-    return build_judge(given)
+CASES = [Case(f"a chair {i}", f"This is chair {i}.", "chair") for i in range(6)]
 
 
-CASES = [Case(f"a chair {i}", f"This is chair {i}.", "chair", f"family {i}") for i in range(6)]
-
-
-def test_a_misbehaving_server_is_asked_again_until_it_answers(serve, tmp_path):
+def test_a_misbehaving_server_is_asked_again_until_it_answers(serve, tmp_path, monkeypatch):
     trouble = {
         1: (429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0.02"}),
         2: (500, b"oops", {}),
@@ -122,10 +121,9 @@ def test_a_misbehaving_server_is_asked_again_until_it_answers(serve, tmp_path):
         8: (200, b"[1, 2]", {}),
         9: (503, b"", {}),
     }
+    monkeypatch.setattr(judging, "ATTEMPTS", len(trouble) + 1)
     server = serve(lambda number, prompt: trouble.get(number, (200, "T#the same", {})))
-    judged = judge_cases(
-        build(options(server, concurrency=1, attempts=12)), "object", CASES[:1], tmp_path / "kept.jsonl"
-    )
+    judged = judge_cases(build_judge(options(server, concurrency=1)), "object", CASES[:1], tmp_path / "stored.jsonl")
     assert judged.values == [1.0]
     assert judged.usage.retries == len(trouble) and judged.usage.requests == 1
     request = server.requests[-1]
@@ -135,45 +133,43 @@ def test_a_misbehaving_server_is_asked_again_until_it_answers(serve, tmp_path):
 def test_a_wrong_key_ends_the_run_without_retries(serve, tmp_path):
     server = serve(lambda number, prompt: (401, b'{"error": {"message": "bad key"}}', {}))
     with pytest.raises(JudgeFailure, match="401"):
-        judge_cases(build(options(server, concurrency=1)), "object", CASES[:1], tmp_path / "kept.jsonl")
+        judge_cases(build_judge(options(server, concurrency=1)), "object", CASES[:1], tmp_path / "stored.jsonl")
     assert len(server.requests) == 1
 
 
-def test_an_interrupted_run_goes_on_and_asks_nothing_twice(serve, tmp_path):
-    kept = tmp_path / "kept.jsonl"
-    from pointalign.evaluation.judge import EndpointJudge
-
+def test_an_interrupted_run_goes_on_and_asks_nothing_twice(serve, tmp_path, monkeypatch):
+    stored = tmp_path / "stored.jsonl"
     down = serve(lambda number, prompt: (500, b"", {}) if number > 3 else (200, "F#other", {}))
-    given = options(down, concurrency=1, attempts=2)
+    monkeypatch.setattr(judging, "ATTEMPTS", 2)
+    retrying = options(down, concurrency=1)
     with pytest.raises(JudgeFailure, match="3 of 6 answers got no reply"):
-        judge_cases(build(given), "object", CASES, kept)
-    with kept.open("a") as file:
+        judge_cases(build_judge(retrying), "object", CASES, stored)
+    with stored.open("a") as file:
         file.write('{"key": "cut sho')  # killed while writing
-    asked = len(down.requests)
+    requests = len(down.requests)
     up = serve(lambda number, prompt: (200, "T#same", {}))
-    judge = build(given)
+    judge = build_judge(retrying)
     assert isinstance(judge, EndpointJudge)
     judge.client = judge.client.with_options(base_url=up.url)
-    judged = judge_cases(judge, "object", CASES, kept)
+    judged = judge_cases(judge, "object", CASES, stored)
     assert judged.values == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
-    assert len(up.requests) == 3 and len(down.requests) == asked
-    assert judge_cases(judge, "object", CASES, kept).values == judged.values and len(up.requests) == 3
+    assert len(up.requests) == 3 and len(down.requests) == requests
+    assert judge_cases(judge, "object", CASES, stored).values == judged.values and len(up.requests) == 3
 
 
 def test_requests_run_side_by_side_up_to_the_limit(serve, tmp_path):
     server = serve(lambda number, prompt: (time.sleep(0.05), (200, "T#", {}))[1])
-    judge_cases(build(options(server, concurrency=3)), "object", CASES, tmp_path / "kept.jsonl")
+    judge_cases(build_judge(options(server, concurrency=3)), "object", CASES, tmp_path / "stored.jsonl")
     assert server.most == 3 and len(server.requests) == 6
 
 
 def test_an_unusable_reply_counts_once_as_wrong(serve, tmp_path):
     server = serve(lambda number, prompt: (200, "I think so" if "chair 2" in prompt else "T#same", {}))
-    given = options(server, input_price=2.0, output_price=10.0)
-    judged = judge_cases(build(given), "object", CASES, tmp_path / "kept.jsonl")
-    one = summary(judged, [case.family for case in CASES], given)
-    assert judged.invalid == one["invalid"] == 1 and one["score"]["mean"] == pytest.approx(5 / 6)
-    assert one["score"]["count"] == 6
-    assert one["usage"]["cost"] == pytest.approx(6 * (100 * 2 + 10 * 10) / 1e6)
+    judged = judge_cases(build_judge(options(server)), "object", CASES, tmp_path / "stored.jsonl")
+    result = summary(judged, [f"family {i}" for i in range(6)])
+    assert result["invalid"] == 1 and result["score"]["mean"] == pytest.approx(5 / 6)
+    assert result["score"]["count"] == 6
+    assert result["usage"] == {"requests": 6, "retries": 0, "prompt_tokens": 600, "completion_tokens": 60}
 
 
 @pytest.mark.parametrize(
@@ -206,17 +202,18 @@ def write_answers(folder, texts):
 def test_a_judged_evaluation_counts_families_once(serve, tmp_path):
     server = serve(lambda number, prompt: (200, "100#" if "good" in prompt else "0#", {}))
     write_answers(tmp_path, ["good"] * 9 + ["bad"])
-    families = ["one"] * 9 + ["two"]
-    evaluation = {"tasks": {"answers": {"kind": "captioning", "questions": [{"family": one} for one in families]}}}
+    families = ["first"] * 9 + ["second"]
+    questions = [{"family": family} for family in families]
+    evaluation = {"tasks": {"answers": {"kind": "captioning", "questions": questions}}}
     assert "90.0 [0.0, 100.0] over 10 answers" in judge_tasks(tmp_path, evaluation, options(server))
 
 
 def test_a_file_of_answers_is_judged_and_written(serve, tmp_path):
     server = serve(lambda number, prompt: (200, "40#some", {}))
     write_answers(tmp_path, ["a chair"] * 3)
-    said = judge_file(tmp_path / "answers.json", "caption", options(server))
+    line = judge_file(tmp_path / "answers.json", "caption", options(server))
     written = json.loads((tmp_path / "answers.judged.json").read_text())
-    assert "40.0 [40.0, 40.0] over 3 answers" in said
+    assert "40.0 [40.0, 40.0] over 3 answers" in line
     assert len(server.requests) == 1  # equal questions are asked once
     assert [row["verdict"] for row in written["results"]] == [0.4] * 3 and written["score"]["mean"] == pytest.approx(
         0.4
@@ -226,15 +223,14 @@ def test_a_file_of_answers_is_judged_and_written(serve, tmp_path):
 def test_options_name_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r"needs --judge\.model"):
         JudgeOptions(base_url="http://localhost:1/v1")
-    with pytest.raises(ValueError, match="expected `string`, or a folder"):
-        build(JudgeOptions(model=str(tmp_path)))
+    with pytest.raises(ValueError, match="expected `string`, or the folder"):
+        build_judge(JudgeOptions(model=str(tmp_path)))
 
 
 def test_rules_judge_without_a_model(tmp_path, monkeypatch):
     import torch
 
     from pointalign.evaluation import metrics
-    from pointalign.evaluation.judge import StringJudge
 
     vectors = {"couch": [1.0, 0.0], "sofa": [0.9, 0.436], "tree": [0.0, 1.0]}
 
@@ -249,12 +245,12 @@ def test_rules_judge_without_a_model(tmp_path, monkeypatch):
         Case("A wooden chair with arms.", "This is a chair.", "chair"),
     ]
     judge = StringJudge(tmp_path)
-    judged = judge_cases(judge, "object", cases, tmp_path / "kept.jsonl")
+    judged = judge_cases(judge, "object", cases, tmp_path / "stored.jsonl")
     assert judged.values == [1.0, 0.0, 1.0]
     listed = [Case("sofa", "This is a fine couch.", "sofa", classes=("tree", "sofa", "chair"))]
-    assert judge_cases(judge, "class", listed, tmp_path / "kept.jsonl").values == [1.0]
+    assert judge_cases(judge, "class", listed, tmp_path / "stored.jsonl").values == [1.0]
     assert judge_cases(judge, "class", [Case("", "a tree chair", "tree", classes=("tree", "chair"))],
-                       tmp_path / "kept.jsonl").invalid == 0  # fmt: skip
+                       tmp_path / "stored.jsonl").values == [0.0]  # fmt: skip
 
 
 def test_a_local_model_judges(tmp_path, tokenizer):
@@ -264,12 +260,13 @@ def test_a_local_model_judges(tmp_path, tokenizer):
     folder = tmp_path / "judge"
     AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    judge = build(JudgeOptions(model=str(folder)))
-    judged = judge_cases(judge, "object", CASES[:2], tmp_path / "kept.jsonl")
+    judge = build_judge(JudgeOptions(model=str(folder)))
+    judged = judge_cases(judge, "object", CASES[:2], tmp_path / "stored.jsonl")
     assert judged.usage.requests == 2 and judged.usage.completion_tokens > 0
-    assert judged.invalid == 2  # random weights say nothing usable, and that is reported
+    assert judged.values == [None, None]  # random weights say nothing usable, and that is reported
     AutoModelForCausalLM.from_config(tiny_text_config("phi")).save_pretrained(tmp_path / "other" / "judge")
     tokenizer.save_pretrained(tmp_path / "other" / "judge")
-    assert build(JudgeOptions(model=str(tmp_path / "other" / "judge"))).name != judge.name  # its replies are its own
-    again = build(JudgeOptions(model=str(folder)))
+    other = build_judge(JudgeOptions(model=str(tmp_path / "other" / "judge")))
+    assert other.name != judge.name  # a reply is stored under the judge's name
+    again = build_judge(JudgeOptions(model=str(folder)))
     assert [again.reply("object", case) for case in CASES[:2]] == judged.replies

@@ -8,7 +8,7 @@ from conftest import lively, tiny_model
 
 from pointalign.evaluation import naming
 from pointalign.evaluation.naming import Objects, ask, controls, correct, head_noun, report, shuffled
-from pointalign.evaluation.plots import loss_curves
+from pointalign.evaluation.report import loss_curves
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_a_converted_folder_goes_on_training(tmp_path, tokenizer):
             assert torch.equal(one, model.get_parameter(name)) and not torch.equal(one, stored[name])
     build.export(again, processor, tmp_path / "model")
     assert not (tmp_path / "model" / "adapters.safetensors").exists()
-    assert build.load_for_inference(tmp_path / "model")[0].config.adapters is None
+    assert build.load(tmp_path / "model")[0].config.adapters is None
 
 
 def test_a_missing_language_model_is_named(tmp_path):
@@ -205,9 +205,66 @@ def test_another_language_model_is_refused(folder, tmp_path, tokenizer):
         make_model(folder, checkpoint=str(tmp_path / "nameless.safetensors"))
 
 
-def test_the_fingerprint_does_not_depend_on_the_dtype(folder):
-    single, half = (AutoModelForCausalLM.from_pretrained(folder, dtype=d) for d in (torch.float32, torch.bfloat16))
-    assert stage_file.fingerprint(single) == stage_file.fingerprint(half)
+def test_a_fine_tuned_language_model_is_refused(folder, tmp_path, tokenizer):
+    """Embeddings alone do not tell a model from its fine-tune: the fingerprint samples every tensor."""
+    model, _ = make_model(folder)
+    path = tmp_path / stage_file.STAGE_FILE
+    stage_file.save_stage(model, path, {})
+    tuned = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        tuned.model.layers[3].mlp.down_proj.weight[:, 5] += 0.1
+    tuned.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    assert torch.equal(tuned.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match="was trained with the language model"):
+        make_model(tmp_path / "tuned", checkpoint=str(path))
+
+
+def test_a_language_model_has_the_same_fingerprint_in_every_form(folder, tmp_path, tokenizer):
+    """In bfloat16, in 4 bits and in files of another cut: a stage file of the float32 model fits all of them."""
+    path = tmp_path / stage_file.STAGE_FILE
+    stage_file.save_stage(make_model(folder)[0], path, {})
+    cut = tmp_path / "cut"
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(cut, max_shard_size="20KB")
+    tokenizer.save_pretrained(cut)
+    assert len(list(cut.glob("*.safetensors"))) > 2
+    assert stage_file.weights_fingerprint(cut) == stage_file.weights_fingerprint(folder)
+    for loaded, changes in [(folder, {"dtype": "bfloat16"}), (cut, {})]:
+        make_model(loaded, checkpoint=str(path), **changes)
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    for dequantize_once in (False, True):
+        make_model(folder, checkpoint=str(path), quantization="nf4", dequantize_once=dequantize_once)
+
+
+def test_an_early_stage_file_is_known_by_its_embeddings(folder, tmp_path, tokenizer):
+    """Its header has no fingerprint of all weights; the shipped checkpoint is such a file."""
+    path = tmp_path / stage_file.STAGE_FILE
+    stage_file.save_stage(make_model(folder)[0], path, {})
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    del header["language_model_weights"]
+    storage.write_tensors(path, load_file(path), header)
+    make_model(folder, checkpoint=str(path))
+    other = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="was trained with the language model"):
+        make_model(tmp_path / "other", checkpoint=str(path))
+    with safe_open(stage_file.find_stage("furniture-stage1"), framework="pt") as file:
+        assert "language_model" in file.metadata() and "language_model_weights" not in file.metadata()
+
+
+def test_weights_in_another_format_have_a_fingerprint_of_their_bytes(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(bytes(range(256)) * 4096)
+    first = stage_file.weights_fingerprint(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert stage_file.weights_fingerprint(tmp_path) != first
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        stage_file.weights_fingerprint(tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 8}, {"lora_targets": ["q_proj"]}])
@@ -241,14 +298,14 @@ def test_a_stage_file_alone_answers_as_the_one_in_training(folder, tmp_path, clo
     path = tmp_path / "run" / stage_file.STAGE_FILE
     stage_file.save_stage(model, path, {"model": asdict(trained), "data": asdict(data)})
     for name in (path, path.parent):
-        loaded, again = build.load_for_inference(name)
+        loaded, again, _ = build.load(name)
         assert not loaded.training and loaded.config.adapters is None
         assert (again.feature_extractor.num_points, again.feature_extractor.up_axis) == (256, "z")
         found, expected = (logits(one.to("cpu"), processor, clouds) for one in (loaded, model))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     path.with_suffix(".json").unlink()
     with pytest.raises(ValueError, match=r"expected stage\.json beside it"):
-        build.load_for_inference(path)
+        build.load(path)
 
 
 def test_a_partial_or_truncated_stage_is_refused(folder, tmp_path):
@@ -296,7 +353,7 @@ def test_an_exported_model_answers_as_the_one_in_training(dtype, folder, clouds,
     model, processor = make_model(folder, dtype=dtype)
     shaken(model)
     build.export(model, processor, tmp_path / "model")
-    loaded, again = build.load_for_inference(tmp_path / "model")
+    loaded, again, _ = build.load(tmp_path / "model")
     loaded.to("cpu")
     assert not loaded.training
     assert loaded.model.language_model.dtype == getattr(torch, dtype)

@@ -9,11 +9,11 @@ from pointalign.train import keep_freed_memory
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.ablation")
-    parser.add_argument("recipe", help="a YAML file or the name of a file in experiments/recipes")
-    parser.add_argument("--seeds", type=int, help="paired seeds of the arms that name none")
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe in experiments/recipes")
+    parser.add_argument("--seeds", type=int, help="number of paired seeds of the arms that name none")
     parser.add_argument("--output", help="folder of the results (default: the recipe's)")
     parser.add_argument("--fold", type=int, help="hold out this fold of the embedded families, 0 to 4")
-    parser.add_argument("--checkpoint", help="where every arm starts; trained under that fold")
+    parser.add_argument("--checkpoint", help="where every arm starts; with --fold, trained under that fold")
     options = parser.parse_args(arguments)
     keep_freed_memory()
     try:
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it stopped", file=sys.stderr)
+        print("\nstopped; the same command continues where it stopped", file=sys.stderr)
         return 130
     return 0
 

@@ -1,10 +1,10 @@
 """`python -m experiments.ablation`: does alignment help, and is it the alignment that helps?
 
-Arms start from one checkpoint and see the same data in the same order; seeds are paired. The primary metric is fixed
-in advance: the log-likelihood margin of the true name (or caption) among a closed set, per held-out object. Every
-comparison carries its interval, a p-value corrected over arms, and the minimum effect that it could have detected.
-Finished runs are kept as files and never repeated, so an interrupted ablation goes on with the same command, and the
-same command in several processes shares the runs out.
+All arms start from one checkpoint and see the same data in the same order; seeds are paired. The primary metric is
+fixed in advance: the log-likelihood margin of the true name (or caption) among a closed set, per held-out object. Each
+comparison has an interval, a p-value corrected over arms, and the smallest effect that it could have detected. Finished
+runs are stored as files and not repeated: the same command continues an interrupted ablation, and the same command in
+several processes shares the runs among them.
 """
 
 import copy
@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from experiments import shapes
-from experiments.ablation.arms import Arm, train_arm
 from experiments.ablation.comparison import run_file, summarise
 from experiments.ablation.few_shot import few_shot
 from experiments.ablation.measure import PRIMARY, measure
 from experiments.ablation.recipe import Recipe, read_recipe
+from experiments.ablation.train_arm import Arm, restore, train_arm, trainable_state
 from pointalign import build, stage_file, storage
-from pointalign.build import file_hash
+from pointalign.alignment import AlignmentConfig
 from pointalign.evaluation import objects
 from pointalign.evaluation.objects import Material
 from pointalign.evaluation.probe import probe_layers, qformer_probes, spaced
@@ -40,9 +39,9 @@ from pointalign.storage import lock
 def run_ablation(
     name: str, seeds: int | None, output: str | None, fold: int | None = None, checkpoint: str | None = None
 ) -> str:
-    """Run what is missing of an ablation, then write tables and plots. Returns the table, as Markdown.
+    """Run the missing runs of an ablation, then write tables and plots. Returns the tables and the conclusion.
 
-    What is not None takes the place of the recipe's own value.
+    `name` is that of `read_recipe`. Each of the other arguments overrides the recipe's value unless None.
     """
     recipe = read_recipe(name)
     recipe.seeds = seeds or recipe.seeds
@@ -51,41 +50,55 @@ def run_ablation(
     if recipe.data == "furniture":
         stage_file.require_fold(recipe.model.checkpoint, recipe.fold)
     folder = Path(output or recipe.output)
-    described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")}
-    if recipe.model.checkpoint is not None:  # known by its weights, wherever it lies
-        described["model"]["checkpoint"] = Path(recipe.model.checkpoint).name
-        described["weights"] = file_hash(stage_file.find_stage(recipe.model.checkpoint))
-    definition = json.loads(json.dumps(described))
-    shared = folder / "shared.lock"  # of what all processes write
+    shared = folder / "shared.lock"  # held while writing files that all processes of an ablation share
     with lock(shared):
-        check_definition(folder, definition)
-    under = versions() | {"date": date.today().isoformat()}
-    todo = [(arm, seed) for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
-    if todo:
+        check_definition(folder, definition(recipe))
+    missing = [(arm, seed) for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
+    if missing:
         model, processor = starting_model(recipe)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         with lock(shared):
             train, held_out = load_objects(recipe, model, processor, folder / "features")
             if not (folder / "ceiling.json").exists():
                 storage.write_json(folder / "ceiling.json", qformer_probes(train, held_out))
-        start = {key: value.clone() for key, value in model.state_dict().items() if key in _trainable(model)}
-        for number, (arm, seed) in enumerate(todo):
-            made = run_file(folder, arm, seed)
-            with lock(made.with_suffix(".lock"), wait=False) as ours:
-                if not ours or made.exists():  # another process has it
-                    continue
-                began = time.monotonic()
-                with torch.no_grad():
-                    for key, value in model.state_dict().items():
-                        if key in start:
-                            value.copy_(start[key])
-                result = run_arm(model, processor, recipe, arm, seed, train, held_out)
-                storage.write_json(made, result | {"versions": under})
-                spent = time.monotonic() - began
-                mean = f"{PRIMARY} {result['mean'][PRIMARY]:+.3f}"
-                print(f"{number + 1}/{len(todo)} {arm}, seed {seed}: {mean}, {spent:.0f} s", flush=True)
+        run_missing(folder, recipe, missing, model, processor, train, held_out)
     with lock(shared):
         return summarise(folder, recipe)
+
+
+def definition(recipe: Recipe) -> dict[str, Any]:
+    """What the runs of a folder have in common, as in its `recipe.json`."""
+    described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")}
+    if recipe.model.checkpoint is not None:  # identified by its weights, not by its folder
+        described["model"]["checkpoint"] = Path(recipe.model.checkpoint).name
+        described["weights"] = storage.file_hash(stage_file.find_stage(recipe.model.checkpoint))[:16]
+    return json.loads(json.dumps(described))
+
+
+def run_missing(
+    folder: Path,
+    recipe: Recipe,
+    missing: list[tuple[str, int]],
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    train: Material,
+    held_out: Material,
+) -> None:
+    """Make the runs that no other process is making; every run begins with the weights that the model has now."""
+    environment = versions() | {"date": date.today().isoformat()}
+    start = trainable_state(model)
+    for number, (arm, seed) in enumerate(missing):
+        file = run_file(folder, arm, seed)
+        with lock(file.with_suffix(".lock"), wait=False) as locked:
+            if not locked or file.exists():  # another process makes this run, or has made it
+                continue
+            began = time.monotonic()
+            restore(model, start)
+            result = run_arm(model, processor, recipe, arm, seed, train, held_out)
+            storage.write_json(file, result | {"versions": environment})
+            seconds = time.monotonic() - began
+            mean = f"{PRIMARY} {result['mean'][PRIMARY]:+.3f}"
+            print(f"{number + 1}/{len(missing)} {arm}, seed {seed}: {mean}, {seconds:.0f} s", flush=True)
 
 
 def load_objects(
@@ -112,36 +125,43 @@ def starting_model(recipe: Recipe) -> tuple[PointAlignForConditionalGeneration, 
 def with_decoder(
     model: PointAlignForConditionalGeneration, sizes: dict[str, int], seed: int
 ) -> PointAlignForConditionalGeneration:
-    """The model's frozen point branch in front of a new decoder of `sizes` (of `LlamaConfig`), which trains whole."""
+    """The model's frozen point branch in front of a new decoder of `sizes` (of `LlamaConfig`).
+
+    The decoder and the modality projector are drawn from `seed` and all their parameters train.
+
+    Raises:
+        ValueError: the weights of the point branch do not fit.
+    """
     from transformers import LlamaConfig
 
+    new_parts = (".language_model.", ".modality_projector.")
+
+    def is_new(name: str) -> bool:
+        return any(part in name for part in new_parts)
+
     config = copy.deepcopy(model.config)
-    kept = {name: getattr(model.config.text_config, name) for name in ("vocab_size", "pad_token_id", "eos_token_id")}
-    config.text_config = LlamaConfig(**sizes, **kept, bos_token_id=None, tie_word_embeddings=True)
+    text = model.config.text_config
+    tokens = {name: getattr(text, name) for name in ("vocab_size", "pad_token_id", "eos_token_id")}
+    config.text_config = LlamaConfig(**sizes, **tokens, bos_token_id=None, tie_word_embeddings=True)
     torch.manual_seed(seed)
     fresh = PointAlignForConditionalGeneration(config)
-    new = ("language_model", "modality_projector")
-    known = {name: one for name, one in model.state_dict().items() if not any(f".{part}." in name for part in new)}
-    missing, unexpected = fresh.load_state_dict(known, strict=False)
-    if unexpected or any(not any(f".{part}." in name for part in new) for name in missing):
+    point_branch = {name: tensor for name, tensor in model.state_dict().items() if not is_new(name)}
+    missing, unexpected = fresh.load_state_dict(point_branch, strict=False)
+    if unexpected or not all(is_new(name) for name in missing):
         raise ValueError(f"the point branch does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")
     for name, parameter in fresh.named_parameters():
-        parameter.requires_grad_(any(f".{part}." in name for part in new))
+        parameter.requires_grad_(is_new(name))
     return fresh.eval()
 
 
-def _trainable(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def check_definition(folder: Path, definition: dict[str, Any]) -> None:
-    """Refuse to mix runs of two recipes: arms may be added to a folder, nothing else may change."""
+    """Refuse to mix runs of two recipes in a folder: arms may be added, nothing else may change."""
     path = folder / "recipe.json"
     if path.exists():
         known = json.loads(path.read_text())
         arms = known["arms"] | definition["arms"]
         changed = [
-            name for name, arm in known["arms"].items() if _same_run(definition["arms"].get(name, arm), arm) is False
+            name for name, arm in known["arms"].items() if not _same_runs(definition["arms"].get(name, arm), arm)
         ]
         changed += [key for key in definition if key != "arms" and definition[key] != known.get(key)]
         if changed:
@@ -152,8 +172,9 @@ def check_definition(folder: Path, definition: dict[str, Any]) -> None:
     storage.write_json(path, definition)
 
 
-def _same_run(a: dict, b: dict) -> bool:
-    return {k: v for k, v in a.items() if k != "seeds"} == {k: v for k, v in b.items() if k != "seeds"}
+def _same_runs(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two definitions of an arm differ at most in their number of seeds."""
+    return {key: a[key] for key in a if key != "seeds"} == {key: b[key] for key in b if key != "seeds"}
 
 
 def run_arm(
@@ -171,16 +192,17 @@ def run_arm(
     history = train_arm(model, processor, arm, weight, train, recipe.schedule, seed, f"{name}, seed {seed}")
     scores = measure(model, processor, held_out, arm.blind)
     depth = model.config.get_text_config().num_hidden_layers
-    similar = sorted({*tapped(arm, depth), *tapped(Arm(), depth)})
+    default_layer = tapped(Arm(), depth)[0]
+    similar = sorted({*tapped(arm, depth), default_layer})
     layers = sorted({*spaced(recipe.layers, depth), *similar})
-    if recipe.decoder is not None:  # small enough for every layer
+    if recipe.decoder is not None:  # small enough to measure every probed layer
         similar = layers
     fitted = train.subset(objects.evenly(len(train.labels), recipe.probed))
     probes = probe_layers(model, processor, fitted, held_out, layers, similar)
     shots = few_shot(model, processor, train, held_out, recipe.few_shot, recipe.schedule, seed, arm.blind)
     return {
         "arm": name,
-        "layer": tapped(Arm(), depth)[0],
+        "layer": default_layer,
         "few_shot": shots,
         "seed": seed,
         "steps": history,
@@ -191,4 +213,5 @@ def run_arm(
 
 
 def tapped(arm: Arm, depth: int) -> list[int]:
-    return arm.layer or [max(1, (depth - 1) // 2)]
+    """The aligned layers of an arm in a decoder of `depth` layers."""
+    return AlignmentConfig(layer=arm.layer).layers(depth)

@@ -1,4 +1,8 @@
-"""The finished runs of an ablation compared: rows, tables, plots, and in words what is shown and what is not."""
+"""The comparison of an ablation's finished runs: figures of each arm, paired differences, tables and plots.
+
+Arms have different numbers of seeds. Two arms are compared on the seeds that both have, and a table that lists the mean
+of an arm also lists the baseline's and the method's means over the same seeds.
+"""
 
 import json
 from pathlib import Path
@@ -6,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablation.arms import Arm
+from experiments.ablation.conclusion import METHOD, SIGNED, conclusion
 from experiments.ablation.measure import PRIMARY, SECOND
 from experiments.ablation.recipe import Recipe
 from pointalign import storage
 from pointalign.evaluation import statistics
-from pointalign.evaluation.probe import QFORMER
+from pointalign.evaluation.probe import QFORMER, SIMILARITY, layer_curves
+from pointalign.evaluation.tables import markdown_table
 
-METHOD = "alignment"  # the arm that is the paper's method
-SIMILARITY = ("centred cosine", "retrieval@1", "CKA")  # of a layer's states with the Q-Former tokens
-LEVEL = 0.05
 FEWEST = 3  # seeds for an interval over seeds
+PLOTTED = 4  # arms in the plot over layers
 
 Runs = dict[int, dict[str, Any]]  # seed -> what `ablation.run_arm` returned
+Row = dict[str, Any]  # an arm in `ablation.json`
 
 
 def run_file(folder: Path, arm: str, seed: int) -> Path:
@@ -35,100 +39,133 @@ def read_runs(folder: Path, recipe: Recipe) -> dict[str, Runs]:
 
 
 def summarise(folder: Path, recipe: Recipe) -> str:
-    """Compare every arm with the baseline and with the method; writes `ablation.json`, `ablation.md` and two plots."""
-    from pointalign.evaluation.plots import layer_curves
+    """Compare every arm with the baseline and with the method; writes `ablation.json`, `ablation.md` and two plots.
 
+    Returns:
+        The content of `ablation.md`.
+
+    Raises:
+        ValueError: no run of the baseline is finished.
+    """
     runs = read_runs(folder, recipe)
+    if recipe.baseline not in runs:
+        raise ValueError(f"{folder / 'runs'} holds no run of the baseline {recipe.baseline!r} to compare with")
     ceiling = json.loads((folder / "ceiling.json").read_text())
-    rows = [_row(name, results, ceiling) for name, results in runs.items()]
-    _compare(rows, runs, recipe.baseline, "differences")
-    if METHOD in runs:
-        _compare([row for row in rows if row["arm"] != recipe.baseline], runs, METHOD, f"differences from {METHOD}")
-    said = conclusion(rows, recipe.baseline, recipe.arms)
-    if missing := sum(not run_file(folder, arm, seed).exists() for arm, seed in recipe.plan()):
-        said.append(f"{missing} runs of the plan are missing.")
-    described = {
+    rows = compare_arms(runs, recipe.baseline, ceiling)
+    paragraphs = conclusion(rows, recipe.baseline, recipe.arms)
+    missing = [arm for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
+    if missing:
+        paragraphs.append(f"{len(missing)} runs of the plan are missing: {', '.join(dict.fromkeys(missing))}.")
+    plotted = dict(list(runs.items())[:PLOTTED])
+    seeds = shared_seeds(*plotted.values())
+    content = {
         "recipe": json.loads((folder / "recipe.json").read_text()),
-        "versions": _versions([one for results in runs.values() for one in results.values()]),
+        "versions": _versions([run for results in runs.values() for run in results.values()]),
         "ceiling": ceiling,
         "arms": rows,
-        "conclusion": said,
+        "conclusion": paragraphs,
+        "layers.png": {"arms": list(plotted), "seeds": seeds},
     }
-    storage.write_json(folder / "ablation.json", described)
-    text = "\n\n".join(["\n\n".join(tables(rows, recipe.baseline)), *said])
+    storage.write_json(folder / "ablation.json", content)
+    text = "\n\n".join([*tables(rows, recipe.baseline), *paragraphs])
     (folder / "ablation.md").write_text(text + "\n")
-    arm_differences(rows, PRIMARY, recipe.baseline, folder / "differences.png")
-    layer_curves({name: average(results) for name, results in list(runs.items())[:4]}, folder / "layers.png")
+    plot_differences(rows, PRIMARY, recipe.baseline, folder / "differences.png")
+    if seeds:
+        layer_curves({name: average(results, seeds) for name, results in plotted.items()}, folder / "layers.png")
     return text
 
 
 def _versions(runs: list[dict[str, Any]]) -> dict[str, str]:
-    """What the runs ran under, and when: every value that occurs."""
-    return {key: ", ".join(sorted({str(one["versions"][key]) for one in runs})) for key in runs[0]["versions"]}
+    """Software, device and date of the runs, with every value that occurs."""
+    return {key: ", ".join(sorted({str(run["versions"][key]) for run in runs})) for key in runs[0]["versions"]}
 
 
-def _row(name: str, results: Runs, ceiling: dict[str, float]) -> dict[str, Any]:
-    """What one arm measured, averaged over its seeds."""
-    everything = list(results.values())
-    first = everything[0]
-    row: dict[str, Any] = {"arm": name, "seeds": sorted(results), "metrics": {}}
+def shared_seeds(*arms: Runs) -> list[int]:
+    return sorted(set.intersection(*(set(results) for results in arms)))
+
+
+def compare_arms(runs: dict[str, Runs], baseline: str, ceiling: dict[str, float]) -> list[Row]:
+    """A row for each arm: its figures over the seeds that it shares with the baseline, and differences on these.
+
+    `same seeds` holds the figures of the baseline and of the method over just these seeds, where they have them all.
+    """
+    rows = []
+    for name, results in runs.items():
+        seeds = shared_seeds(results, runs[baseline])
+        if not seeds:
+            continue  # as yet without a partner to compare with
+        beside = [other for other in (baseline, METHOD) if other in runs and set(seeds) <= set(runs[other])]
+        row = {"arm": name, "seeds": seeds} | _figures(results, seeds, ceiling)
+        rows.append(row | {"same seeds": {other: _figures(runs[other], seeds, ceiling) for other in beside}})
+    _add_differences(rows, runs, baseline, "differences")
+    if METHOD in runs:
+        others = [row for row in rows if row["arm"] != baseline]
+        _add_differences(others, runs, METHOD, f"differences from {METHOD}")
+    return rows
+
+
+def _figures(results: Runs, seeds: list[int], ceiling: dict[str, float]) -> dict[str, Any]:
+    """What an arm measured, averaged over `seeds`."""
+    selected = [results[seed] for seed in seeds]
+    first = selected[0]
+    figures: dict[str, Any] = {"metrics": {}}
     for metric in first["scores"]:
-        values = np.array([one["scores"][metric] for one in everything])
-        row["metrics"][metric] = statistics.cluster_mean(values.mean(axis=0), first["families"]).as_dict()
-    layer = str(first["layer"])  # the default one, for every arm alike
-    row["layer"] = int(layer)
+        values = np.array([run["scores"][metric] for run in selected])
+        figures["metrics"][metric] = statistics.cluster_mean(values.mean(axis=0), first["families"]).as_dict()
+    layer = str(first["layer"])  # the default layer, in every arm
+    figures["layer"] = int(layer)
     for measure in first["similarity"][layer]:
-        row[measure] = float(np.mean([one["similarity"][layer][measure] for one in everything]))
-    row["retention"] = row["metrics"][SECOND]["mean"] / ceiling["noun"] if ceiling.get("noun") else None
-    places = {"the Q-Former": QFORMER, "the last layer": _last_layer(first)}
-    for said, place in places.items():
-        row[f"probes at {said}"] = {
-            prop: float(np.mean([one["probes"][prop][place] for one in everything])) for prop in first["probes"]
+        figures[measure] = float(np.mean([run["similarity"][layer][measure] for run in selected]))
+    figures["retention"] = figures["metrics"][SECOND]["mean"] / ceiling["noun"] if ceiling.get("noun") else None
+    for title, place in {"the Q-Former": QFORMER, "the last layer": _last_layer(first)}.items():
+        figures[f"probes at {title}"] = {
+            name: float(np.mean([run["probes"][name][place] for run in selected])) for name in first["probes"]
         }
-    row["few_shot"] = {
-        name: {count: float(np.mean([one["few_shot"][name][count] for one in everything])) for count in counts}
+    figures["few_shot"] = {
+        name: {count: float(np.mean([run["few_shot"][name][count] for run in selected])) for count in counts}
         for name, counts in first["few_shot"].items()
     }
-    return row
+    return figures
 
 
 def _last_layer(run: dict[str, Any]) -> str:
     return [place for place in next(iter(run["probes"].values())) if place != QFORMER][-1]
 
 
-def _compare(rows: list[dict[str, Any]], runs: dict[str, Runs], other: str, key: str) -> None:
-    """Paired differences of every arm from the arm `other`, under `key` of its row, corrected over arms.
+def _add_differences(rows: list[Row], runs: dict[str, Runs], other: str, key: str) -> None:
+    """Add paired differences of every arm from the arm `other` to its row under `key`, corrected over arms.
 
-    Metrics: estimate, `p`, `p_holm`, `detectable`, and the mean of each seed. With `FEWEST` seeds also, with an
-    interval over seeds, for these objects: `SIMILARITY` at the default layer, and, where there is a `set B`, its probes
-    at the last layer, averaged.
+    Under `seeds`, the seeds that both have. For each metric an estimate, `p`, `p_holm`, `detectable`, and the mean of
+    each seed. With at least `FEWEST` seeds also the following, with an interval over seeds, for these objects:
+    `SIMILARITY` at the default layer and, where there is a `set B`, the mean of its probes at the last layer.
     """
     compared = []
     for row in rows:
         ours, theirs = runs[row["arm"]], runs[other]
-        shared = sorted(set(ours) & set(theirs))
-        if row["arm"] == other or not shared:
+        seeds = shared_seeds(ours, theirs)
+        if row["arm"] == other or not seeds:
             continue
         compared.append(row)
-        row[key] = {}
-        families = ours[shared[0]]["families"]
+        differences: dict[str, Any] = {"seeds": seeds}
+        row[key] = differences
+        families = ours[seeds[0]]["families"]
         for metric in (PRIMARY, SECOND):
-            difference = np.array([ours[s]["scores"][metric] for s in shared])
-            difference -= np.array([theirs[s]["scores"][metric] for s in shared])
-            estimate, p = statistics.paired_runs(difference, families)
-            row[key][metric] = estimate.as_dict() | {
+            values = np.array([ours[seed]["scores"][metric] for seed in seeds])
+            values -= np.array([theirs[seed]["scores"][metric] for seed in seeds])
+            estimate, p = statistics.paired_runs(values, families)
+            differences[metric] = estimate.as_dict() | {
                 "p": p,
-                "detectable": statistics.minimum_detectable_effect(difference, families),
-                "per_seed": difference.mean(axis=1).tolist(),
+                "detectable": statistics.minimum_detectable_effect(values, families),
+                "per_seed": values.mean(axis=1).tolist(),
             }
-        if len(shared) < FEWEST:
+        if len(seeds) < FEWEST:
             continue
         for measure in SIMILARITY:
-            found = [_similar(ours[s], measure) - _similar(theirs[s], measure) for s in shared]
-            row[key][measure] = statistics.over_runs(found).as_dict()
-        if _set_b(ours[shared[0]]):
-            kept = [np.mean(_set_b(ours[s])) - np.mean(_set_b(theirs[s])) for s in shared]
-            row[key]["set B"] = statistics.over_runs(kept).as_dict()
+            by_seed = [_similar(ours[seed], measure) - _similar(theirs[seed], measure) for seed in seeds]
+            differences[measure] = statistics.over_runs(by_seed).as_dict()
+        if _set_b(ours[seeds[0]]):
+            by_seed = [float(np.mean(_set_b(ours[seed])) - np.mean(_set_b(theirs[seed]))) for seed in seeds]
+            differences["set B"] = statistics.over_runs(by_seed).as_dict()
     for metric in (PRIMARY, SECOND):
         corrected = statistics.holm([row[key][metric]["p"] for row in compared])
         for row, p in zip(compared, corrected, strict=True):
@@ -141,180 +178,132 @@ def _similar(run: dict[str, Any], measure: str) -> float:
 
 def _set_b(run: dict[str, Any]) -> list[float]:
     """Probes at the last layer of what captions never mention; empty for objects without such a set."""
-    return [values[_last_layer(run)] for prop, values in run["probes"].items() if prop.startswith("B: ")]
+    return [values[_last_layer(run)] for name, values in run["probes"].items() if name.startswith("B: ")]
 
 
-def average(results: Runs) -> dict[str, Any]:
-    """Probes and similarity of an arm, averaged over its seeds."""
-    first, *_ = everything = list(results.values())
+def average(results: Runs, seeds: list[int]) -> dict[str, Any]:
+    """Probes and similarity of an arm, averaged over `seeds`."""
+    first, *_ = selected = [results[seed] for seed in seeds]
     merged = dict(first)
     for part in ("probes", "similarity"):
         merged[part] = {
-            key: {place: float(np.mean([one[part][key][place] for one in everything])) for place in places}
+            key: {place: float(np.mean([run[part][key][place] for run in selected])) for place in places}
             for key, places in first[part].items()
         }
     return merged
 
 
-# -- in words ----------------------------------------------------------------------------------------------------------
+# -- tables and plots --------------------------------------------------------------------------------------------------
 
 
-def direction(difference: dict[str, float]) -> int:
-    """1 or -1 where a difference is shown: its interval leaves out zero and its corrected p-value is below 5 %; else 0.
-
-    Of what was not corrected, the interval alone decides.
-    """
-    if difference.get("p_holm", 0) >= LEVEL:
-        return 0
-    return int(difference["low"] > 0) - int(difference["high"] < 0)
-
-
-def conclusion(rows: list[dict[str, Any]], baseline: str, arms: dict[str, Arm]) -> list[str]:
-    """What the arms show and what they do not, one paragraph each; nothing where the method was not compared."""
-    by_name = {row["arm"]: row for row in rows}
-    found = by_name.get(METHOD, {}).get("differences")
-    if not found:
-        return []
-    one, second = found[PRIMARY], found[SECOND]
-    shown = direction(one)
-    verdict = {
-        1: f"Shown: {METHOD} raises the {PRIMARY}.",
-        -1: f"Shown: {METHOD} lowers the {PRIMARY}.",
-        0: f"Not shown: these runs cannot tell {METHOD} from {baseline}.",
-    }
-    paragraphs = [
-        f"{METHOD.capitalize()} against {baseline}, {len(one['per_seed'])} paired seeds, {one['count']} objects: "
-        f"{PRIMARY} {_signed(one)} nats, p = {one['p']:.3f} ({one['p_holm']:.3f} after Holm's correction); an effect "
-        f"of {one['detectable']:.3f} would have been found four times in five. {SECOND.capitalize()} "
-        f"{100 * second['mean']:+.1f} points [{100 * second['low']:+.1f}, {100 * second['high']:+.1f}], "
-        f"p = {second['p_holm']:.3f} after correction. {verdict[shown]}"
-    ]
-    controls = [name for name in by_name if name in arms and arms[name].is_control]
-    if shown <= 0 and controls:
-        paragraphs.append(f"No gain of {METHOD} is shown, so its controls ({', '.join(controls)}) explain none.")
-    elif controls:
-        paragraphs.append(" ".join(_against_control(by_name[name], baseline) for name in controls))
-    others = [row for row in rows if row["arm"] != METHOD and len(row["seeds"]) > 1 and "differences" in row]
-    if told := [_shown(row) for row in others if direction(row["differences"][PRIMARY])]:
-        paragraphs.append(f"Shown of other arms, {PRIMARY} less {baseline}: {', '.join(told)}.")
-    if SIMILARITY[0] in found:
-        read = {1: "more", -1: "less", 0: "no more, as far as is shown,"}[direction(found[SIMILARITY[0]])]
-        measured = ", ".join(f"{measure} {_signed(found[measure])}" for measure in SIMILARITY)
-        paragraphs.append(
-            f"What {METHOD} asks for: at layer {by_name[METHOD]['layer']}, a projector fitted afterwards reads {read} "
-            f"of the held-out objects' Q-Former tokens off their point tokens. {METHOD.capitalize()} less {baseline} "
-            f"over {found[SIMILARITY[0]]['count']} seeds, none of it corrected: {measured}."
-        )
-    if kept := found.get("set B"):
-        words = {
-            1: f"Shown, for these objects: {METHOD} keeps more of it.",
-            -1: f"Shown, for these objects: {METHOD} keeps less of it.",
-            0: f"Not shown: that {METHOD} keeps more of it.",
-        }
-        paragraphs.append(
-            f"What captions never mention (set B), read by linear probes at the last layer: {METHOD} less {baseline} "
-            f"{_signed(kept)} on average over properties (accuracy or R2), an interval over {kept['count']} seeds. "
-            f"{words[direction(kept)]}"
-        )
-    return paragraphs
-
-
-def _against_control(row: dict[str, Any], baseline: str) -> str:
-    name = row["arm"]
-    below = row.get(f"differences from {METHOD}", {}).get(PRIMARY)
-    if below and direction(below) < 0:
-        return f"{METHOD.capitalize()} beats {name}."
-    if (shown := direction(row["differences"][PRIMARY])) > 0:
-        return f"{name.capitalize()} helps too, and is not shown to help less: plain regularisation may explain both."
-    if shown < 0:
-        return f"{name.capitalize()} is shown to do worse than {baseline}, but not to do worse than {METHOD}."
-    return f"{name.capitalize()} can be told neither from {METHOD} nor from {baseline}."
-
-
-def _shown(row: dict[str, Any]) -> str:
-    return f"{row['arm']} {_signed(row['differences'][PRIMARY])} over {len(row['seeds'])} seeds"
-
-
-def _signed(one: dict[str, float]) -> str:
-    return f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
-
-
-def tables(rows: list[dict[str, Any]], baseline: str) -> list[str]:
+def tables(rows: list[Row], baseline: str) -> list[str]:
     """Markdown: means of the arms, differences from baseline and method, probes of the last layer, few-shot answers."""
-    return [arm_table(rows), difference_table(rows, baseline), probe_table(rows, baseline), *few_shot_table(rows)]
+    return [arm_table(rows, baseline), difference_table(rows, baseline), probe_table(rows, baseline),
+            *few_shot_table(rows, baseline)]  # fmt: skip
 
 
-def arm_table(rows: list[dict[str, Any]]) -> str:
-    lines = []
+def seed_text(seeds: list[int]) -> str:
+    """`0-4` or `0, 2`."""
+    consecutive = len(seeds) > 1 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    return f"{seeds[0]}-{seeds[-1]}" if consecutive else ", ".join(map(str, seeds))
+
+
+def _grouped(rows: list[Row], baseline: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """Arm, seeds and figures, arms with the same seeds together, below the baseline and the method over these seeds."""
+    groups: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
-        primary, second = row["metrics"][PRIMARY], row["metrics"][SECOND]
+        groups.setdefault(tuple(row["seeds"]), []).append(row)
+    lines = []
+    for seeds, members in groups.items():
+        names = [row["arm"] for row in members]
+        beside = members[0].get("same seeds", {})
+        restated = [(other, beside[other]) for other in (baseline, METHOD) if other in beside and other not in names]
+        for name, figures in [*restated, *((row["arm"], row) for row in members)]:
+            lines.append((name, seed_text(list(seeds)), figures))
+    return lines
+
+
+def arm_table(rows: list[Row], baseline: str) -> str:
+    lines = []
+    for name, seeds, figures in _grouped(rows, baseline):
+        primary, second = figures["metrics"][PRIMARY], figures["metrics"][SECOND]
         accuracy = f"{100 * second['mean']:.1f} [{100 * second['low']:.1f}, {100 * second['high']:.1f}]"
-        retention = "" if row["retention"] is None else f"{row['retention']:.2f}"
-        cells = [f"{primary['mean']:+.3f}", accuracy, *(f"{row[key]:.3f}" for key in SIMILARITY), retention]
-        lines.append([row["arm"], str(len(row["seeds"])), *cells])
-    layer = f"at layer {rows[0]['layer']}"
-    names = [f"{SIMILARITY[0]} {layer}", *SIMILARITY[1:]]
-    return _markdown(["arm", "seeds", f"{PRIMARY}, nats", f"{SECOND}, %", *names, "retention"], lines)
+        retention = "" if figures["retention"] is None else f"{figures['retention']:.2f}"
+        similar = [f"{figures[measure]:.3f}" for measure in SIMILARITY]
+        lines.append([name, seeds, f"{primary['mean']:+.3f}", accuracy, *similar, retention])
+    measures = [f"{SIMILARITY[0]} at layer {rows[0]['layer']}", *SIMILARITY[1:]]
+    return markdown_table(["arm", "seeds", f"{PRIMARY}, nats", f"{SECOND}, %", *measures, "retention"], lines)
 
 
-def difference_table(rows: list[dict[str, Any]], baseline: str) -> str:
-    keys = {"differences": baseline, f"differences from {METHOD}": METHOD}
+def difference_table(rows: list[Row], baseline: str) -> str:
+    others = {"differences": baseline, f"differences from {METHOD}": METHOD}
     lines = []
     for row in rows:
-        if not row.keys() & keys.keys():
-            continue
         cells = []
-        for key in keys:
-            one = row.get(key, {}).get(PRIMARY)
-            cells += [_signed(one), f"{one['p_holm']:.3f}", f"{one['detectable']:.3f}"] if one else [""] * 3
-        lines.append([row["arm"], *cells])
-    header = [title for other in keys.values() for title in (f"less {other}", "p (Holm)", "detectable")]
-    return _markdown([f"{PRIMARY}, nats", *header], lines)
+        for key in others:
+            if PRIMARY not in row.get(key, {}):
+                cells += [""] * 4
+                continue
+            difference = row[key][PRIMARY]
+            tests = [f"{difference['p_holm']:.3f}", f"{difference['detectable']:.3f}"]
+            cells += [seed_text(row[key]["seeds"]), SIGNED.format(**difference), *tests]
+        if any(cells):
+            lines.append([row["arm"], *cells])
+    header = [title for other in others.values() for title in ("seeds", f"less {other}", "p (Holm)", "detectable")]
+    return markdown_table([f"{PRIMARY}, nats", *header], lines)
 
 
-def probe_table(rows: list[dict[str, Any]], baseline: str) -> str:
-    shown = [row for row in rows if row["arm"] in (baseline, METHOD)]
+def probe_table(rows: list[Row], baseline: str) -> str:
+    """Probes of the baseline and the method, over the method's seeds."""
+    by_name = {row["arm"]: row for row in rows}
+    method = by_name.get(METHOD)
+    compared = {baseline: by_name[baseline]}
+    if method is not None:
+        compared = {baseline: method.get("same seeds", {}).get(baseline, by_name[baseline]), METHOD: method}
     lines = [
-        [prop, f"{value:.3f}", *(f"{row['probes at the last layer'][prop]:.3f}" for row in shown)]
-        for prop, value in shown[0]["probes at the Q-Former"].items()
+        [name, f"{value:.3f}", *(f"{figures['probes at the last layer'][name]:.3f}" for figures in compared.values())]
+        for name, value in compared[baseline]["probes at the Q-Former"].items()
     ]
-    return _markdown(["linear probes of", "Q-Former", *(f"last layer, {row['arm']}" for row in shown)], lines)
+    seeds = seed_text((method or by_name[baseline])["seeds"])
+    header = [f"linear probes (seeds {seeds}) of", QFORMER, *(f"last layer, {name}" for name in compared)]
+    return markdown_table(header, lines)
 
 
-def few_shot_table(rows: list[dict[str, Any]]) -> list[str]:
+def few_shot_table(rows: list[Row], baseline: str) -> list[str]:
     if not rows[0]["few_shot"]:
         return []
     counts = list(next(iter(rows[0]["few_shot"].values())))
-    lines = [
-        [row["arm"], *(f"{100 * np.mean([one[count] for one in row['few_shot'].values()]):.1f}" for count in counts)]
-        for row in rows
-    ]
-    return [_markdown(["set B after so many examples, accuracy in %", *counts], lines)]
+    lines = []
+    for name, seeds, figures in _grouped(rows, baseline):
+        by_property = figures["few_shot"].values()
+        means = [100 * np.mean([accuracies[count] for accuracies in by_property]) for count in counts]
+        lines.append([name, seeds, *(f"{mean:.1f}" for mean in means)])
+    return [markdown_table(["set B after so many examples, accuracy in %", "seeds", *counts], lines)]
 
 
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+def plot_differences(rows: list[Row], metric: str, baseline: str, path: Path) -> None:
+    """Write a PNG of every arm's paired difference from the baseline: mean, interval, and a dot for each seed."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-def arm_differences(rows: list[dict], metric: str, baseline: str, path: Path) -> None:
-    """Every arm's paired difference from the baseline with its interval, and each seed's as a dot."""
-    from matplotlib import pyplot as plt
-
-    compared = [row for row in rows if metric in row.get("differences", {})]
+    compared = [row for row in reversed(rows) if metric in row.get("differences", {})]
     if not compared:
         return
-    figure, axis = plt.subplots(figsize=(7, 1.3 + 0.42 * len(compared)))
-    for place, row in enumerate(reversed(compared)):
-        one = row["differences"][metric]
-        axis.plot([one["low"], one["high"]], [place, place], color="tab:blue", linewidth=2.2)
-        axis.plot(one["mean"], place, "o", color="tab:blue", markersize=7)
-        axis.plot(one["per_seed"], [place - 0.2] * len(one["per_seed"]), ".", color="gray", markersize=5)
+    figure, axis = pyplot.subplots(figsize=(7, 1.3 + 0.42 * len(compared)))
+    for place, row in enumerate(compared):
+        difference = row["differences"][metric]
+        axis.plot([difference["low"], difference["high"]], [place, place], color="tab:blue", linewidth=2.2)
+        axis.plot(difference["mean"], place, "o", color="tab:blue", markersize=7)
+        seeds = difference["per_seed"]
+        axis.plot(seeds, [place - 0.2] * len(seeds), ".", color="gray", markersize=5)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(compared)), [row["arm"] for row in reversed(compared)])
+    names = [f"{row['arm']} ({len(row['differences']['seeds'])} seeds)" for row in compared]
+    axis.set_yticks(range(len(compared)), names)
     axis.set_xlabel(f"{metric}, difference from {baseline} (95 % interval; dots are seeds)", fontsize=9)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
+    pyplot.close(figure)

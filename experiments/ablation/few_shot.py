@@ -1,13 +1,12 @@
-"""How many examples make a trained model speak of what its captions never mentioned (set B of the shapes)."""
+"""How many examples a trained model needs to answer questions about what its captions never mentioned (set B)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
-from experiments.ablation.arms import Arm, Schedule, train_arm
 from experiments.ablation.measure import measure
+from experiments.ablation.train_arm import Arm, Schedule, restore, train_arm, trainable_state
 from pointalign.evaluation.objects import Material
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
@@ -21,19 +20,18 @@ QUESTIONS = {
 STEPS = 40
 
 
-def about(material: Material, name: str, middle: float | None) -> Material:
-    """The same objects with one question about property `name`; numbers are asked as above `middle` or not."""
-    values = material.properties[name]
+def with_question(objects: Material, name: str, threshold: float | None) -> Material:
+    """The same objects with a question about property `name`; for numbers, whether it is above `threshold`."""
+    values = objects.properties[name]
     if isinstance(values[0], str):
         answers = [f"{value}." for value in values]
     else:
-        answers = ["Yes." if (value if middle is None else value > middle) else "No." for value in values]
-    candidates = {answer: answer for answer in sorted(set(answers))}
+        answers = ["Yes." if (value if threshold is None else value > threshold) else "No." for value in values]
     return replace(
-        material,
+        objects,
         conversations=[[(QUESTIONS[name], answer)] for answer in answers],
         labels=answers,
-        candidates=candidates,
+        candidates={answer: answer for answer in sorted(set(answers))},
     )
 
 
@@ -47,34 +45,27 @@ def few_shot(
     seed: int,
     blind: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Closed-set accuracy on held-out objects after fine-tuning on `counts` examples, next tokens alone.
+    """Closed-set accuracy on held-out objects after fine-tuning on `counts` examples with the next-token loss alone.
 
-    The trainable parts are put back afterwards. The chance level is the majority's share, in `probes`' `majority`.
+    The parameters that train are restored afterwards. The chance level is the share of the most frequent answer,
+    `majority` in what `probe_layers` returns.
 
     Returns:
         property -> {count: accuracy}.
     """
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    start = {name: one.detach().clone() for name, one in trained.items()}
-
-    def restore() -> None:
-        with torch.no_grad():
-            for name, one in trained.items():
-                one.copy_(start[name])
-
+    start = trainable_state(model)
     order = np.random.default_rng(seed).permutation(len(train.labels))
-    found: dict[str, dict[str, float]] = {}
+    arm = Arm(weight=0.0, blind=blind)
+    accuracies: dict[str, dict[str, float]] = {}
     for name in [name for name in QUESTIONS if name in train.properties]:
         values = train.properties[name]
-        middle = float(np.median(values)) if isinstance(values[0], float) else None
-        asked, wanted = about(train, name, middle), about(held_out, name, middle)
+        threshold = float(np.median(values)) if isinstance(values[0], float) else None
+        examples, questions = (with_question(part, name, threshold) for part in (train, held_out))
         for count in counts:
-            rows = [int(row) for row in order[:count]]
-            steps = replace(schedule, steps=STEPS, batch_size=min(schedule.batch_size, count))
-            train_arm(
-                model, processor, Arm(weight=0.0, blind=blind), 0.0, asked.subset(rows), steps, seed, f"{name}, {count}"
-            )
-            scores = measure(model, processor, wanted, blind, QUESTIONS[name])
-            found.setdefault(name, {})[str(count)] = float(np.mean(scores["closed-set accuracy"]))
-            restore()
-    return found
+            shots = examples.subset([int(row) for row in order[:count]])
+            short = replace(schedule, steps=STEPS, batch_size=min(schedule.batch_size, count))
+            train_arm(model, processor, arm, 0.0, shots, short, seed, f"{name}, {count}")
+            scores = measure(model, processor, questions, blind, QUESTIONS[name])
+            accuracies.setdefault(name, {})[str(count)] = float(np.mean(scores["closed-set accuracy"]))
+            restore(model, start)
+    return accuracies

@@ -1,4 +1,4 @@
-"""What an ablation measures of a trained arm on held-out objects."""
+"""Measurements of a trained arm on held-out objects."""
 
 import numpy as np
 import torch
@@ -20,7 +20,11 @@ def measure(
     blind: bool,
     question: str = PROMPTS[0],
 ) -> dict[str, list[float]]:
-    """Margin, closed-set accuracy and generated accuracy for every held-out object that has a true candidate."""
+    """Margin, closed-set accuracy and generated accuracy of each held-out object whose label is a candidate.
+
+    Args:
+        blind: answer with zeros in place of the Q-Former tokens.
+    """
     known = [row for row, label in enumerate(held_out.labels) if label]
     candidates = list(held_out.candidates)
     tree = AnswerTree(
@@ -42,12 +46,12 @@ def measure(
         texts += processor.answers(generated, batch["input_ids"].shape[1])
     labels = [held_out.labels[row] for row in known]
     margin = margins(np.concatenate(likelihoods), [candidates.index(label) for label in labels])
-    if held_out.candidates[labels[0]] == labels[0]:  # whole captions
-        said = [float(text == label) for text, label in zip(texts, labels, strict=True)]
+    if held_out.candidates[labels[0]] == labels[0]:  # the label is the complete answer, not a noun in it
+        accuracy = [float(text == label) for text, label in zip(texts, labels, strict=True)]
     else:
-        said = [float(value or 0) for value in naming_scores(texts, labels)["head noun"]]
-    return {PRIMARY: margin.tolist(), "closed-set accuracy": (margin > 0).astype(float).tolist(), SECOND: said}
+        accuracy = [float(value or 0) for value in naming_scores(texts, labels)["head noun"]]
+    return {PRIMARY: margin.tolist(), "closed-set accuracy": (margin > 0).astype(float).tolist(), SECOND: accuracy}
 
 
 def _on(batch: dict[str, Tensor], model: PointAlignForConditionalGeneration) -> dict[str, Tensor]:
-    return {name: one.to(model.device) for name, one in batch.items()}
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -1,9 +1,9 @@
-"""An ablation, as its YAML file says it."""
+"""The definition of an ablation, read from a YAML file."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.ablation.arms import Arm, Schedule
+from experiments.ablation.train_arm import Arm, Schedule
 from pointalign.options import ModelOptions
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -11,25 +11,25 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 @dataclass
 class Recipe:
-    """An ablation, as its YAML file says it.
+    """An ablation.
 
     Attributes:
         data: `furniture` or `shapes`.
-        model: where every arm starts and what trains.
-        decoder: sizes of a `LlamaConfig`: in place of the language model, a decoder that starts from nothing and trains
-            whole, with a modality projector of its own. For a CPU, and for what language alone makes of the clouds.
-        schedule: steps of every arm.
+        model: the model that every arm starts from, and what trains.
+        decoder: sizes of a `LlamaConfig` for a new decoder in place of the language model, which trains completely,
+            together with a new modality projector. Small enough for a CPU, and without prior knowledge of language.
+        schedule: training of every arm.
         weight: lambda of the arms that name none.
         seeds: paired seeds of the arms that name none.
         baseline: the arm that all others are compared with.
-        train, held_out: the most objects of each part.
-        probed: the most training objects that probes are fitted on.
-        layers: layers probed after each run.
+        train, held_out: limits on the objects of each part.
+        probed: limit on the training objects that probes are fitted on.
+        layers: number of layers probed after each run.
         few_shot: numbers of examples about set B of the shapes that a trained arm is fine-tuned on; none by default.
         arms: by name.
         output: folder of the results.
-        fold: of the furniture's families, hold out this fold of five in place of the committed split;
-            `model.checkpoint` must have been trained under the same.
+        fold: hold out this fold (of five) of the furniture's families in place of the committed split;
+            `model.checkpoint` must have been trained under the same fold.
     """
 
     data: str = "furniture"
@@ -54,28 +54,31 @@ class Recipe:
         if self.data == "shapes" and self.fold is not None:
             raise ValueError(f"fold={self.fold}: only data=furniture has folds")
         if self.baseline not in self.arms:
-            raise ValueError(f"baseline {self.baseline!r} is none of the arms: {', '.join(self.arms)}")
+            raise ValueError(f"baseline {self.baseline!r} is not an arm; arms: {', '.join(self.arms)}")
 
     def plan(self) -> list[tuple[str, int]]:
-        """Runs in the order in which they are made: arms of many seeds first, seed by seed, so that pairs are whole."""
+        """Runs (arm, seed) in order: arms with many seeds first, seed by seed, so that pairs finish together."""
         counts = {name: arm.seeds or self.seeds for name, arm in self.arms.items()}
         runs = [(name, seed) for name in self.arms for seed in range(counts[name])]
         return sorted(runs, key=lambda run: (-counts[run[0]], run[1]))
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe from a YAML file, or a shipped one by name (`experiments/recipes/<name>.yaml`)."""
+    """A recipe from a YAML file or, by its name, from `experiments/recipes/<name>.yaml`.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+    """
+    import yaml
     from jsonargparse import ArgumentParser
 
     path = Path(name)
     if not path.suffix:
         path = RECIPES / f"{name}.yaml"
     if not path.exists():
-        shipped = sorted(one.stem for one in (RECIPES).glob("*.yaml"))
+        shipped = sorted(file.stem for file in RECIPES.glob("*.yaml"))
         raise FileNotFoundError(f"no recipe {name!r}: expected a YAML file or one of {', '.join(shipped)}")
     parser = ArgumentParser(prog="python -m experiments.ablation")
     parser.add_class_arguments(Recipe, "recipe")
-    import yaml
-
     values = yaml.safe_load(path.read_text())
     return parser.instantiate(parser.parse_object({"recipe": values})).recipe

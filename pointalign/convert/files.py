@@ -1,6 +1,5 @@
 """Published weight files, read one tensor at a time under this package's names."""
 
-import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pointalign import storage
 from pointalign.convert import tensors
 from pointalign.convert.tensors import EXPERT, LLM
 
@@ -89,21 +89,14 @@ class Source:
             return file.get_tensor(name)
 
     def describe(self) -> dict[str, Any]:
-        return {"role": self.role, "name": self.path.name, "sha256": {path.name: _sha256(path) for path in self.files}}
+        hashes = {path.name: storage.file_hash(path) for path in self.files}
+        return {"role": self.role, "name": self.path.name, "sha256": hashes}
 
 
 _DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Piece(NamedTuple):

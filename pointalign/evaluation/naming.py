@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from pointalign import assets, storage
-from pointalign.build import load_for_inference
+from pointalign.build import load
 from pointalign.data.augment import turn
 from pointalign.data.point_cloud import normalise, subsample
 from pointalign.embedded.facts import conversations, read_name
@@ -257,7 +257,7 @@ class HeldOutNaming:
 
     def after(self, exported: Path) -> None:
         """Evaluate the model as it was written, not as it stood in memory."""
-        model, processor = load_for_inference(exported)
+        model, processor, _ = load(exported)
         clouds = self.held_out.clouds
         inputs = {
             "model": clouds,

@@ -1,5 +1,6 @@
-"""`evaluate probe`: what each layer of a model still knows of a cloud, and how much of it reaches the answers."""
+"""`python -m pointalign.evaluate probe`: what can be read about a cloud from each layer of the language model."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,14 @@ from pointalign.alignment import AlignmentProjector, LayerTap
 from pointalign.evaluation import objects
 from pointalign.evaluation.answering import encode
 from pointalign.evaluation.objects import Material
+from pointalign.evaluation.tables import markdown_table
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
-FIT_STEPS = 200  # of a projector fitted after training
-RIDGE = 10.0 ** np.arange(-2, 6)  # strengths tried, for standardised features
+FIT_STEPS = 200  # optimizer steps of a projector that is fitted after training
+RIDGE = 10.0 ** np.arange(-2, 6)  # regularisation strengths tried, for standardised features
+QFORMER = "Q-Former"  # the place, beside the layers, where a linear probe reads the Q-Former tokens
+SIMILARITY = ("centred cosine", "retrieval@1", "CKA")  # the measures of `similarity` that tables and plots show
+LEAST_SPAN = 0.1  # of a plot's vertical axis, so that noise does not fill the picture
 
 
 @torch.inference_mode()
@@ -27,17 +32,17 @@ def point_states(
     processor: PointAlignProcessor,
     features: Tensor,
     layers: Sequence[int],
-    whole: Sequence[int] = (),
+    token_layers: Sequence[int] = (),
     batch_size: int = 32,
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Hidden states of the point tokens in the prompt "What is this?", layer 0 being the language model's input.
+    """Hidden states of the point tokens in the prompt "What is this?"; layer 0 is the language model's input.
 
-    A causal model's point tokens see nothing behind them, so the text is cut there.
+    In a causal model the point tokens do not depend on later text, so the prompt is cut behind them.
 
     Args:
         features: `[C, Q, D]` Q-Former tokens.
-        layers: those to average over tokens.
-        whole: those to keep token by token.
+        layers: where the mean over a cloud's tokens is returned.
+        token_layers: where the states of every token are returned.
 
     Returns:
         `{layer: [C, H]}` means, and `{layer: [C, Q, H]}`, in fp32.
@@ -47,27 +52,31 @@ def point_states(
     batch = encode(processor, [[{"role": "user", "content": content}]], features[:1])
     end = int(batch["point_mask"][0].nonzero().max()) + 1
     ids, mask = batch["input_ids"][:, :end].to(model.device), batch["point_mask"][:, :end].to(model.device)
-    indices = [layer for layer in {*layers, *whole} if layer > 0]
+    indices = [layer for layer in {*layers, *token_layers} if layer > 0]
     tap = LayerTap(model.get_decoder().layers, indices)  # type: ignore[arg-type]
     means: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    tokens: dict[int, list[Tensor]] = {layer: [] for layer in whole}
+    tokens: dict[int, list[Tensor]] = {layer: [] for layer in token_layers}
     for start in range(0, len(features), batch_size):
         part = features[start : start + batch_size].to(model.device)
         rows = len(part)
-        embeds, made = model.model.embed(ids.expand(rows, -1), point_mask=mask.expand(rows, -1), query_features=part)
+        embeds, point_features = model.model.embed(
+            ids.expand(rows, -1), point_mask=mask.expand(rows, -1), query_features=part
+        )
         with tap.capture(mask.expand(rows, -1)) as hidden:
             model.get_decoder()(inputs_embeds=embeds, use_cache=False)
-        assert made is not None
-        states = {layer: one.view(rows, part.shape[1], -1).float() for layer, one in hidden.items()}
-        states[0] = made.projected.float()
+        assert point_features is not None
+        states = {layer: state.view(rows, part.shape[1], -1).float() for layer, state in hidden.items()}
+        states[0] = point_features.projected.float()
         for layer in layers:
             means[layer].append(states[layer].mean(dim=1).cpu())
-        for layer in whole:
+        for layer in token_layers:
             tokens[layer].append(states[layer].cpu())
     return {k: torch.cat(v) for k, v in means.items()}, {k: torch.cat(v) for k, v in tokens.items()}
 
 
-def ridge_probe(train: np.ndarray, truth: Sequence, test: np.ndarray, wanted: Sequence, categorical: bool) -> float:
+def ridge_probe(
+    train: np.ndarray, train_values: Sequence, test: np.ndarray, test_values: Sequence, categorical: bool
+) -> float:
     """How well a linear map reads a property: accuracy on `test` for categories, else R^2.
 
     Ridge regression (on one-hot targets for categories) of standardised features; its strength is chosen by
@@ -75,15 +84,15 @@ def ridge_probe(train: np.ndarray, truth: Sequence, test: np.ndarray, wanted: Se
 
     Args:
         train, test: features `[N, F]` and `[M, F]`.
-        truth, wanted: the property of every row.
+        train_values, test_values: the property of each row.
     """
     centre, scale = train.mean(axis=0), train.std(axis=0) + 1e-6
     x, z = (train - centre) / scale, (test - centre) / scale
-    classes = sorted(set(truth)) if categorical else []
+    classes = sorted(set(train_values)) if categorical else []
     if categorical:
-        y = np.array([[float(value == one) for one in classes] for value in truth])
+        y = np.array([[float(value == name) for name in classes] for value in train_values])
     else:
-        y = np.asarray(truth, dtype=float)[:, None]
+        y = np.asarray(train_values, dtype=float)[:, None]
     mean = y.mean(axis=0)
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     uy = u.T @ (y - mean)
@@ -96,26 +105,25 @@ def ridge_probe(train: np.ndarray, truth: Sequence, test: np.ndarray, wanted: Se
     strength = RIDGE[int(np.argmin(errors))]
     predicted = z @ (vt.T @ ((s / (s**2 + strength))[:, None] * uy)) + mean
     if categorical:
-        return float(
-            np.mean([classes[best] == one for best, one in zip(predicted.argmax(axis=1), wanted, strict=True)])
-        )
-    target = np.asarray(wanted, dtype=float)
+        named = [classes[best] for best in predicted.argmax(axis=1)]
+        return float(np.mean([name == truth for name, truth in zip(named, test_values, strict=True)]))
+    target = np.asarray(test_values, dtype=float)
     return float(1 - ((target - predicted[:, 0]) ** 2).sum() / ((target - target.mean()) ** 2).sum())
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
     """Linear centred kernel alignment of rows `[N, F]` and `[N, G]` (Kornblith et al., ICML 2019), 0 to 1."""
-    x, y = (one.double() - one.double().mean(dim=0) for one in (x, y))
+    x, y = (rows.double() - rows.double().mean(dim=0) for rows in (x, y))
     shared = (x.T @ y).square().sum()
     return float(shared / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
 def fit_projector(hidden: Tensor, target: Tensor, seed: int = 0) -> AlignmentProjector:
-    """An alignment projector fitted after training, on frozen states: the same capacity for every model compared.
+    """An alignment projector fitted to frozen hidden states, so that models are compared by a reader of equal capacity.
 
     Args:
-        hidden: `[R, H]`.
-        target: `[R, D]`; the loss is the alignment loss between their parts beyond the mean.
+        hidden: `[R, H]` states.
+        target: `[R, D]`; the loss is `1 - mean cos` of projected states and targets.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -133,10 +141,10 @@ def fit_projector(hidden: Tensor, target: Tensor, seed: int = 0) -> AlignmentPro
 
 
 def similarity(train_hidden: Tensor, train_target: Tensor, hidden: Tensor, target: Tensor) -> dict[str, float]:
-    """How much of the Q-Former tokens can be read off a layer, on held-out clouds.
+    """How much of the Q-Former tokens can be read from a layer, on held-out clouds.
 
-    Per-query means of the training clouds are removed first: they are the same for every cloud, and make raw cosines
-    high even between different objects.
+    The mean of each query over the training clouds is removed first: it is the same for every cloud, and makes raw
+    cosines high even between different objects.
 
     Args:
         train_hidden, hidden: `[C, Q, H]` states of training and held-out clouds.
@@ -144,35 +152,33 @@ def similarity(train_hidden: Tensor, train_target: Tensor, hidden: Tensor, targe
 
     Returns:
         `centred cosine` after a projector fitted on the training clouds; `retrieval@1`, the share of held-out clouds
-        whose own tokens are the nearest; `CKA` of the states; `raw cosine`, with the means left in.
+        whose projected states are nearest to that cloud's Q-Former tokens; `CKA` of states and tokens; `raw cosine`,
+        without the means removed.
     """
-    centre_h, centre_t = train_hidden.mean(dim=0), train_target.mean(dim=0)
-    scale = (train_hidden - centre_h).std() + 1e-6
-    given, held = (train_hidden - centre_h) / scale, (hidden - centre_h) / scale
-    wanted, held_wanted = train_target - centre_t, target - centre_t
-    projected = fit_projector(given.flatten(0, 1), wanted.flatten(0, 1))(held)
-    scores = functional.normalize(projected.flatten(1), dim=1) @ functional.normalize(held_wanted.flatten(1), dim=1).T
-    raw = fit_projector(given.flatten(0, 1), train_target.flatten(0, 1))(held)
+    mean_hidden, mean_target = train_hidden.mean(dim=0), train_target.mean(dim=0)
+    scale = (train_hidden - mean_hidden).std() + 1e-6
+    fit_hidden, test_hidden = (train_hidden - mean_hidden) / scale, (hidden - mean_hidden) / scale
+    fit_target, test_target = train_target - mean_target, target - mean_target
+    projected = fit_projector(fit_hidden.flatten(0, 1), fit_target.flatten(0, 1))(test_hidden)
+    scores = functional.normalize(projected.flatten(1), dim=1) @ functional.normalize(test_target.flatten(1), dim=1).T
+    raw = fit_projector(fit_hidden.flatten(0, 1), train_target.flatten(0, 1))(test_hidden)
     return {
-        "centred cosine": float(functional.cosine_similarity(projected, held_wanted, dim=-1).mean()),
+        "centred cosine": float(functional.cosine_similarity(projected, test_target, dim=-1).mean()),
         "retrieval@1": float((scores.argmax(dim=1) == torch.arange(len(scores))).float().mean()),
-        "CKA": linear_cka(held.flatten(0, 1), held_wanted.flatten(0, 1)),
+        "CKA": linear_cka(test_hidden.flatten(0, 1), test_target.flatten(0, 1)),
         "raw cosine": float(functional.cosine_similarity(raw, target, dim=-1).mean()),
     }
 
 
-QFORMER = "Q-Former"
-
-
 @dataclass
 class ProbeOptions:
-    """What is probed.
+    """Options of `python -m pointalign.evaluate probe`.
 
     Attributes:
         output: folder of the result.
-        train, held_out: the most objects used to fit the probes and to score them.
-        layers: number of layers probed, evenly spaced, the input and the last among them.
-        against: folder of an earlier probe, drawn into the same plot (the same model without alignment, say).
+        train, held_out: limits on the objects that probes are fitted on and scored on.
+        layers: number of layers probed, evenly spaced, including the input (0) and the last.
+        against: folder of an earlier probe to draw in the same plot, for example of the model without alignment.
     """
 
     output: str = "runs/probe"
@@ -183,24 +189,26 @@ class ProbeOptions:
 
 
 def qformer_probes(train: Material, held_out: Material) -> dict[str, float]:
-    """What a linear probe reads from the mean Q-Former token: the most that the language model is given."""
+    """What a linear probe reads from the mean Q-Former token: all that the language model receives of a cloud."""
     return {
         name: probe_property(
-            train.features.mean(dim=1), truth, held_out.features.mean(dim=1), held_out.properties[name]
+            train.features.mean(dim=1), values, held_out.features.mean(dim=1), held_out.properties[name]
         )
-        for name, truth in train.properties.items()
+        for name, values in train.properties.items()
     }
 
 
-def probe_property(train: Tensor, truth: list, held_out: Tensor, wanted: list) -> float:
+def probe_property(train: Tensor, train_values: list, test: Tensor, test_values: list) -> float:
     """`ridge_probe` on the rows where the property is known (not None)."""
-    known, asked = ([i for i, one in enumerate(values) if one is not None] for values in (truth, wanted))
+    train_rows, test_rows = (
+        [row for row, value in enumerate(values) if value is not None] for values in (train_values, test_values)
+    )
     return ridge_probe(
-        train[known].numpy(),
-        [truth[i] for i in known],
-        held_out[asked].numpy(),
-        [wanted[i] for i in asked],
-        categorical(truth),
+        train[train_rows].numpy(),
+        [train_values[row] for row in train_rows],
+        test[test_rows].numpy(),
+        [test_values[row] for row in test_rows],
+        categorical(train_values),
     )
 
 
@@ -219,8 +227,9 @@ def probe_layers(
     """Probes of every property at every layer, and similarity to the Q-Former tokens at the layers in `similar`.
 
     Returns:
-        `probes`: property -> {"Q-Former" | layer: accuracy or R^2}; `kinds`: property -> which of the two;
-        `similarity`: layer -> measures of `representations.similarity`.
+        `probes`: property -> {"Q-Former" or layer: accuracy or R^2}; `kinds`: property -> `accuracy` or `R2`;
+        `similarity`: layer -> what the function `similarity` measures; `majority`: property -> the share of its most
+        frequent value, the accuracy of a constant guess.
     """
     means, tokens = point_states(model, processor, train.features, layers, similar)
     held_means, held_tokens = point_states(model, processor, held_out.features, layers, similar)
@@ -228,11 +237,11 @@ def probe_layers(
     rows |= {str(layer): (means[layer], held_means[layer]) for layer in layers}
     probes: dict[str, dict[str, float]] = {}
     kinds: dict[str, str] = {}
-    for name, truth in train.properties.items():
-        kinds[name] = "accuracy" if categorical(truth) else "R2"
+    for name, values in train.properties.items():
+        kinds[name] = "accuracy" if categorical(values) else "R2"
         probes[name] = {
-            place: probe_property(fitted, truth, scored, held_out.properties[name])
-            for place, (fitted, scored) in rows.items()
+            place: probe_property(fitted, values, tested, held_out.properties[name])
+            for place, (fitted, tested) in rows.items()
         }
     return {
         "probes": probes,
@@ -255,9 +264,8 @@ def spaced(count: int, depth: int) -> list[int]:
 
 
 def probe_model(name: str | None, options: ProbeOptions) -> str:
-    """Probe a model; writes `probe.json` and `layers.png`. Returns a Markdown table."""
+    """Probe a model on the embedded objects; writes `probe.json` and `layers.png`. Returns a Markdown table."""
     from pointalign.build import load, shipped
-    from pointalign.evaluation.plots import layer_curves
     from pointalign.evaluation.results import versions
 
     torch.manual_seed(0)
@@ -270,8 +278,6 @@ def probe_model(name: str | None, options: ProbeOptions) -> str:
     storage.write_json(folder / "probe.json", result)
     curves = {result["model"]: result}
     if options.against is not None:
-        import json
-
         other = json.loads((Path(options.against) / "probe.json").read_text())
         curves = {f"{other['model']} (before)" if other["model"] == result["model"] else other["model"]: other} | curves
     layer_curves(curves, folder / "layers.png")
@@ -279,11 +285,64 @@ def probe_model(name: str | None, options: ProbeOptions) -> str:
 
 
 def layer_table(result: dict[str, Any]) -> str:
+    """Markdown: a row for each property and each similarity measure, a column for the Q-Former and each layer."""
     places = list(next(iter(result["probes"].values())))
-    lines = [f"| | {' | '.join(places)} |", f"|---|{'---|' * len(places)}"]
-    for name, values in result["probes"].items():
-        lines.append(f"| {name} ({result['kinds'][name]}) | {' | '.join(f'{values[p]:.3f}' for p in places)} |")
-    for measure in next(iter(result["similarity"].values()), {}):
-        shown = [f"{result['similarity'][p][measure]:.3f}" if p in result["similarity"] else "" for p in places]
-        lines.append(f"| {measure} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+    rows = [
+        [f"{name} ({result['kinds'][name]})", *(f"{values[place]:.3f}" for place in places)]
+        for name, values in result["probes"].items()
+    ]
+    similar = result["similarity"]
+    for measure in next(iter(similar.values()), {}):
+        rows.append([measure, *(f"{similar[p][measure]:.3f}" if p in similar else "" for p in places)])
+    return markdown_table(["", *places], rows)
+
+
+def layer_curves(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Write a PNG with one plot for each property and similarity measure, over layers, with one line per model.
+
+    Args:
+        results: name of a model or arm -> what `probe_layers` returns.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    first = next(iter(results.values()))
+    measures = SIMILARITY if len(first["similarity"]) > 1 else ()  # the value at a single layer is not a curve
+    titles = [*first["probes"], *measures]
+    columns = min(4, len(titles))
+    rows = -(-len(titles) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.4 * columns, 2.7 * rows), squeeze=False)
+    flat = list(axes.flat)
+    for axis, title in zip(flat, titles, strict=False):
+        if title in first["probes"]:
+            level = first["probes"][title][QFORMER]
+            axis.axhline(level, color="black", linewidth=0.9, linestyle=":", label=QFORMER)
+        for name, result in results.items():
+            curve = _curve(result, title)
+            axis.plot(list(curve), list(curve.values()), marker="o", markersize=3, linewidth=1.4, label=name)
+        low, high = axis.get_ylim()
+        if high - low < LEAST_SPAN:
+            axis.set_ylim((low + high - LEAST_SPAN) / 2, (low + high + LEAST_SPAN) / 2)
+        kind = first["kinds"].get(title)
+        axis.set_title(title + (f" ({kind.replace('R2', 'R²')})" if kind else ""), fontsize=10)
+        axis.set_xlabel("layer", fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in flat[len(titles) :]:
+        axis.set_visible(False)
+    handles, labels = flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.3 / (2.7 * rows), 1, 1))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _curve(result: dict[str, Any], title: str) -> dict[int, float]:
+    """Layer -> value of a property's probe or of a similarity measure, in the order of layers."""
+    if title in result["probes"]:
+        values = {int(place): value for place, value in result["probes"][title].items() if place != QFORMER}
+    else:
+        values = {int(layer): measures[title] for layer, measures in result["similarity"].items()}
+    return dict(sorted(values.items()))

@@ -1,4 +1,7 @@
-"""One HTML file that works offline: tables, plots and a gallery of what was asked, worst answers first."""
+"""The report of an evaluation: one HTML file that works offline, with tables, plots and a gallery of answers.
+
+Also the plot of a training run's losses.
+"""
 
 import base64
 import html
@@ -15,7 +18,7 @@ from pointalign.data.point_cloud import normalise
 from pointalign.evaluation import results
 
 SHOWN = 40  # gallery entries per task
-WORST = ("likelihood margin", "accuracy")  # what the gallery is sorted by, the first that applies
+WORST = ("likelihood margin", "accuracy")  # the gallery is sorted by the first of these that the task has
 STYLE = """
 :root { --ink: #1c2430; --soft: #5d6876; --line: #d9dee5; --good: #1f7a4d; --bad: #b3372f; --panel: #f6f7f9; }
 * { box-sizing: border-box; }
@@ -40,13 +43,13 @@ figure img { max-width: 100%; }
 
 
 def write_report(folder: Path) -> Path:
-    """`report.html` of an evaluation's folder, from the files in it.
+    """Write `report.html` into an evaluation's folder, from the files in it. Returns its path.
 
-    Judged answers (`*.judged.json`) and plots (`*.png`) that lie there are shown too. The clouds come from where the
-    evaluation had them; if they are gone, the gallery has no pictures and says so.
+    Judged answers (`*.judged.json`) and plots (`*.png`) in the folder are shown too. The clouds are read from where the
+    evaluation read them; if they are no longer there, the gallery has no pictures and says so.
 
     Raises:
-        FileNotFoundError: there is no evaluation in the folder.
+        FileNotFoundError: the folder holds no `evaluation.json`.
     """
     evaluation = json.loads((folder / "evaluation.json").read_text())
     cloud = _clouds(evaluation["asked"])
@@ -57,7 +60,7 @@ def write_report(folder: Path) -> Path:
         *(_judged(path) for path in sorted(folder.glob("*.judged.json"))),
         *(_figure(path) for path in sorted(folder.glob("*.png"))),
         "<h2>Gallery</h2><p class=soft>Three views of each cloud, with the worst answers first. "
-        "Pictures show what the model was given.</p>",
+        "Pictures show the clouds that the model received.</p>",
         *(_gallery(name, task, cloud) for name, task in evaluation["tasks"].items()),
     ]
     page = (
@@ -70,31 +73,32 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _clouds(asked: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
-    options = results.EvaluationOptions(**asked, sentence_models=["none"])
+def _clouds(asked_options: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
+    """Object id -> cloud, for the options of an evaluation; None where its data are no longer there."""
+    options = results.EvaluationOptions(**asked_options, sentence_models=["none"])
     if options.data != "furniture" and not Path(options.data).exists():
         return None
     return results.load_objects(options).cloud
 
 
 def _facts(evaluation: dict[str, Any]) -> str:
-    asked, versions = evaluation["asked"], evaluation["versions"]
-    objects = f"embedded objects, {asked['split']} split" if asked["data"] == "furniture" else asked["data"]
-    way = "the release's sampling" if evaluation["generation"]["sample"] else "greedy"
+    options, versions = evaluation["asked"], evaluation["versions"]
+    objects = f"embedded objects, {options['split']} split" if options["data"] == "furniture" else options["data"]
+    decoding = "the release's sampling" if evaluation["generation"]["sample"] else "greedy"
     return html.escape(
-        f"{objects}; answers {way}, seed {evaluation['generation']['seed']}; weights {evaluation['weights']}, commit "
-        f"{versions['commit']}, torch {versions['torch']}, {versions['device']}. "
+        f"{objects}; answers {decoding}, seed {evaluation['generation']['seed']}; weights {evaluation['weights']}, "
+        f"commit {versions['commit']}, torch {versions['torch']}, {versions['device']}. "
         "Intervals: 95 %, bootstrap over families."
     )
 
 
 def _task_table(name: str, task: dict[str, Any]) -> str:
     rows = []
-    for metric, one in task["metrics"].items():
-        mean, interval, count = results.shown(metric, one)
+    for metric, estimate in task["metrics"].items():
+        mean, interval, count = results.shown(metric, estimate)
         bar = ""
         if metric not in results.metrics.UNBOUNDED:
-            low, high, middle = (100 * min(max(one[key], 0), 1) for key in ("low", "high", "mean"))
+            low, high, middle = (100 * min(max(estimate[key], 0), 1) for key in ("low", "high", "mean"))
             bar = (
                 f"<div class=track><i style='left:{low:.1f}%;width:{max(high - low, 0.5):.1f}%'></i>"
                 f"<b style='left:{middle:.1f}%'></b></div>"
@@ -106,12 +110,12 @@ def _task_table(name: str, task: dict[str, Any]) -> str:
 
 
 def _judged(path: Path) -> str:
-    one = json.loads(path.read_text())
-    score = one["score"]
+    judged = json.loads(path.read_text())
+    score = judged["score"]
     return (
-        f"<h2>{html.escape(path.name.removesuffix('.judged.json'))}, judged</h2><p>{html.escape(one['judge'])} "
-        f"({one['kind']}): <b>{100 * score['mean']:.1f}</b> [{100 * score['low']:.1f}, {100 * score['high']:.1f}] over "
-        f"{score['count']} answers; {one['invalid']} unusable replies, each counted once as 0.</p>"
+        f"<h2>{html.escape(path.name.removesuffix('.judged.json'))}, judged</h2><p>{html.escape(judged['judge'])} "
+        f"({judged['kind']}): <b>{100 * score['mean']:.1f}</b> [{100 * score['low']:.1f}, {100 * score['high']:.1f}] "
+        f"over {score['count']} answers; {judged['invalid']} unusable replies, each counted once as 0.</p>"
     )
 
 
@@ -122,11 +126,15 @@ def _figure(path: Path) -> str:
 
 def _gallery(name: str, task: dict[str, Any], cloud: Callable[[str], np.ndarray] | None) -> str:
     questions = task["questions"]
-    cosines = [one for one in task["metrics"] if one.endswith("cosine")]
-    metric = next((one for one in (*WORST, *cosines, "BLEU-1") if one in task["metrics"]), "order")
+    cosines = [name for name in task["metrics"] if name.endswith("cosine")]
+    metric = next((name for name in (*WORST, *cosines, "BLEU-1") if name in task["metrics"]), "order")
     ordered = sorted(questions, key=lambda row: row["values"].get(metric, float("inf")))
     cards = [_card(row, metric, cloud) for row in ordered[:SHOWN]]
-    note = "" if cloud is not None else "<p class=soft>The clouds are not where they were: no pictures.</p>"
+    note = (
+        ""
+        if cloud is not None
+        else "<p class=soft>The clouds are no longer where the evaluation read them, so there are no pictures.</p>"
+    )
     opened = "" if name.endswith(("shuffled", "zeroed", "blind")) else " open"
     return (
         f"<details{opened}><summary>{html.escape(name)}: {len(cards)} of {len(questions)}, by {html.escape(metric)}"
@@ -152,12 +160,12 @@ def _card(row: dict[str, Any], metric: str, cloud: Callable[[str], np.ndarray] |
     if value is not None and metric != "accuracy":
         lines.append((metric.split()[-1], f"{value:.2f}", ""))
     text = "".join(
-        f"<p{style}><span>{html.escape(label)}</span> {html.escape(said)}</p>" for label, said, style in lines
+        f"<p{style}><span>{html.escape(label)}</span> {html.escape(content)}</p>" for label, content, style in lines
     )
     return f"<div class=card>{picture}{text}</div>"
 
 
-BACKGROUND = (0.87, 0.89, 0.92)  # neither white nor black: most objects are one of them
+BACKGROUND = (0.87, 0.89, 0.92)  # light grey: many objects are white or black
 VIEWS = ((0.0, 0.15), (np.pi / 2, 0.15), (np.pi / 4, 0.6))  # turn about the vertical axis and tilt, radians
 
 
@@ -173,11 +181,11 @@ def _view(cloud: np.ndarray, size: int, yaw: float, tilt: float) -> np.ndarray:
     up, toward = xyz[:, 1] * cos - xyz[:, 2] * sin, xyz[:, 1] * sin + xyz[:, 2] * cos
     column = ((xyz[:, 0] * 0.47 + 0.5) * size).astype(int)
     row = ((0.5 - up * 0.47) * size).astype(int)
-    shade = 0.72 + 0.28 * (toward + 1) / 2  # what is farther is darker
+    shade = 0.72 + 0.28 * (toward + 1) / 2  # distant points are darker
     colours = np.clip(cloud[:, 3:6], 0, 1) * shade[:, None]
     image = np.empty((size, size, 3))
     image[:] = BACKGROUND
-    order = np.argsort(toward, kind="stable")  # near points are painted last
+    order = np.argsort(toward, kind="stable")  # paint near points last, over distant ones
     for down in (0, 1, 2):
         for right in (0, 1, 2):
             image[np.clip(row[order] + down, 0, size - 1), np.clip(column[order] + right, 0, size - 1)] = colours[order]
@@ -191,3 +199,34 @@ def as_data_url(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).quantize(64).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def loss_curves(history: list[dict[str, Any]], path: Path, weight: float) -> None:
+    """Write a PNG of both losses over steps, from the Trainer's log; nothing if no loss was logged.
+
+    Args:
+        history: the Trainer's `state.log_history`.
+        weight: lambda; without an alignment loss (0) only the next-token loss is drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    logged = [entry for entry in history if "ntp_loss" in entry]
+    if not logged:
+        return
+    steps = [entry["step"] for entry in logged]
+    curves = {"next-token loss": ("ntp_loss", "tab:blue")}
+    if weight > 0:
+        curves["alignment loss, 1 - mean cos"] = ("alignment_loss", "tab:orange")
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.4), squeeze=False)
+    for axis, (title, (key, colour)) in zip(axes[0], curves.items(), strict=True):
+        axis.plot(steps, [entry[key] for entry in logged], color=colour, linewidth=1.6)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

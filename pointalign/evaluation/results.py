@@ -1,4 +1,4 @@
-"""An evaluation from a model's name to files: answers, metrics, tables; and two evaluations compared."""
+"""An evaluation, from a model's name to files with metrics, and the comparison of two evaluations."""
 
 import json
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import numpy as np
 from pointalign import assets, storage
 from pointalign.evaluation import metrics, statistics
 from pointalign.evaluation.answering import Features, Generation, Journal, answer, with_input
+from pointalign.evaluation.tables import markdown_table
 from pointalign.evaluation.tasks import (
     ObjectSet,
     Task,
@@ -23,17 +24,17 @@ from pointalign.evaluation.tasks import (
 
 @dataclass
 class EvaluationOptions:
-    """What is asked of a model.
+    """Which questions about which objects a model is asked.
 
     Attributes:
-        task: of classification, captioning, geometry, modelnet40.
+        task: any of classification, captioning, geometry, modelnet40.
         data: `furniture` (the embedded objects), an annotation file in the PointLLM schema, or ModelNet40's `.dat`.
         clouds: folder of the clouds that an annotation file names.
-        split: of the embedded objects: train, validation or test.
-        prompts: of classification and modelnet40: 0 "What is this?", 1 "This is an object of ".
-        inputs: what the model sees when it names (controls under the first prompt only): `true`, `shuffled`
-            (another object's cloud), `zeroed`, `blind` (none).
-        limit: ask about so many objects only, taken evenly.
+        split: part of the embedded objects: train, validation or test.
+        prompts: prompts of classification and modelnet40: 0 "What is this?", 1 "This is an object of ".
+        inputs: what the model sees when it names an object: the `true` cloud, or as a control, under the first prompt
+            only, `shuffled` (another object's cloud), `zeroed` point tokens, `blind` (no cloud).
+        limit: ask about at most this many objects, evenly spaced.
         up_axis: vertical axis of the clouds of an annotation file.
         sentence_models: NAME=FOLDER of sentence encoders; by default MiniLM of the assets; `none` leaves them out.
         device: by default CUDA where there is one.
@@ -57,11 +58,11 @@ class EvaluationOptions:
 
         for name in self.task:
             if name not in TASKS:
-                raise ValueError(f"--task {name}: expected of {', '.join(TASKS)}")
+                raise ValueError(f"--task {name}: expected one of {', '.join(TASKS)}")
         if self.data != "furniture" and self.clouds is None and "modelnet40" not in self.task:
-            raise ValueError("--data FILE needs --clouds FOLDER, where the clouds lie that the file names")
+            raise ValueError("--data FILE needs --clouds FOLDER, the folder of the clouds that the file names")
         if any(number not in (0, 1) for number in self.prompts):
-            raise ValueError(f"--prompts {self.prompts}: expected of 0, 1 (captioning always uses 2)")
+            raise ValueError(f"--prompts {self.prompts}: expected 0, 1 or both (captioning always uses prompt 2)")
 
 
 def load_objects(options: EvaluationOptions) -> ObjectSet:
@@ -84,15 +85,15 @@ def sentence_models(entries: Sequence[str]) -> dict[str, Path]:
     for name, _, folder in pairs:
         if not folder or not (Path(folder) / "config.json").exists():
             raise ValueError(
-                f"--sentence_models {name}: expected NAME=FOLDER with a sentence encoder (config.json) in it"
+                f"--sentence_models {name}: expected NAME=FOLDER, where FOLDER holds a sentence encoder (config.json)"
             )
     return {name: Path(folder) for name, _, folder in pairs}
 
 
 def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> dict[str, Any]:
-    """Ask, score and write; returns what `evaluation.json` holds.
+    """Ask the questions, score the answers and write both; returns the content of `evaluation.json`.
 
-    The output folder receives `answers.jsonl` (the journal), one file per task in PointLLM's format, and
+    Files in the output folder: `answers.jsonl` (the journal), one file for each task in PointLLM's format, and
     `evaluation.json`: metrics with intervals, and the values of every question, for `compare`. The same model, options
     and machine give the same bytes.
     """
@@ -101,26 +102,26 @@ def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> d
     folder = Path(options.output)
     objects = load_objects(options)
     model, processor, digest = load(name, device=options.device)
-    asked = asdict(options)
+    asked_options = asdict(options)
     for key in ("output", "device", "sentence_models"):
-        del asked[key]
-    described = {"model": Path(name).name, "weights": digest, "asked": asked, "generation": asdict(generation)}
-    journal = Journal(folder / "answers.jsonl", described)
+        del asked_options[key]
+    content = {"model": Path(name).name, "weights": digest, "asked": asked_options, "generation": asdict(generation)}
+    journal = Journal(folder / "answers.jsonl", content)
     features = Features(model, processor)
     encoders = sentence_models(options.sentence_models)
     results: dict[str, Any] = {}
     for kind in options.task:
-        for number, whole in enumerate(build_tasks(kind, objects, options.prompts)):
-            named = kind in ("classification", "modelnet40")
-            kinds = options.inputs if named and number == 0 else ["true"]  # controls under the first prompt suffice
-            for task in [with_input(whole, one) for one in kinds]:
+        for number, prompt_task in enumerate(build_tasks(kind, objects, options.prompts)):
+            names_objects = kind in ("classification", "modelnet40")
+            inputs = options.inputs if names_objects and number == 0 else ["true"]  # controls under one prompt suffice
+            for task in [with_input(prompt_task, control) for control in inputs]:
                 answers = answer(model, processor, task, objects, features, generation, journal)
                 scores = metrics.score(task, answers, encoders)
                 results[task.name] = _result(task, answers.texts, scores)
                 storage.write_json(folder / f"{task.name}.json", pointllm_output(task, answers.texts))
-    described |= {"versions": versions(), "tasks": results}
-    storage.write_json(folder / "evaluation.json", described)
-    return described
+    content |= {"versions": versions(), "tasks": results}
+    storage.write_json(folder / "evaluation.json", content)
+    return content
 
 
 def _result(task: Task, texts: Sequence[str], scores: metrics.Scores) -> dict[str, Any]:
@@ -158,37 +159,35 @@ def pointllm_output(task: Task, texts: Sequence[str]) -> dict[str, Any]:
     return {"prompt": task.prompt, "results": results}
 
 
-def versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | bool | None]:
     import torch
-    import transformers
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    software = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return software | {"commit": storage.commit(), "device": device}
+    origin = storage.provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {name: origin[name] for name in ("torch", "transformers", "commit", "uncommitted_changes", "device")}
 
 
 def table(evaluation: dict[str, Any]) -> str:
     """Every metric of every task with its interval, as Markdown."""
-    lines = ["| task | metric | mean | 95 % interval | n |", "|---|---|---|---|---|"]
+    rows = []
     for name, task in evaluation["tasks"].items():
-        for metric, one in task["metrics"].items():
-            lines.append(f"| {name} | {metric} | {' | '.join(shown(metric, one))} |")
+        rows += [[name, metric, *shown(metric, estimate)] for metric, estimate in task["metrics"].items()]
         if "sacrebleu" in task:
-            lines.append(f"| {name} | sacreBLEU (corpus) | {task['sacrebleu']:.1f} | | {len(task['questions'])} |")
-    return "\n".join(lines)
+            rows.append([name, "sacreBLEU (corpus)", f"{task['sacrebleu']:.1f}", "", str(len(task["questions"]))])
+    return markdown_table(["task", "metric", "mean", "95 % interval", "n"], rows, "llrrr")
 
 
-def shown(metric: str, one: dict[str, float]) -> tuple[str, str, str]:
-    """Mean, interval and number as text: x 100, but for nats."""
+def shown(metric: str, estimate: dict[str, float]) -> tuple[str, str, str]:
+    """Mean, interval and number of values as text: in percent, but nats for unbounded metrics."""
     scale = 1 if metric in metrics.UNBOUNDED else 100
     digits = 2 if scale == 1 else 1
-    mean = f"{scale * one['mean']:.{digits}f}"
-    if "majority" in one:
-        mean += f" (majority {100 * one['majority']:.1f})"
-    return mean, f"{scale * one['low']:.{digits}f} to {scale * one['high']:.{digits}f}", str(int(one["count"]))
+    mean = f"{scale * estimate['mean']:.{digits}f}"
+    if "majority" in estimate:
+        mean += f" (majority {100 * estimate['majority']:.1f})"
+    interval = f"{scale * estimate['low']:.{digits}f} to {scale * estimate['high']:.{digits}f}"
+    return mean, interval, str(int(estimate["count"]))
 
 
-# -- two runs ----------------------------------------------------------------------------------------------------------
+# -- comparison of two evaluations -----------------------------------------------------------------------------------
 
 
 def compare(ours: Path, theirs: Path) -> list[dict[str, Any]]:
@@ -219,22 +218,18 @@ def compare(ours: Path, theirs: Path) -> list[dict[str, Any]]:
             detectable = statistics.minimum_detectable_effect(np.array(a) - np.array(b), families)
             rows.append({"task": task, "metric": metric} | estimate.as_dict() | {"p": p, "detectable": detectable})
     if not rows:
-        raise ValueError(f"{ours} and {theirs} share no question: they are of different tasks or objects")
+        raise ValueError(f"{ours} and {theirs} share no question: they hold answers to different tasks or objects")
     for row, p in zip(rows, statistics.holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = p
     return rows
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| task | metric | difference | 95 % interval | n | p | p (Holm) | detectable |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """What `compare` returned, as Markdown."""
+    header = ["task", "metric", "difference", "95 % interval", "n", "p", "p (Holm)", "detectable"]
+    lines = []
     for row in rows:
-        mean, interval, count = shown(row["metric"], row)
         scale = 1 if row["metric"] in metrics.UNBOUNDED else 100
-        lines.append(
-            f"| {row['task']} | {row['metric']} | {mean} | {interval} | {count} | {row['p']:.4f} | {row['p_holm']:.4f} "
-            f"| {scale * row['detectable']:.2f} |"
-        )
-    return "\n".join(lines)
+        tests = [f"{row['p']:.4f}", f"{row['p_holm']:.4f}", f"{scale * row['detectable']:.2f}"]
+        lines.append([row["task"], row["metric"], *shown(row["metric"], row), *tests])
+    return markdown_table(header, lines, "llrrrrrr")

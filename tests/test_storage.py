@@ -1,7 +1,11 @@
-"""What is on disk is complete or absent, and loads whole or not at all."""
+"""Files are complete or absent, load completely or not at all; locks, hashes and the origin of a result."""
 
+import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -164,10 +168,73 @@ def test_only_safetensors_and_json_are_written(tmp_path):
     assert "0.exp_avg" in load_file(tmp_path / "optimizer.safetensors")
 
 
-def test_the_commit_is_named_where_there_is_no_git(monkeypatch, tmp_path):
-    assert storage.commit()
+def test_the_hash_of_files_is_that_of_their_contents_in_order(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"x" * 5_000_000)  # more than one block
+    second.write_bytes(b"y")
+    assert storage.file_hash(first, second) == hashlib.sha256(b"x" * 5_000_000 + b"y").hexdigest()
+    assert storage.file_hash(second, first) != storage.file_hash(first, second)
+
+
+CPU = torch.device("cpu")
+# of result files that were written earlier
+FIELDS = {"device", "driver", "torch", "triton", "numpy", "python", "commit", "uncommitted_changes", "date"}
+
+
+def test_the_origin_of_a_result_names_device_versions_and_commit():
+    origin = storage.provenance(CPU)
+    assert FIELDS <= origin.keys()
+    assert origin["torch"] == torch.__version__ and origin["packages"]["transformers"] == origin["transformers"]
+    assert origin["device"].endswith(f"threads: {torch.get_num_threads()}")
+    if (storage.ROOT / ".git").exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=storage.ROOT, capture_output=True, text=True).stdout
+        assert head.startswith(origin["commit"]) and len(origin["commit"]) == 12
+
+
+def test_without_git_and_other_programs_the_origin_says_what_it_can(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("POINTALIGN_COMMIT", "abc123")
-    assert storage.commit() == "abc123"
+    origin = storage.provenance(CPU)
+    assert FIELDS <= origin.keys()
+    assert (origin["commit"], origin["uncommitted_changes"], origin["driver"]) == ("abc123", None, None)
+    assert origin["device"].startswith(storage.platform.machine())
     monkeypatch.delenv("POINTALIGN_COMMIT")
-    assert storage.commit() is None
+    assert storage.provenance(CPU)["commit"] is None
+
+
+def test_the_commit_of_another_repository_is_not_ours(monkeypatch, tmp_path):
+    """An installed package may lie in a folder, such as a virtual environment, that a repository contains."""
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "theirs"], cwd=tmp_path, check=True)
+    monkeypatch.setattr(storage, "ROOT", tmp_path)
+    monkeypatch.setattr(storage, "__file__", str(tmp_path / "storage.py"))
+    monkeypatch.delenv("POINTALIGN_COMMIT", raising=False)
+    assert storage.provenance(CPU)["commit"] is None
+
+
+# -- locks -------------------------------------------------------------------------------------------------------------
+
+TRY_LOCK = """
+import sys
+from pathlib import Path
+from pointalign.storage import lock
+with lock(Path(sys.argv[1]), wait=False) as held:
+    print(held)
+"""
+
+
+def lock_in_another_process(path) -> str:
+    command = [sys.executable, "-c", TRY_LOCK, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="without flock there is no lock")
+def test_one_process_at_a_time_holds_a_lock(tmp_path):
+    path = tmp_path / "new folder" / "name.lock"
+    with storage.lock(path) as held:
+        assert held and lock_in_another_process(path) == "False\n"
+    assert lock_in_another_process(path) == "True\n"
+    with pytest.raises(KeyError), storage.lock(path):
+        raise KeyError
+    assert lock_in_another_process(path) == "True\n"

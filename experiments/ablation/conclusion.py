@@ -1,0 +1,122 @@
+"""The result of an ablation in words: what is shown and what is not."""
+
+from typing import Any
+
+from experiments.ablation.measure import PRIMARY, SECOND
+from experiments.ablation.train_arm import Arm
+from pointalign.evaluation.probe import SIMILARITY
+
+METHOD = "alignment"  # the arm that is the paper's method
+LEVEL = 0.05
+SIGNED = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+Row = dict[str, Any]  # see `comparison.compare_arms`
+
+
+def direction(difference: dict[str, float]) -> int:
+    """1 or -1 where a difference is shown: its interval excludes zero and its corrected p-value is below 5 %; else 0.
+
+    For a difference without a corrected p-value, the interval alone decides.
+    """
+    if difference.get("p_holm", 0) >= LEVEL:
+        return 0
+    return int(difference["low"] > 0) - int(difference["high"] < 0)
+
+
+def conclusion(rows: list[Row], baseline: str, arms: dict[str, Arm]) -> list[str]:
+    """A paragraph for each question that the runs answer; none if the method was not compared with the baseline."""
+    by_name = {row["arm"]: row for row in rows}
+    method = by_name.get(METHOD, {})
+    if "differences" not in method:
+        return []
+    controls = [row for row in rows if row["arm"] in arms and arms[row["arm"]].is_control]
+    paragraphs = [
+        _method(method, baseline),
+        _controls(method, controls, baseline),
+        _other_arms(rows, baseline),
+        _what_alignment_asks_for(method, baseline),
+        _what_captions_omit(method, baseline),
+    ]
+    return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def _method(method: Row, baseline: str) -> str:
+    primary, second = method["differences"][PRIMARY], method["differences"][SECOND]
+    verdict = {
+        1: f"Shown: {METHOD} raises the {PRIMARY}.",
+        -1: f"Shown: {METHOD} lowers the {PRIMARY}.",
+        0: f"Not shown: these runs cannot tell {METHOD} from {baseline}.",
+    }
+    return (
+        f"{METHOD.capitalize()} against {baseline}, {len(primary['per_seed'])} paired seeds, {primary['count']} "
+        f"objects: {PRIMARY} {SIGNED.format(**primary)} nats, p = {primary['p']:.3f} ({primary['p_holm']:.3f} after "
+        f"Holm's correction); a true effect of {primary['detectable']:.3f} is detected with 80 % power. "
+        f"{SECOND.capitalize()} {100 * second['mean']:+.1f} points "
+        f"[{100 * second['low']:+.1f}, {100 * second['high']:+.1f}], "
+        f"p = {second['p_holm']:.3f} after correction. {verdict[direction(primary)]}"
+    )
+
+
+def _controls(method: Row, controls: list[Row], baseline: str) -> str:
+    if not controls:
+        return ""
+    if direction(method["differences"][PRIMARY]) <= 0:
+        names = ", ".join(row["arm"] for row in controls)
+        return f"No gain of {METHOD} is shown, so there is none that its controls ({names}) could explain."
+    return " ".join(_against_control(row, baseline) for row in controls)
+
+
+def _against_control(row: Row, baseline: str) -> str:
+    name = row["arm"]
+    from_method = row.get(f"differences from {METHOD}", {}).get(PRIMARY)
+    if from_method and direction(from_method) < 0:
+        return f"{METHOD.capitalize()} beats {name}."
+    from_baseline = direction(row["differences"][PRIMARY])
+    if from_baseline > 0:
+        return f"{name.capitalize()} helps too, and is not shown to help less: plain regularisation may explain both."
+    if from_baseline < 0:
+        return f"{name.capitalize()} is shown to be worse than {baseline}, but not to be worse than {METHOD}."
+    return f"{name.capitalize()} cannot be told from {METHOD} or from {baseline}."
+
+
+def _other_arms(rows: list[Row], baseline: str) -> str:
+    shown = []
+    for row in rows:
+        differences = row.get("differences", {})
+        seeds = differences.get("seeds", [])
+        if row["arm"] != METHOD and len(seeds) > 1 and direction(differences[PRIMARY]):
+            shown.append(f"{row['arm']} {SIGNED.format(**differences[PRIMARY])} over {len(seeds)} seeds")
+    return f"Shown for other arms, {PRIMARY} less {baseline}: {', '.join(shown)}." if shown else ""
+
+
+def _what_alignment_asks_for(method: Row, baseline: str) -> str:
+    differences = method["differences"]
+    if SIMILARITY[0] not in differences:
+        return ""
+    change = {
+        1: "more of the held-out objects' Q-Former tokens than",
+        -1: "less of the held-out objects' Q-Former tokens than",
+        0: "no more of the held-out objects' Q-Former tokens, as far as is shown, than",
+    }
+    measured = ", ".join(f"{measure} {SIGNED.format(**differences[measure])}" for measure in SIMILARITY)
+    return (
+        f"What {METHOD} asks for: at layer {method['layer']}, a projector fitted after training reads "
+        f"{change[direction(differences[SIMILARITY[0]])]} it reads after {baseline}. {METHOD.capitalize()} less "
+        f"{baseline} over {differences[SIMILARITY[0]]['count']} seeds, without correction: {measured}."
+    )
+
+
+def _what_captions_omit(method: Row, baseline: str) -> str:
+    difference = method["differences"].get("set B")
+    if not difference:
+        return ""
+    verdict = {
+        1: f"Shown, for these objects: {METHOD} keeps more of it.",
+        -1: f"Shown, for these objects: {METHOD} keeps less of it.",
+        0: f"Not shown: that {METHOD} keeps more of it.",
+    }
+    return (
+        f"What captions never mention (set B), read by linear probes at the last layer: {METHOD} less {baseline} "
+        f"{SIGNED.format(**difference)} on average over properties (accuracy or R2), an interval over "
+        f"{difference['count']} seeds. {verdict[direction(difference)]}"
+    )

@@ -1,0 +1,216 @@
+"""Training of one arm of an ablation, with the losses of `pointalign.trainer.AlignedModel`.
+
+All arms of a seed have the same start, steps, data order and dropout; they differ in the alignment loss alone.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pointalign.alignment import AlignmentConfig
+from pointalign.evaluation.answering import encode
+from pointalign.evaluation.objects import Material
+from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+from pointalign.models.modeling import PointFeatures
+from pointalign.trainer import AlignedModel
+
+SPANS = ("points", "release")
+STATES = ("attached", "detached")
+SOURCES = ("own", "other", "mean", "random")
+
+
+@dataclass
+class Arm:
+    """What distinguishes an arm from the others.
+
+    Attributes:
+        weight: lambda; None is the recipe's, 0 trains with the next-token loss alone.
+        layer: aligned layers; empty is the default layer.
+        target: `qformer`, `encoder` or `llm:<layer>`, as in `AlignmentConfig`.
+        span: places whose hidden states are aligned, as in `AlignmentConfig`: the `points`, or as in the published code
+            (`release`) the last places of the longest question, whatever stands there.
+        states: with `detached`, the loss trains the alignment projector but not the language model.
+        source: the target tokens: those of the cloud (`own`), of an`other` cloud of the batch, the `mean` of each query
+            over the training clouds, or `random` vectors, fixed for each cloud.
+        blind: train and evaluate with zeros in place of the Q-Former tokens.
+        captions: share of the training objects that are used.
+        seeds: number of paired seeds; None is the recipe's.
+    """
+
+    weight: float | None = None
+    layer: list[int] = field(default_factory=list)
+    target: str = "qformer"
+    span: str = "points"
+    states: str = "attached"
+    source: str = "own"
+    blind: bool = False
+    captions: float = 1.0
+    seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("span", SPANS), ("states", STATES), ("source", SOURCES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"arm: {name}={getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if self.source != "own" and self.target != "qformer":
+            raise ValueError(f"arm: source={self.source!r} is defined for the qformer target, not for {self.target!r}")
+        if self.blind and self.weight != 0:
+            raise ValueError(f"arm: blind needs weight 0, got {self.weight}: without clouds there is nothing to align")
+        if not 0 < self.captions <= 1:
+            raise ValueError(f"arm: captions={self.captions}, expected a share above 0 and up to 1")
+
+    @property
+    def is_control(self) -> bool:
+        """Whether this arm aligns with wrong places or targets, or without effect, so that it should not help."""
+        return self.span == "release" or self.states == "detached" or self.source != "own"
+
+
+@dataclass
+class Schedule:
+    """Training of every arm: AdamW, linear warm-up over a tenth of the steps, then a cosine to zero."""
+
+    steps: int = 60
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    max_length: int = 160
+
+
+class TargetFromBatch(AlignedModel):
+    """An `AlignedModel` whose batches bring their target tokens: for controls, and for cached encoder tokens."""
+
+    target_tokens: Tensor
+
+    def forward(self, point_mask: Tensor, target_tokens: Tensor, **inputs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """As `AlignedModel.forward`, with targets `[C, Q, D]`."""
+        self.target_tokens = target_tokens
+        return super().forward(point_mask, **inputs)
+
+    def target(self, features: PointFeatures, hidden: dict[int, Tensor]) -> Tensor:
+        return self.target_tokens.flatten(0, 1)
+
+
+def aligned_model(model: PointAlignForConditionalGeneration, arm: Arm, weight: float, seed: int) -> AlignedModel:
+    """The training form of an arm; `weight` is lambda. The arm that is the paper's method is an `AlignedModel`."""
+    config = AlignmentConfig(weight=weight, layer=arm.layer, target=arm.target, seed=seed, span=arm.span)
+    brings_targets = weight > 0 and (arm.source != "own" or arm.target == "encoder")
+    aligned = (TargetFromBatch if brings_targets else AlignedModel)(model, config)
+    if aligned.alignment is not None:
+        aligned.alignment.to(model.device)
+        if arm.states == "detached":
+            aligned.alignment.register_forward_pre_hook(_detach_states)
+    return aligned
+
+
+def _detach_states(_module: nn.Module, inputs: tuple) -> tuple:
+    hidden, *others = inputs
+    return {layer: states.detach() for layer, states in hidden.items()}, *others
+
+
+def target_table(arm: Arm, train: Material, seed: int) -> Tensor:
+    """Target tokens `[C, Q, D]` of all training clouds, for an arm whose model is a `TargetFromBatch`."""
+    if arm.target == "encoder":
+        return train.encoder
+    if arm.source == "mean":
+        return train.features.mean(dim=0).expand_as(train.features)
+    if arm.source == "random":
+        return torch.randn(train.features.shape, generator=torch.Generator().manual_seed(seed))
+    return train.features
+
+
+def train_arm(
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    arm: Arm,
+    weight: float,
+    train: Material,
+    schedule: Schedule,
+    seed: int,
+    description: str,
+) -> dict[str, list[float]]:
+    """Train the parts that require gradients, in place.
+
+    The order of the data and the dropout depend on the seed alone, so that arms of one seed are paired.
+
+    Returns:
+        `ntp` and `alignment`, the losses of every step.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    used = rng.permutation(len(train.labels))[: max(schedule.batch_size, round(arm.captions * len(train.labels)))]
+    aligned = aligned_model(model, arm, weight, seed)
+    targets = target_table(arm, train, seed) if isinstance(aligned, TargetFromBatch) else None
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    projector = [] if aligned.alignment is None else list(aligned.alignment.parameters())
+    optimizer = torch.optim.AdamW([*trained, *projector], lr=schedule.learning_rate, weight_decay=0.0)
+    rate = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, schedule.learning_rate, total_steps=schedule.steps, pct_start=0.1, cycle_momentum=False
+    )
+    aligned.train()
+    history: dict[str, list[float]] = {"ntp": [], "alignment": []}
+    order = np.array([], dtype=int)
+    for _ in tqdm(range(schedule.steps), desc=description, unit="step", leave=False):
+        while len(order) < schedule.batch_size:
+            order = np.concatenate([order, rng.permutation(used)])
+        rows, order = order[: schedule.batch_size], order[schedule.batch_size :]
+        batch = training_batch(processor, train, rows, rng, schedule.max_length, arm.blind)
+        if targets is not None:
+            batch["target_tokens"] = targets[np.roll(rows, 1) if arm.source == "other" else rows]
+        losses = aligned(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+        if not torch.isfinite(losses["loss"]):
+            raise FloatingPointError(f"{description}: the loss is {losses['loss'].item()}")
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        # The projector is not clipped, and its gradient must not shrink that of the language model.
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        rate.step()
+        history["ntp"].append(losses["ntp_loss"].item())
+        history["alignment"].append(losses["alignment_loss"].item())
+    return history
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters that train."""
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Undo what training changed since `trainable_state`."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in state:
+                parameter.copy_(state[name])
+
+
+def training_batch(
+    processor: PointAlignProcessor,
+    train: Material,
+    rows: np.ndarray,
+    rng: np.random.Generator,
+    max_length: int,
+    blind: bool,
+) -> dict[str, Tensor]:
+    """Inputs of a conversation, drawn at random, of each object in `rows`, with labels on the answer."""
+    conversations = []
+    for row in rows:
+        pairs = train.conversations[row]
+        question, answer = pairs[int(rng.integers(len(pairs)))]
+        content = [{"type": "point", "point": None}, {"type": "text", "text": question}]
+        assistant = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        conversations.append([{"role": "user", "content": content}, assistant])
+    features = train.features[rows]
+    return encode(
+        processor,
+        conversations,
+        torch.zeros_like(features) if blind else features,
+        add_generation_prompt=False,
+        return_labels=True,
+        truncation=True,
+        max_length=max_length,
+    )
