@@ -103,6 +103,11 @@ class IndexedConversations(Sequence[Conversation]):
         self._lengths = array("q", [self._lengths[i] for i in places])
         self.object_ids = [self.object_ids[i] for i in places]
 
+    @property
+    def entry_bytes(self) -> Sequence[int]:
+        """The length of every entry in the file: what is known of a conversation without parsing it."""
+        return self._lengths
+
     def __len__(self) -> int:
         return len(self.object_ids)
 
