@@ -256,9 +256,9 @@ def file_hash(path: Path) -> str:
 def warm_up(model: Any, processor: Any, options: "Options") -> None:
     from pointalign import assets
     from pointalign.embedded import warm_up
-    from pointalign.evaluation.naming import load_objects
+    from pointalign.evaluation.objects import embedded_objects
 
-    objects = load_objects(assets.furniture(options.data.fold), "train")
+    objects = embedded_objects(assets.embedded_objects(options.data.fold), "train")
     warm_up.warm_up_point_branch(
         model,
         processor,

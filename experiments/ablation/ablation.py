@@ -28,7 +28,7 @@ from experiments.ablation.recipe import Recipe, read_recipe
 from pointalign import build, stage_file, storage
 from pointalign.build import file_hash
 from pointalign.evaluation import objects
-from pointalign.evaluation.objects import Material
+from pointalign.evaluation.objects import EncodedObjects
 from pointalign.evaluation.probe import probe_layers, qformer_probes, spaced
 from pointalign.evaluation.results import versions
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
@@ -65,7 +65,7 @@ def run_ablation(
         model, processor = starting_model(recipe)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         with lock(shared):
-            train, held_out = load_objects(recipe, model, processor, folder / "features")
+            train, held_out = load_objects(recipe, model, processor)
             if not (folder / "ceiling.json").exists():
                 storage.write_json(folder / "ceiling.json", qformer_probes(train, held_out))
         start = {key: value.clone() for key, value in model.state_dict().items() if key in _trainable(model)}
@@ -89,14 +89,14 @@ def run_ablation(
 
 
 def load_objects(
-    recipe: Recipe, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, cache: Path
-) -> tuple[Material, Material]:
+    recipe: Recipe, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor
+) -> tuple[EncodedObjects, EncodedObjects]:
     """Training and held-out objects of `recipe.data`."""
     if recipe.data == "furniture":
-        return objects.load(model, processor, cache, recipe.train, recipe.held_out, recipe.fold)
+        return objects.load(model, processor, recipe.train, recipe.held_out, recipe.fold)
     return (
-        shapes.objects(model, processor, "train", cache, recipe.train),
-        shapes.objects(model, processor, "test", cache, recipe.held_out),
+        shapes.objects(model, processor, "train", recipe.train),
+        shapes.objects(model, processor, "test", recipe.held_out),
     )
 
 
@@ -162,8 +162,8 @@ def run_arm(
     recipe: Recipe,
     name: str,
     seed: int,
-    train: Material,
-    held_out: Material,
+    train: EncodedObjects,
+    held_out: EncodedObjects,
 ) -> dict[str, Any]:
     """Train one arm and measure it on the held-out objects."""
     arm = recipe.arms[name]

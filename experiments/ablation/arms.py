@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from pointalign.alignment import Alignment, AlignmentConfig, LayerTap
 from pointalign.evaluation.answering import encode
-from pointalign.evaluation.objects import Material
+from pointalign.evaluation.objects import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 SPANS = ("points", "release")
@@ -80,7 +80,9 @@ class ArmLoss:
         train: for the mean target and the random ones.
     """
 
-    def __init__(self, model: PointAlignForConditionalGeneration, arm: Arm, weight: float, train: Material, seed: int):
+    def __init__(
+        self, model: PointAlignForConditionalGeneration, arm: Arm, weight: float, train: EncodedObjects, seed: int
+    ):
         self.model, self.arm, self.weight = model, arm, weight
         self.alignment: Alignment | None = None
         if weight == 0:
@@ -138,7 +140,7 @@ def train_arm(
     processor: PointAlignProcessor,
     arm: Arm,
     weight: float,
-    train: Material,
+    train: EncodedObjects,
     schedule: Schedule,
     seed: int,
     description: str,
@@ -187,7 +189,7 @@ def train_arm(
 
 def training_batch(
     processor: PointAlignProcessor,
-    train: Material,
+    train: EncodedObjects,
     rows: np.ndarray,
     rng: np.random.Generator,
     max_length: int,

@@ -8,7 +8,7 @@ import torch
 
 from experiments.ablation.arms import Arm, Schedule, train_arm
 from experiments.ablation.measure import measure
-from pointalign.evaluation.objects import Material
+from pointalign.evaluation.objects import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 QUESTIONS = {
@@ -21,7 +21,7 @@ QUESTIONS = {
 STEPS = 40
 
 
-def about(material: Material, name: str, middle: float | None) -> Material:
+def about(material: EncodedObjects, name: str, middle: float | None) -> EncodedObjects:
     """The same objects with one question about property `name`; numbers are asked as above `middle` or not."""
     values = material.properties[name]
     if isinstance(values[0], str):
@@ -40,8 +40,8 @@ def about(material: Material, name: str, middle: float | None) -> Material:
 def few_shot(
     model: PointAlignForConditionalGeneration,
     processor: PointAlignProcessor,
-    train: Material,
-    held_out: Material,
+    train: EncodedObjects,
+    held_out: EncodedObjects,
     counts: Sequence[int],
     schedule: Schedule,
     seed: int,
