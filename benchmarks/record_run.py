@@ -40,9 +40,9 @@ def draw_cloud(axis: plt.Axes, cloud: np.ndarray, azimuth: float = 0.6, elevatio
 
 def gallery(accuracy: dict, path: Path, count: int = 8, seed: int = 1) -> None:
     from pointalign import assets
-    from pointalign.evaluation.naming import load_objects
+    from pointalign.evaluation.objects import embedded_objects
 
-    objects = load_objects(assets.furniture(), accuracy["split"])
+    objects = embedded_objects(assets.embedded_objects(), accuracy["split"])
     answers = {row["object_id"]: row for row in accuracy["objects"]}
     order = np.random.default_rng(seed).permutation(len(objects.records))
     _, first = np.unique([objects.families[i] for i in order], return_index=True)

@@ -22,7 +22,7 @@ from provenance import ROOT
 from turns import quantiles
 
 from pointalign import assets, chat
-from pointalign.build import load_for_inference
+from pointalign.build import load
 from pointalign_kernels import farthest_point_sample, group_points, point_ops
 
 QUESTION = "What is this?"
@@ -108,7 +108,7 @@ def test_first_token_from_the_start(benchmark, small, record_race, tmp_path):
 
 
 def test_first_token_of_a_loaded_model(device, race, record_race):
-    model, processor = load_for_inference(chat.DEFAULT_CHECKPOINT)
+    model, processor, _ = load(chat.DEFAULT_CHECKPOINT)
     content = [{"type": "point", "point": coloured_cloud()}, {"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": content}]
 

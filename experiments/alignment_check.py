@@ -70,12 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
 
     from pointalign import assets, storage
-    from pointalign.evaluation.naming import load_objects
+    from pointalign.evaluation.objects import embedded_objects
     from pointalign.options import parse
     from pointalign.train import describe, keep_freed_memory, make_trainer
 
     keep_freed_memory()
-    objects = load_objects(assets.furniture(), chosen.split)
+    objects = embedded_objects(assets.embedded_objects(), chosen.split)
     results: dict[str, dict[str, float]] = {}
     options = None
     for name, parts in ARMS.items():

@@ -274,9 +274,9 @@ def load_warm_up(
 def warm_up(model: "PointAlignForConditionalGeneration", processor: "PointAlignProcessor", options: "Options") -> None:
     from pointalign import assets
     from pointalign.embedded import warm_up
-    from pointalign.evaluation.naming import load_objects
+    from pointalign.evaluation.objects import embedded_objects
 
-    objects = load_objects(assets.furniture(options.data.fold), "train")
+    objects = embedded_objects(assets.embedded_objects(options.data.fold), "train")
     warm_up.warm_up_point_branch(
         model,
         processor,

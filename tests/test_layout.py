@@ -19,7 +19,7 @@ LAYERS = [
     ["pointalign.embedded.facts", "pointalign.embedded.catalogue"],
     ["pointalign.assets"],
     ["pointalign.data"],
-    ["pointalign.embedded.procedural", "pointalign.embedded.solids"],
+    ["pointalign.embedded.neighbours", "pointalign.embedded.procedural", "pointalign.embedded.procedural_parts"],
     ["pointalign.models"],
     ["pointalign.efficient"],
     ["pointalign.embedded.warm_up"],

@@ -180,5 +180,5 @@ def data_paths(options: "Options") -> tuple[Path, Path | list[Path]]:
         return Path(options.data.annotations), [Path(one) for one in ([clouds] if isinstance(clouds, str) else clouds)]
     from pointalign import assets
 
-    furniture = assets.furniture(options.data.fold)
-    return furniture / "annotations" / "train.json", furniture / "clouds"
+    folder = assets.embedded_objects(options.data.fold)
+    return folder / "annotations" / "train.json", folder / "clouds"
