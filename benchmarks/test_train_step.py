@@ -392,18 +392,6 @@ def test_the_papers_batches(benchmark, record):
         record("train_step_stage", {"shape": SHAPE, "batches": STAGE, **described(E), **result})
 
 
-@pytest.mark.parametrize("part", [False, True], ids=["apart", "onto-the-residual"])
-def test_outputs_onto_the_residual(benchmark, record, part):
-    """The part `residual`, with Phi-2's residual dropout taken out: with it, the part has nothing to take over."""
-    parts = tuple(one for one in fused_parts.PARTS if part or one != "residual")
-    row = E._replace(name=f"e without residual dropout, {'with' if part else 'without'} residual", parts=parts)
-    config = text_config()
-    config.resid_pdrop = 0.0
-    result = run_row(benchmark, row, config, RANK, 40 if CUDA else 5)
-    if result is not None:
-        record("train_step_residual", {"shape": SHAPE, **described(row), **result})
-
-
 @pytest.mark.parametrize("samples", (4, 8, 16, 32) if CUDA else (2, 4, 8))
 def test_cost_is_linear_in_tokens(benchmark, record, samples):
     result = run_row(benchmark, E, text_config(), RANK, 20 if CUDA else 3, (samples,) * len(BATCHES))

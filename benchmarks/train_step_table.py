@@ -107,19 +107,6 @@ def _stage(steps: list[dict[str, Any]], stages: list[dict[str, Any]]) -> str:
     return title + _table(["device", "samples a step", "steps measured", "minutes"], lines)
 
 
-def _residual(results: list[dict[str, Any]]) -> str:
-    lines = [
-        [result["provenance"]["device"], row["name"], f"{row['samples_per_second']:.1f}"]
-        for result in results
-        for row in result["rows"]
-        if row["seconds"]
-    ]
-    if not lines:
-        return ""
-    title = "`dense` and `fc2` onto the residual: Phi-2 comes with residual dropout, which keeps them apart.\n\n"
-    return title + _table(["device", "row", "samples/s"], lines)
-
-
 def _predictions(results: list[dict[str, Any]]) -> str:
     lines = []
     for card in ("H100", "RTX 4090", "RTX 3090"):
@@ -163,7 +150,7 @@ def train_step() -> str:
     results = load("train_step")
     _plot(load("train_step_tokens"))
     sections = [*(_measured(result) for result in results), _predictions(results)]
-    sections += [_stage(results, load("train_step_stage")), _residual(load("train_step_residual"))]
+    sections += [_stage(results, load("train_step_stage"))]
     return "\n".join(section for section in sections if section)
 
 
