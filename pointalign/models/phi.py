@@ -37,7 +37,7 @@ class PointAlignPhiConfig(PhiConfig):
 
 
 class Fp32LayerNorm(nn.LayerNorm):
-    """Computes in fp32 and returns the input's dtype: its weights train, and half precision would round updates away."""
+    """Computes in fp32, returns the dtype of the input: its weights train, half precision would round updates away."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()

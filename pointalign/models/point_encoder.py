@@ -56,7 +56,7 @@ def _as_linear(convolution: nn.Conv1d) -> tuple[Tensor, Tensor]:
 def _folded(convolution: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     """The weight `[out, in]` and bias of a 1x1 convolution followed by a BatchNorm in eval mode, folded in fp64."""
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("expected a BatchNorm with running statistics, this one has none that could be folded")
+        raise ValueError("a BatchNorm with no running statistics cannot be folded: expected track_running_stats")
     weight, bias = (tensor.double() for tensor in _as_linear(convolution))
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     shift = torch.zeros_like(scale)
