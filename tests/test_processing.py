@@ -82,7 +82,7 @@ def test_control_tokens_outside_the_special_tokens_map_are_plain_text_too(typed,
     special = ["<|start_header_id|>", "<<|", "<<<"]
     llama.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     llama.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>", "   ")])
-    llama.chat_template = "{% for m in messages %}<|start_header_id|>{{ m['content'] }}   <think>{% endfor %}"
+    llama.chat_template = "{% for m in messages %}<|start_header_id|>{{ m['content'] }}   <think></think>{% endfor %}"
     assert not {*special, "<think>"} & set(llama.all_special_tokens)
     processor = PointAlignProcessor(PointAlignFeatureExtractor(256, 8), llama, num_query_tokens=Q)
     ordinary, odd = (tensors(processor, [user(text, clouds[0])]) for text in ("a", typed))
