@@ -73,7 +73,7 @@ def test_packed_and_fused_runs_equal_the_plain_one(run, capsys):
     assert "memory of a training step" in capsys.readouterr().out
     assert_same(run("packed", "--data.packing", "true"), plain)
     assert_same(run("fused", "--data.packing", "true", "--fused"), plain)
-    assert "fused: lora (24), merged (4), residual (4), gelu (4)" in capsys.readouterr().out
+    assert "fused: lora (24), merged (4), gelu (4)" in capsys.readouterr().out
     assert_same(run("parts", "--fused", "--fused_parts", "[gelu,norms]"), plain)
     assert "fused: gelu (4), norms (5)\n" in capsys.readouterr().out
     assert_same(run("checkpointed", "--fused", "--training.gradient_checkpointing", "true"), plain)
@@ -292,7 +292,7 @@ def test_the_recipe_for_24_gb_trains_the_published_phi(tmp_path, tokenizer, caps
         logs[name] = json.loads((folder / "stage.json").read_text())["last_log"]
     assert_same(logs["fused"], logs["plain"])
     assert_same(logs["once"], logs["plain"])
-    assert "fused: lora (8), merged (0), residual (0), gelu (4), swiglu (0), norms (0)" in capsys.readouterr().out
+    assert "fused: lora (8), merged (0), gelu (4), swiglu (0), norms (0)" in capsys.readouterr().out
     state = load_file(tmp_path / "fused" / "stage.safetensors")
     before = model.state_dict()
     norms = [name for name in state if ".language_model." in name and name.endswith("layernorm.weight")]
