@@ -21,12 +21,12 @@ from pointalign.evaluation.answering import (
     prompt_batch,
     with_input,
 )
+from pointalign.evaluation.objects import annotated_objects
 from pointalign.evaluation.tasks import (
     PER_KIND,
     PROMPTS,
     Question,
     Task,
-    annotated_objects,
     build_tasks,
     chosen,
     geometry_questions,
