@@ -21,12 +21,12 @@ from pointalign.evaluation.answering import (
     prompt_batch,
     with_input,
 )
+from pointalign.evaluation.objects import annotated_objects
 from pointalign.evaluation.tasks import (
     PER_KIND,
     PROMPTS,
     Question,
     Task,
-    annotated_objects,
     build_tasks,
     chosen,
     geometry_questions,
@@ -197,7 +197,7 @@ def test_compare_pairs_the_questions(tmp_path):
 
 def test_annotated_objects_take_the_first_answer():
     objects = annotated_objects(CLOUDS / "annotations.json", CLOUDS)
-    assert objects.ids == NAMES and all(objects.truths.values())
+    assert objects.ids == NAMES and all(objects.truths)
     assert objects.cloud(NAMES[0]).shape[1] == 6
     assert objects.first(3).ids == [NAMES[0], NAMES[round(3.5)], NAMES[-1]]
     [captioning] = build_tasks("captioning", objects)

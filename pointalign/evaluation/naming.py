@@ -20,7 +20,7 @@ from pointalign.evaluation.statistics import Estimate, cluster_mean, paired_diff
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 CHAMFER_POINTS, COARSE_POINTS, SHORTLIST = 1024, 256, 32
-CHAMFER_CHUNK = 8  # reference clouds at a time: their distances stay in the processor's cache
+CHAMFER_CHUNK = 2  # reference clouds at a time: their distances stay in the processor's cache
 QUESTION = "What is this?"
 PAIRS = (  # which method is tested against which, where both were run
     ("model, random yaw", "1-NN Chamfer, random yaw"),
