@@ -39,7 +39,7 @@ STAGES: list[tuple[str, list[str]]] = [
     ("benchmarks", [f"{PYTEST} benchmarks --benchmark-only --results {{output}}"]),
     # needs the embedded assets, see pointalign.assets
     ("scratch", [f"{sys.executable} -m pointalign.train scratch --training.output_dir {{output}}/scratch"]),
-    ("experiments", [f"{sys.executable} -m pointalign.evaluate ablation full --output {{output}}/ablation_full"]),
+    ("experiments", [f"{sys.executable} -m experiments.ablation full --output {{output}}/ablation_full"]),
     ("folds", [f"{sys.executable} -m experiments.folds --seeds 3 --output {{output}}/ablation_folds"]),
 ]
 

@@ -5,8 +5,8 @@ and Q-Former never see a family of the fold, and the ablation runs from that sta
 folds are compared as one set: paired by seed, clustered by family, corrected over arms. The interval treats families as
 independent, although those of a fold share a stage 1, of which there are five.
 
-Finished work is kept: the same command continues where it was stopped. Two processes may share the folds, `--folds 0 1 2`
-and `--folds 3 4`; the last to finish writes the result.
+Finished work is kept: the same command continues where it was stopped. Two processes may share the folds, `--folds 0 1
+2` and `--folds 3 4`; the last to finish writes the result.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from experiments.ablation.recipe import Recipe, read_recipe
 from pointalign import stage_file, storage, train
 from pointalign.embedded import catalogue
 from pointalign.trainer import checkpoints
+
+DIFFERENT = ("fold", "weights")  # keys of `recipe.json` that differ between folds: each has its stage 1
 
 
 def fold_parser(program: str, description: str | None, output: str) -> argparse.ArgumentParser:
@@ -124,9 +126,7 @@ def pool(recipe: Recipe, folder: Path) -> str:
     """
     folders = fold_folders(folder)
     recipes = [json.loads((fold / "recipe.json").read_text()) for fold in folders]
-    require_agreement(
-        folders, [{key: value for key, value in kept.items() if key not in DIFFERENT} for kept in recipes]
-    )
+    require_agreement(folders, [{key: fold[key] for key in fold if key not in DIFFERENT} for fold in recipes])
     counts: list[int] = []
     for arm, seed in recipe.plan():
         parts = [json.loads(run_file(fold, arm, seed).read_text()) for fold in folders]
@@ -137,9 +137,6 @@ def pool(recipe: Recipe, folder: Path) -> str:
     described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "fold")}
     storage.write_json(folder / "recipe.json", described | {"folds": catalogue.FOLDS})
     return summarise(folder, recipe)
-
-
-DIFFERENT = ("fold", "model", "weights")  # the keys of `recipe.json` in which folds may differ: each has its stage 1
 
 
 def join_runs(parts: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence_tables
 
 from experiments import held_out_naming
+from pointalign.embedded import catalogue
 
 
 def estimate(mean: float, **more) -> dict:
@@ -30,7 +31,7 @@ VERSIONS = {"device": "a card", "torch": "2", "commit": "abc"}
 
 def test_an_evaluation_is_shown_with_what_its_cloud_adds(results):
     def task(right: list[float]) -> dict:
-        rows = [{"id": str(i), "family": str(i), "values": {"head noun": one}} for i, one in enumerate(right)]
+        rows = [{"id": str(i), "family": str(i), "values": {"head noun": value}} for i, value in enumerate(right)]
         metrics = {"head noun": estimate(sum(right) / 4), "mentioned": estimate(0.9)}
         return {"kind": "classification", "metrics": metrics, "questions": rows}
 
@@ -51,7 +52,7 @@ def test_an_ablation_is_shown_with_what_it_says(results):
     row = {"seeds": [0, 1], "metrics": {"likelihood margin": estimate(0.2), "generated accuracy": estimate(0.3)},
            "layer": 3, "centred cosine": 0.1, "retrieval@1": 0.2, "CKA": 0.3, "retention": None, "few_shot": {},
            "probes at the Q-Former": {"noun": 0.4}, "probes at the last layer": {"noun": 0.25}}  # fmt: skip
-    difference = {"likelihood margin": estimate(0.07, p=0.5, p_holm=0.5, detectable=0.3)}
+    difference = {"seeds": [0, 1], "likelihood margin": estimate(0.07, p=0.5, p_holm=0.5, detectable=0.3)}
     arms = [row | {"arm": "no alignment"}, row | {"arm": "alignment", "differences": difference}]
     recipe = {"schedule": {"steps": 7, "batch_size": 2}, "weight": 0.1, "baseline": "no alignment"}
     content = {
@@ -64,7 +65,7 @@ def test_an_ablation_is_shown_with_what_it_says(results):
     (folder / "layers.png").touch()
     text = evidence_tables.ablation("ablation_objects")
     assert "Nothing is shown." in text and "7 steps of 2, lambda 0.1" in text and "commit abc, 2026-11-25" in text
-    assert "| alignment | +0.070 [-0.030, +0.170] | 0.500 | 0.300 |" in text
+    assert "| alignment | 0-1 | +0.070 [-0.030, +0.170] | 0.500 | 0.300 |" in text
     assert "| noun | 0.400 | 0.250 | 0.250 |" in text
     assert "](benchmarks/results/ablation_objects/layers.png)" in text and "differences.png" not in text
 
@@ -103,13 +104,13 @@ def finished_folds(tmp_path, monkeypatch):
 
 
 def test_objects_of_all_folds_count_as_one_set(finished_folds, capsys):
-    made = held_out_naming.pool(finished_folds)
-    every, alone = made["all folds"], made["objects of the test part"]
+    pooled = held_out_naming.pool(finished_folds)
+    every, alone = pooled["all folds"], pooled["objects of the test part"]
     assert list(every["accuracy"]) == METHODS and every["accuracy"]["model, shuffled clouds"]["all"]["mean"] == 0
-    assert every["accuracy"]["model, random yaw"]["all"]["count"] == 6 and len(made["objects"]) == 6
+    assert every["accuracy"]["model, random yaw"]["all"]["count"] == 6 and len(pooled["objects"]) == 6
     assert every["accuracy"]["1-NN Chamfer, random yaw"]["all"]["mean"] == pytest.approx(2 / 6)
-    tests = [one["tests"]["model, random yaw against 1-NN Chamfer, random yaw"] for one in (every, alone)]
-    assert [(one["mean"], one["count"]) for one in tests] == [(0.5, 4), (0.5, 2)]
+    tests = [part["tests"]["model, random yaw against 1-NN Chamfer, random yaw"] for part in (every, alone)]
+    assert [(test["mean"], test["count"]) for test in tests] == [(0.5, 4), (0.5, 2)]
     assert "all (n=6)" in capsys.readouterr().out
 
 
@@ -123,12 +124,12 @@ def test_folds_that_differ_are_not_pooled(key, finished_folds):
 def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tmp_path, monkeypatch, capsys):
     import report
 
-    asked = []
+    commands = []
 
     def train(command):
-        asked.append(command)
+        commands.append(command)
         folder = Path(command[-1].removeprefix("--training.output_dir="))
-        assert not folder.exists(), "what was stopped halfway is in the way"
+        assert not folder.exists(), "a run that was stopped halfway must be removed"
         shutil.copytree(finished_folds[int(folder.name[-1])], folder)
         return subprocess.CompletedProcess(command, 0)
 
@@ -136,14 +137,15 @@ def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tm
     (out / "fold-0").mkdir(parents=True)
     (out / "fold-0" / "options.json").write_text("{}")
     monkeypatch.setattr(held_out_naming.subprocess, "run", train)
-    monkeypatch.setattr(held_out_naming, "provenance", lambda device: {"date": "today"})
-    monkeypatch.setattr(held_out_naming, "FOLDS", 2)
+    monkeypatch.setattr(held_out_naming.storage, "provenance", lambda device: {"date": "today"})
+    monkeypatch.setattr(catalogue, "FOLDS", 2)
     monkeypatch.setattr(held_out_naming, "RESULT", result)
     for folds, unfinished in ((["1"], True), (["0", "1"], False)):
-        monkeypatch.setattr(sys, "argv", ["held_out_naming.py", "--output", str(out), "--folds", *folds])
-        assert held_out_naming.main() == 0
+        assert held_out_naming.main(["--output", str(out), "--folds", *folds]) == 0
         assert ("not finished: fold-0" in capsys.readouterr().out) == unfinished == (not result.exists())
-    assert [one[-2] for one in asked] == ["--data.fold=1", "--data.fold=0"], "a finished fold is not run again"
+    assert [command[-2] for command in commands] == ["--data.fold=1", "--data.fold=0"], (
+        "a finished fold is not run again"
+    )
     monkeypatch.setattr(report, "RESULTS", results)
     text = report.held_out_naming()
     assert "| noun occurs in training (n=4) | all embedded objects (n=6) |" in text and "commit abc" in text
