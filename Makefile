@@ -6,10 +6,15 @@ BIN := $(VENV)/bin
 # Without an NVIDIA GPU the CPU build of PyTorch is enough; its index is PyTorch's own.
 CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+# For the GPU rehearsal: an interpreter, and where its environment is (one that exists is taken as it is).
+PYTHON312 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
+  $$python -c "" 2>/dev/null && echo $$python && break; done)
+GPU_VENV ?= .venv-gpu
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-long check setup assets benchmark convert-benchmark alignment-check held-out-naming report clean
+.PHONY: train test test-long check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check \
+  held-out-naming report clean
 
 train: assets
 	$(BIN)/python -m pointalign.train $(ARGS)
@@ -29,7 +34,10 @@ convert-benchmark: setup
 	$(BIN)/python benchmarks/convert_full_size.py
 
 benchmark: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results $(ARGS)
+
+gpu-rehearsal:
+	benchmarks/gpu_rehearsal.sh "$(PYTHON312)" $(GPU_VENV)
 
 alignment-check: assets
 	$(BIN)/python -m experiments.alignment_check $(ARGS)
@@ -57,4 +65,4 @@ $(VENV)/.complete: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-gpu build *.egg-info

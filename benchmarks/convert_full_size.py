@@ -142,7 +142,6 @@ def main() -> None:
         "with hashes and self-test; other work ran on the machine" if os.getloadavg()[0] > 2 else
         "conversion of Phi-2, Q-Former, point encoder and stage 3 at the published sizes, random weights, with hashes "
         "and self-test",
-        "load_average": [round(one, 1) for one in os.getloadavg()],
         "runs": rows,
         "limits": {"seconds": LIMIT_SECONDS, "peak_resident_gb": LIMIT_BYTES / 1e9},
     }  # fmt: skip

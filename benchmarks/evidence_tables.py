@@ -1,4 +1,4 @@
-"""The evidence sections of benchmarks/report.py: held-out evaluation, ablations and probes, from their files alone.
+"""Sections of docs/results.md: held-out evaluation, ablations and probes, from their result files alone.
 
 python -m pointalign.evaluate                    writes evaluation.json, to be copied to results/
 python -m experiments.ablation objects           writes results/ablation_objects/, and so on
@@ -13,7 +13,7 @@ from pointalign.evaluation import probe as probing
 from pointalign.evaluation import results, statistics
 
 RESULTS = Path(__file__).parent / "results"
-# the rows that stand outside of the folded table
+# metrics in the short table; the folded one has all
 SHOWN = {
     "classification": ("head noun", "head noun, closed set", "closed-set accuracy", "likelihood margin"),
     "captioning": ("ROUGE-L", "METEOR", "MiniLM cosine"),
@@ -25,13 +25,14 @@ def evaluation() -> str:
     """Held-out accuracy of a model with intervals, and what its answers owe to the cloud."""
     content = json.loads((RESULTS / "evaluation.json").read_text())
     asked, tasks = content["asked"], content["tasks"]
-    way = "sampled answers" if content["generation"]["sample"] else "greedy answers"
+    decoding = "sampled answers" if content["generation"]["sample"] else "greedy answers"
     note = (
-        f"{content['model']} (weights {content['weights']}) on the {asked['split']} objects, {way}; "
-        f"{_versions(content['versions'])}. 95 % intervals clustered by family; x 100, but for the margin, in nats."
+        f"{content['model']} (weights {content['weights']}) on the {asked['split']} objects, {decoding}; "
+        f"{_stamp(content['versions'])}. Intervals are clustered by family. Values are percentages, except the "
+        "likelihood margin, which is in nats."
     )
     short = {
-        name: {"metrics": {key: one for key, one in task["metrics"].items() if _is_shown(task["kind"], key)}}
+        name: {"metrics": {key: value for key, value in task["metrics"].items() if _is_shown(task["kind"], key)}}
         for name, task in tasks.items()
     }
     parts = [note, results.table(content | {"tasks": short})]
@@ -50,28 +51,27 @@ def _against_shuffled(tasks: dict, name: str) -> str:
     rows = tasks[name]["questions"]
     values = [(row["values"]["head noun"], others[row["id"]]["values"]["head noun"], row["family"]) for row in rows]
     estimate, p = statistics.paired_difference(*(list(column) for column in zip(*values, strict=True)))
-    mean, low, high = (f"{100 * one:+.1f}" for one in (estimate.mean, estimate.low, estimate.high))
-    return f"Own cloud less another object's, {name}: head noun {mean} [{low}, {high}] points, p = {p:.4f}."
+    mean, low, high = (f"{100 * value:+.1f}" for value in (estimate.mean, estimate.low, estimate.high))
+    return (
+        f"The object's cloud against another object's cloud, {name}: head noun {mean} [{low}, {high}] points, "
+        f"p = {p:.4f}."
+    )
 
 
 def ablation(name: str) -> str:
-    """What an ablation shows and does not show, its tables and its plots, from `results/<name>/`."""
+    """The conclusion, tables and plots of an ablation, from `results/<name>/`."""
     folder = RESULTS / name
     content = json.loads((folder / "ablation.json").read_text())
     recipe, rows = content["recipe"], content["arms"]
     schedule = recipe["schedule"]
     note = (
-        f"{schedule['steps']} steps of {schedule['batch_size']}, lambda {recipe['weight']:g} where an arm names none; "
-        f"{_versions(content['versions'])}, {content['versions']['date']}. Intervals over seeds and families."
+        f"{schedule['steps']} steps of {schedule['batch_size']} samples, lambda {recipe['weight']:g} unless an arm "
+        f"names its own; {_stamp(content['versions'])}. Intervals are over seeds and families."
     )
     parts = [note, *content["conclusion"]]
     parts.append(_folded("Arms, controls and probes", "\n\n".join(comparison.tables(rows, recipe["baseline"]))))
-    plots = {"layers.png": "What each layer knows of the clouds", "differences.png": "Every arm against the baseline"}
-    parts += [
-        f"![{title}]({(folder / file).relative_to(RESULTS.parents[1])})"
-        for file, title in plots.items()
-        if (folder / file).exists()
-    ]
+    plots = {"layers.png": "Probes by layer", "differences.png": "Every arm against the baseline"}
+    parts += [f"![{title}]({_link(folder / file)})" for file, title in plots.items() if (folder / file).exists()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -79,13 +79,19 @@ def probe() -> str:
     """Probe accuracy and similarity to the Q-Former tokens by layer, from `results/probe/`."""
     folder = RESULTS / "probe"
     content = json.loads((folder / "probe.json").read_text())
-    note = f"{content['model']} (weights {content['weights']}), {content['data']}; {_versions(content['versions'])}."
-    picture = f"![Probes and similarity by layer]({(folder / 'layers.png').relative_to(RESULTS.parents[1])})"
+    note = f"{content['model']} (weights {content['weights']}), {content['data']}; {_stamp(content['versions'])}."
+    picture = f"![Probes and similarity by layer]({_link(folder / 'layers.png')})"
     return "\n\n".join([note, picture, _folded("By layer", probing.layer_table(content))]) + "\n"
 
 
-def _versions(versions: dict) -> str:
-    return f"{versions['device']}, torch {versions['torch']}, commit {versions['commit']}"
+def _stamp(versions: dict) -> str:
+    date = versions.get("date") or "date not recorded"
+    return f"{versions['device']}, torch {versions['torch']}, commit {versions['commit']}, {date}"
+
+
+def _link(file: Path) -> str:
+    """The path of a result as a page in docs/ names it."""
+    return f"../{file.relative_to(RESULTS.parents[1])}"
 
 
 def _folded(title: str, text: str) -> str:

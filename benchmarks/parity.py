@@ -62,7 +62,6 @@ def cases() -> dict[str, tuple[list[Tensor], Function, dict[str, Function]]]:
         "rotary embedding": _rotary(),
         "LoRA linear": _lora(1),
         "LoRA linear, three merged": _lora(3),
-        "LoRA linear onto a residual": _lora_onto(),
         "attention, packed": _attention(),
         "head + cross-entropy": _cross_entropy(),
         "alignment loss": _alignment(),
@@ -117,22 +116,12 @@ def _lora(count: int) -> tuple[list[Tensor], Function, dict[str, Function]]:
         return torch.cat([x @ w.to(x).mT + 0.5 * ((x @ a.mT) @ b.mT) for w, a, b in pairs], dim=1)
 
     def lean(x: Tensor, *adapters: Tensor) -> Tensor:
-        return torch.cat(_lora_products(weights, x, None, *adapters), dim=1)
+        return torch.cat(_lora_products(weights, x, *adapters), dim=1)
 
     return [seeded(ROWS, WIDTH, seed=30), *down, *up], plain, {"fused": lean}
 
 
-def _lora_onto() -> tuple[list[Tensor], Function, dict[str, Function]]:
-    weight = seeded(INNER, WIDTH, scale=WIDTH**-0.5)
-    leaves = [seeded(ROWS, WIDTH), seeded(ROWS, INNER), seeded(RANK, WIDTH, scale=WIDTH**-0.5), seeded(INNER, RANK)]
-
-    def plain(x: Tensor, residual: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return residual + (x @ weight.to(x).mT + 0.5 * ((x @ a.mT) @ b.mT))
-
-    return leaves, plain, {"fused": lambda *given: _lora_products([weight], *given)[0]}
-
-
-def _lora_products(weights: list[Tensor], x: Tensor, onto: Tensor | None, *adapters: Tensor) -> tuple[Tensor, ...]:
+def _lora_products(weights: list[Tensor], x: Tensor, *adapters: Tensor) -> tuple[Tensor, ...]:
     class Group(fused_lora.AdapterGroup):
         def __init__(self):
             self.ranks, self.scales, self.stacked = [RANK] * len(weights), [0.5] * len(weights), False
@@ -140,7 +129,7 @@ def _lora_products(weights: list[Tensor], x: Tensor, onto: Tensor | None, *adapt
             for base, weight in zip(self.bases, weights, strict=True):
                 base.weight = nn.Parameter(weight.to(x), requires_grad=False)
 
-    return fused_lora.LoraProducts.apply(x, Group(), x.dtype, 0.0, onto, *adapters)  # type: ignore[return-value]
+    return fused_lora.LoraProducts.apply(x, Group(), x.dtype, 0.0, *adapters)  # type: ignore[return-value]
 
 
 def _attention() -> tuple[list[Tensor], Function, dict[str, Function]]:
@@ -267,7 +256,6 @@ def main() -> None:
     content = {"benchmark": "parity", "provenance": provenance(DEVICE), "rows": rows()}
     slug = "cpu" if DEVICE.type == "cpu" else re.sub(r"\W+", "_", device_name(DEVICE).lower())
     (output / f"parity_{slug}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (output / "parity_table.md").write_text(table(content))
 
 
 if __name__ == "__main__":

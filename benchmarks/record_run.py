@@ -1,11 +1,12 @@
-"""Keep what a run showed: `python benchmarks/record_run.py RUN [--alignment-check FOLDER]`, or `RUN --ship`.
+"""Record a run: `python benchmarks/record_run.py RUN [--alignment-check FOLDER]`, or `RUN --ship`.
 
-A run of `scratch` becomes the shipped stage-1 checkpoint by `--ship`. Of a demo run, accuracy, answers and loss curves
-go to benchmarks/results/, with what it ran under, and a gallery is drawn of held-out objects with the model's answers;
-they are drawn at random from different families, not chosen.
+With `--ship`, a run of `scratch` becomes the shipped stage-1 checkpoint. Otherwise RUN is a demo run: its accuracy,
+answers, loss curves and description go to benchmarks/results/, and a gallery shows held-out objects with the model's
+answers. The gallery's objects are drawn at random from different families, not chosen.
 """
 
 import argparse
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ SHIPPED = Path(__file__).parents[1] / "pointalign" / "checkpoints" / "furniture-
 
 
 def draw_cloud(axis: plt.Axes, cloud: np.ndarray, azimuth: float = 0.6, elevation: float = 0.35) -> None:
-    """A cloud `[N, 6]`, y up, seen from the front right and above; near points cover far ones."""
+    """Draw a cloud `[N, 6]`, y up, seen from the front right and above; near points cover far ones."""
     turn = np.array([[np.cos(azimuth), 0, -np.sin(azimuth)], [0, 1, 0], [np.sin(azimuth), 0, np.cos(azimuth)]])
     tilt = np.array([[1, 0, 0], [0, np.cos(elevation), -np.sin(elevation)], [0, np.sin(elevation), np.cos(elevation)]])
     xyz = cloud[:, :3] @ turn.T @ tilt.T
@@ -39,10 +40,10 @@ def draw_cloud(axis: plt.Axes, cloud: np.ndarray, azimuth: float = 0.6, elevatio
 
 def gallery(accuracy: dict, path: Path, count: int = 8, seed: int = 1) -> None:
     from pointalign import assets
-    from pointalign.evaluation.naming import load_objects
+    from pointalign.evaluation.objects import embedded_objects
 
-    objects = load_objects(assets.furniture(), accuracy["split"])
-    answers = {one["object_id"]: one for one in accuracy["objects"]}
+    objects = embedded_objects(assets.embedded_objects(), accuracy["split"])
+    answers = {row["object_id"]: row for row in accuracy["objects"]}
     order = np.random.default_rng(seed).permutation(len(objects.records))
     _, first = np.unique([objects.families[i] for i in order], return_index=True)
     figure, axes = plt.subplots(2, count // 2, figsize=(2.9 * count / 2, 6.8))
@@ -67,10 +68,11 @@ def main() -> None:
     described = json.loads((options.run / "stage.json").read_text())
     if options.ship:
         shutil.copy(options.run / "stage.safetensors", SHIPPED)
-        told = {"command": "python -m pointalign.train scratch", **described, "metrics": accuracy["accuracy"]}
-        SHIPPED.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+        description = {"command": "python -m pointalign.train scratch", **described, "metrics": accuracy["accuracy"]}
+        SHIPPED.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n")
         return
-    (RESULTS / "demo.json").write_text(json.dumps({"run": described, **accuracy}, indent=1) + "\n")
+    finished = datetime.date.fromtimestamp((options.run / "accuracy.json").stat().st_mtime).isoformat()
+    (RESULTS / "demo.json").write_text(json.dumps({"date": finished, "run": described, **accuracy}, indent=1) + "\n")
     shutil.copy(options.run / "answers.md", RESULTS / "demo_answers.md")
     shutil.copy(options.run / "loss.png", RESULTS / "demo_loss.png")
     gallery(accuracy, RESULTS / "demo_gallery.png")

@@ -1,13 +1,11 @@
-"""Turn benchmarks/results/*.json into tables and plots.
+"""Turn benchmarks/results/*.json into the tables and plots of README.md, docs/results.md and docs/performance.md.
 
     python benchmarks/report.py
 
-Writes results/<section>_table.md and plots, and replaces what stands in README.md between the lines
-`<!-- <section>:begin -->` and `<!-- <section>:end -->`, where it has them. A section whose file is missing says
-"not measured".
+Each section replaces the text between the lines `<!-- <section>:begin -->` and `<!-- <section>:end -->` of the document
+that has them. A section whose result file is missing says "Not measured."
 """
 
-import ast
 import json
 import re
 from collections import Counter
@@ -18,6 +16,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from evidence_tables import ablation, evaluation, probe
+from point_ops_report import chat, encoder, point_ops
+from tables import stamp, table
 from test_alignment_loss import Case
 from train_step_table import parity, train_step
 
@@ -29,7 +29,7 @@ from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md")
 COLUMNS = {
     "reference": "eager",
     "compile": "torch.compile",
@@ -41,6 +41,7 @@ COLUMNS = {
 # part of the device's own name: compute capability, dense bf16 FLOP/s, bytes/s: attainable rates, assumed
 CARDS = {
     "H100": (90, 790e12, 3.0e12),
+    "H200": (90, 790e12, 4.3e12),
     "RTX 4090": (89, 165e12, 1.0e12),
     "RTX 3090": (86, 71e12, 0.94e12),
 }
@@ -49,17 +50,6 @@ EXPLICIT = (
     '"explicit" is the same forward and backward as one autograd function in plain tensor operations: on a CPU, where '
     "the matrix products dominate, this is all that fusing could be, so `auto` keeps the reference there.\n"
 )
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def stamp(provenance: dict) -> str:
-    versions = ", ".join(f"{name} {provenance[name]}" for name in ("driver", "torch", "triton") if provenance[name])
-    changed = " with uncommitted changes" if provenance["uncommitted_changes"] else ""
-    return f"{provenance['device']}; {versions}; commit {provenance['commit']}{changed}, {provenance['date']}."
 
 
 def _measured(result: dict) -> str:
@@ -136,8 +126,8 @@ def _resources() -> str:
             lines.append([f"{card}, {kernel}", str(registers), str(spills), f"{shared:.1f} of {limit}", instruction])
     header = ["kernel", "registers", "spilled bytes", "shared KiB", "matrix instruction"]
     origin = content["provenance"]
-    intro = f"Compiled ahead of time, most over all tiles; triton {origin['triton']}, commit {origin['commit']}.\n\n"
-    return intro + table(header, lines)
+    where = f"triton {origin['triton']}, commit {origin['commit']}, {origin['date']}"
+    return f"Compiled ahead of time, the largest need over all tiles; {where}.\n\n{table(header, lines)}"
 
 
 def _plot(results: list[dict]) -> None:
@@ -170,9 +160,27 @@ def alignment() -> str:
     return "\n".join([*parts, EXPLICIT, _cards(results), _resources()])
 
 
+def conversion() -> str:
+    """Time and memory of a conversion of the published weights."""
+    content = json.loads((RESULTS / "convert_full_size.json").read_text())
+    where = stamp({**content, "load_average": None})
+    columns = {
+        "seconds": "seconds",
+        "cpu_seconds": "CPU seconds",
+        "peak_resident_gb": "peak memory, GB",
+        "written_gb": "written, GB",
+    }
+    rows = [[name, *(str(run[column]) for column in columns)] for name, run in content["runs"].items()]
+    return f"{where}\n\n{table(['conversion', *columns.values()], rows)}"
+
+
 def _percent(estimate: dict, sign: str = "") -> str:
     mean, low, high = (f"{100 * estimate[key]:{sign}.1f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
+
+
+def _difference(test: dict) -> str:
+    return f"{_percent(test, '+')} points, p = {test['p']:.4f}"
 
 
 def _naming(content: dict, which: str) -> str:
@@ -180,55 +188,79 @@ def _naming(content: dict, which: str) -> str:
     counts = next(iter(content["accuracy"].values()))
     seen, total = counts["noun in training"]["count"], counts["all"]["count"]
     rows = [
-        [name, _percent(one["noun in training"]), _percent(one["all"])] for name, one in content["accuracy"].items()
+        [name, _percent(accuracy["noun in training"]), _percent(accuracy["all"])]
+        for name, accuracy in content["accuracy"].items()
     ]
     header = ["head-noun accuracy, %", f"noun occurs in training (n={seen})", f"all {which} objects (n={total})"]
-    tests = [f"- {name}: {_percent(one, '+')} points, p = {one['p']:.4f}\n" for name, one in content["tests"].items()]
-    return f"{table(header, rows)}\n{''.join(tests)}"
+    tests = [f"- {name}: {_difference(test)}\n" for name, test in content["tests"].items()]
+    return f"{table(header, rows)}\nPaired differences of the first column:\n\n{''.join(tests)}"
 
 
 def _power(objects: list[dict]) -> str:
-    """What the first paired test could have found, and how unevenly families fill its objects."""
+    """The smallest difference that the first paired test detects, and how unevenly families fill its objects."""
     ours, theirs = naming.PAIRS[0]
-    known = [one for one in objects if one["noun_in_training"]]
-    differences = np.array([float(ours in one["right"]) - float(theirs in one["right"]) for one in known])
-    families = Counter(one["family"] for one in known)
-    least = minimum_detectable_effect(differences, [one["family"] for one in known])
+    known = [row for row in objects if row["noun_in_training"]]
+    differences = np.array([float(ours in row["right"]) - float(theirs in row["right"]) for row in known])
+    families = Counter(row["family"] for row in known)
+    least = minimum_detectable_effect(differences, [row["family"] for row in known])
     largest = sum(count for _, count in families.most_common(4)) / len(known)
     return (
-        f"The first test finds a true difference of {100 * least:.1f} points four times out of five (80 % power): of "
-        f"the {len(families)} families, the four largest hold {100 * largest:.0f} % of its objects.\n"
+        f"The first test detects a true difference of {100 * least:.1f} points with a power of 80 %. The objects "
+        f"belong to {len(families)} families; the four largest hold {100 * largest:.0f} % of them.\n"
     )
 
 
-def _under(run: dict) -> str:
-    return f"{run['device']}, torch {run['versions']['torch']}, commit {run['commit']}"
+def _stamp_of_run(run: dict, date: str | None) -> str:
+    """Device, versions, commit and date of a training run, from the description that it left."""
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return f"{run['device']}; {versions}; commit {run['commit']}, {date or 'date not recorded'}."
+
+
+def summary() -> str:
+    """The README's one table: naming of held-out objects by the model and by methods that need no language model."""
+    demo_run = json.loads((RESULTS / "demo.json").read_text())
+    folds = json.loads((RESULTS / "held_out_naming.json").read_text())
+    columns = [demo_run["accuracy"], folds["all folds"]["accuracy"]]
+    rows = []
+    for name in columns[0]:
+        cells = [_percent(column[name]["noun in training"]) if name in column else "" for column in columns]
+        rows.append([name, *cells])
+    counts = [column["model"]["noun in training"]["count"] for column in columns]
+    header = ["held-out objects named right, %", f"`make train` (n={counts[0]})", f"five folds (n={counts[1]})"]
+    stamps = [
+        _stamp_of_run(demo_run["run"], demo_run.get("date")),
+        _stamp_of_run(folds["run"], folds["provenance"]["date"]),
+    ]
+    return (
+        f"{table(header, rows)}\nOf objects whose noun occurs in training, with 95 % intervals over families. "
+        "Shuffled: asked with another object's cloud. 1-NN: the name of the nearest training cloud. Random yaw: clouds "
+        f"turned about the vertical. First column: {stamps[0]} Second column: {stamps[1]}\n"
+    )
 
 
 def demo() -> str:
     """Held-out accuracy of a demo run, the paired tests and the sample answers."""
     content = json.loads((RESULTS / "demo.json").read_text())
-    note = f"{_under(content['run'])}; 95 % intervals clustered by family."
+    note = f"{_stamp_of_run(content['run'], content.get('date'))} Intervals: 95 %, clustered by family."
     answers = (RESULTS / "demo_answers.md").read_text()
     tables = _naming(content, content["split"])
     tables += "\n" + _power(content["objects"])
-    return "\n".join([note, "", tables, "Ten answers, objects drawn at random:", "", answers])
+    return "\n".join([note, "", tables, "Ten answers about objects drawn at random:", "", answers])
 
 
 def held_out_naming() -> str:
     """Every object held out once: accuracy in five folds and the paired tests; the test part's objects alone."""
     content = json.loads((RESULTS / "held_out_naming.json").read_text())
     note = (
-        f"{_under(content['run'])}. Intervals (95 %) and tests are over families, given these five models of one seed; "
-        "p-values are not corrected for their number."
+        f"{_stamp_of_run(content['run'], content['provenance']['date'])} Intervals (95 %) and tests are over families, "
+        "for these five models of one seed. The p-values are not corrected for their number."
     )
     alone = content["objects of the test part"]
     tested = alone["tests"][" against ".join(naming.PAIRS[0])]
     turned, nearest = (alone["accuracy"][name]["noun in training"] for name in naming.PAIRS[0])
     last = (
-        f"Of these, the objects of the test part alone (n={tested['count']}), under random yaw: model "
-        f"{_percent(turned)}, 1-NN Chamfer {_percent(nearest)}, difference {_percent(tested, '+')} points, "
-        f"p = {tested['p']:.4f}.\n"
+        f"The objects of the test part alone (n={tested['count']}), under random yaw: model {_percent(turned)}, 1-NN "
+        f"Chamfer {_percent(nearest)}, difference {_difference(tested)}.\n"
     )
     tables = _naming(content["all folds"], "embedded")
     return "\n".join([note, "", tables, _power(content["objects"]), last])
@@ -239,26 +271,9 @@ def alignment_check() -> str:
     content = json.loads((RESULTS / "alignment_check.json").read_text())
     columns = list(content["results"]["before training"])
     rows = [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in content["results"].items()]
-    note = (
-        f"{content['objects']} {content['split']} objects, {content['steps']} steps, commit {content['run']['commit']}."
-    )
-    return f"{note}\n\n{table(['cosine to targets', *columns], rows)}\n"
-
-
-def point_ops() -> str:
-    """The table that test_point_ops.py wrote."""
-    return (RESULTS / "point_ops_cpu_table.md").read_text()
-
-
-def files() -> str:
-    """One line per source file: the first sentence of its docstring."""
-    rows = []
-    for pattern in ("pointalign/**/*.py", "kernels/**/*.py", "benchmarks/*.py"):
-        for path in sorted(ROOT.glob(pattern)):
-            docstring = ast.get_docstring(ast.parse(path.read_text()))
-            if docstring:
-                rows.append([f"`{path.relative_to(ROOT)}`", docstring.split("\n\n")[0].replace("\n", " ")])
-    return table(["file", "what it is"], rows).replace("---:", "---")
+    where = _stamp_of_run(content["run"], content.get("date"))
+    note = f"{content['objects']} {content['split']} objects, {content['steps']} steps; {where}"
+    return f"{note}\n\n{table(['cosine to targets', *columns], rows)}"
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -267,32 +282,46 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ablation_shapes": partial(ablation, "ablation_shapes"),
     "alignment": alignment,
     "alignment_check": alignment_check,
+    "chat": chat,
     "demo": demo,
+    "encoder": encoder,
     "evaluation": evaluation,
-    "files": files,
     "held_out_naming": held_out_naming,
     "parity": parity,
     "point_ops": point_ops,
     "probe": probe,
+    "summary": summary,
     "train_step": train_step,
+    "conversion": conversion,
 }
 
 
-def main() -> None:
-    readme = README.read_text() if README.exists() else ""
-    updated = readme
+def render() -> dict[Path, str]:
+    """The documents with every section up to date.
+
+    Raises: ValueError: a section has no place, or two.
+    """
+    texts = {path: path.read_text() for path in DOCUMENTS if path.exists()}
     for name, section in SECTIONS.items():
+        marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        places = [path for path, text in texts.items() for _ in marked.finditer(text)]
+        if len(places) != 1:
+            names = ", ".join(path.name for path in DOCUMENTS)
+            raise ValueError(f"section {name}: expected its begin and end lines once in {names}, found {len(places)}")
         try:
-            text = section()
+            content = section()
         except FileNotFoundError as missing:
             print(f"{name}: {Path(missing.filename).name} is missing")
-            text = "Not measured.\n"
-        else:
-            (RESULTS / f"{name}_table.md").write_text(text)
-        marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        updated = marked.sub(lambda match, text=text: f"{match[1]}{text}{match[2]}", updated)
-    if updated != readme:
-        README.write_text(updated)
+            content = "Not measured.\n"
+        texts[places[0]] = marked.sub(lambda match, text=content: f"{match[1]}{text}{match[2]}", texts[places[0]])
+    return texts
+
+
+def main() -> None:
+    for path, text in render().items():
+        if text != path.read_text():
+            path.write_text(text)
+            print(f"updated: {path.name}")
 
 
 if __name__ == "__main__":

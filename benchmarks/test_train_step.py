@@ -7,6 +7,7 @@ depend on the weights. A row is timed only after its loss and gradient norm, wit
 modules. Rows that run out of memory under the cap are recorded as such.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -28,8 +29,8 @@ from pointalign.trainer import AlignedModel
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 CAP_GB = 22.5
-BATCHES = (16,) * 4 if CUDA else (4,) * 2  # samples of the batches that rotate
-STAGE = (6, 10, 4, 10, 4, 6, 10, 4) if CUDA else (2, 3, 1, 3, 1, 2, 3, 1)  # the paper's, drawn 2:3:3
+BATCHES = (16,) * 4 if CUDA else (2,) * 2  # samples of the batches that rotate
+STAGE = (6, 10, 4, 10, 4, 6, 10, 4) if CUDA else (2, 3, 1)  # the paper's, drawn 2:3:3; on a CPU each once
 PROMPT = 12  # tokens of the chat template around question and cloud
 
 
@@ -102,7 +103,7 @@ ROWS = [
 
 
 def text_config(architecture: str = "phi-2"):
-    """Phi-2, on a CPU a small model of its kind; or `llama-8b`."""
+    """Phi-2, on a CPU a small model of its kind (many CPUs multiply bf16 50 times slower than fp32); or `llama-8b`."""
     from transformers import LlamaConfig, PhiConfig
 
     if architecture == "llama-8b":
@@ -125,11 +126,11 @@ def text_config(architecture: str = "phi-2"):
             resid_pdrop=0.1,
         )
     return PhiConfig(
-        vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=8,
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         partial_rotary_factor=0.4,
         resid_pdrop=0.1,
     )
@@ -231,15 +232,27 @@ def full_logits(model: Any) -> Callable[..., Tensor]:
 
 @contextmanager
 def prepared(row: Row, config: Any, rank: int) -> Iterator[tuple[AlignedModel, Callable[[dict[str, Tensor]], Tensor]]]:
-    """A row's model, and `loss(batch)` that leaves gradients."""
+    """A row's model, and `loss(batch)` that leaves gradients.
+
+    What is put in place of its methods refers to the model itself and is taken out at the end: such a cycle would keep
+    a finished row's model in memory while the next row is measured.
+    """
     aligned = build_row(row, config, rank)
-    if row.full_logits:
-        aligned.model.__dict__["_supervised_loss"] = full_logits(aligned.model)
     with ExitStack() as stack:
+
+        def replace(module: nn.Module, name: str, function: Callable) -> None:
+            vars(module)[name] = function
+            stack.callback(vars(module).pop, name)
+
+        if row.full_logits:
+            replace(aligned.model, "_supervised_loss", full_logits(aligned.model))
         stack.enter_context(fused_parts.applied(aligned.model, row.parts))
         if row.compiled:
-            for layer in aligned.model.get_decoder().layers:  # block by block: the hook stays outside
-                layer.__dict__["forward"] = torch.compile(layer.forward, dynamic=True)
+            # Block by block: the tap's hooks stay outside. On a CPU, where the row only shows that it runs, no code is
+            # generated: that takes minutes.
+            backend = "inductor" if CUDA else "aot_eager"
+            for layer in aligned.model.get_decoder().layers:
+                replace(layer, "forward", torch.compile(layer.forward, dynamic=True, backend=backend))
 
         def loss(batch: dict[str, Tensor]) -> Tensor:
             tokens = (batch["labels"] != -100).sum().to(DEVICE)
@@ -301,7 +314,7 @@ def capped():
         memory.cap_memory(CAP_GB, DEVICE)
     yield
     if CUDA:
-        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+        memory.cap_memory(None, DEVICE)
 
 
 def run_row(
@@ -311,6 +324,7 @@ def run_row(
     torch.compiler.reset()
     batches = [make_batch(whole_config(config), samples, seed) for seed, samples in enumerate(sizes)]
     expected = truth(row, config, rank, batches[0])
+    gc.collect()  # whatever else keeps an earlier model in a cycle: its memory would count as this row's
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -387,24 +401,12 @@ def test_train_step(benchmark, record, row):
 
 def test_the_papers_batches(benchmark, record):
     """Steps of the alignment stage as the paper draws them: 6, 10 or 4 samples."""
-    result = run_row(benchmark, E, text_config(), RANK, 200 if CUDA else 8, STAGE)
+    result = run_row(benchmark, E, text_config(), RANK, 200 if CUDA else 6, STAGE)
     if result is not None:
         record("train_step_stage", {"shape": SHAPE, "batches": STAGE, **described(E), **result})
 
 
-@pytest.mark.parametrize("part", [False, True], ids=["apart", "onto-the-residual"])
-def test_outputs_onto_the_residual(benchmark, record, part):
-    """The part `residual`, with Phi-2's residual dropout taken out: with it, the part has nothing to take over."""
-    parts = tuple(one for one in fused_parts.PARTS if part or one != "residual")
-    row = E._replace(name=f"e without residual dropout, {'with' if part else 'without'} residual", parts=parts)
-    config = text_config()
-    config.resid_pdrop = 0.0
-    result = run_row(benchmark, row, config, RANK, 40 if CUDA else 5)
-    if result is not None:
-        record("train_step_residual", {"shape": SHAPE, **described(row), **result})
-
-
-@pytest.mark.parametrize("samples", (4, 8, 16, 32) if CUDA else (2, 4, 8))
+@pytest.mark.parametrize("samples", (4, 8, 16, 32) if CUDA else (1, 2, 4))
 def test_cost_is_linear_in_tokens(benchmark, record, samples):
     result = run_row(benchmark, E, text_config(), RANK, 20 if CUDA else 3, (samples,) * len(BATCHES))
     if result is not None:

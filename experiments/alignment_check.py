@@ -31,8 +31,9 @@ def measure(aligned, processor, clouds: list, batch_size: int = 16) -> dict[str,
         ]
         batch = processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
         batch = batch.to(aligned.device)
-        with torch.inference_mode(), aligned.tap.capture(batch["point_mask"]) as hidden:
-            features = aligned.model(**batch, use_cache=False).point_features
+        with torch.inference_mode():
+            with aligned.tap.capture(batch["point_mask"]) as hidden:
+                features = aligned.model(**batch, use_cache=False).point_features
             target = aligned.target(features, hidden)
             projected.append(projector(hidden[layer].float()))
             targets.append(target.float())
@@ -71,12 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
     settings = parser.parse_args(arguments)
 
     from pointalign import assets, storage
-    from pointalign.evaluation.naming import load_objects
+    from pointalign.evaluation.objects import embedded_objects
     from pointalign.options import parse
     from pointalign.train import describe, keep_freed_memory, make_trainer
 
     keep_freed_memory()
-    objects = load_objects(assets.furniture(), settings.split)
+    objects = embedded_objects(assets.embedded_objects(), settings.split)
     results: dict[str, dict[str, float]] = {}
     options = None
     for name, parts in ARMS.items():

@@ -3,13 +3,14 @@
     python -m experiments.families CATALOGUE_FOLDER
 
 writes `furniture_data/splits.json` (object id -> family, split), `furniture_data/ATTRIBUTION.md` and the small clouds
-of `tests/clouds`. Objects that could give each other away are one family, and a family is never in two splits:
+of `tests/clouds`. Objects so alike that one gives away the answer about another are one family, and no family is in two
+splits:
 
-- the same creator and the same name once counts, sizes, shapes, colours, materials, poses and trailing phrases are gone
+- same creator, and same name without counts, sizes, shapes, colours, materials, poses and trailing phrases
   ("sofa 2 seats" and "sofa 3 seats"; a series of wall sockets);
-- clouds of the same head noun, by whomever, that differ by little more than two samples of one surface.
+- same head noun, by any creator, and clouds that differ by little more than two samples of one surface.
 
-Exact duplicates (the same mesh in the same colours) are dropped, but for the first.
+Of exact duplicates (the same mesh in the same colours) only the first stays.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from pointalign.embedded.catalogue import (
 )
 from pointalign.embedded.facts import PALETTE, conversations, read_name
 
-SHARES = (0.64, 0.11, 0.25)  # a quarter for the test: intervals over a few dozen families are wide enough as it is
+SHARES = (0.64, 0.11, 0.25)  # a quarter for the test: with fewer families the intervals would be too wide
 SAMPLES = {
     f"blend-swap-cc-0-{name}"
     for name in (
@@ -53,7 +54,7 @@ SAMPLES = {
     )
 }
 TOLERANCE = 0.015  # of the shares, in objects and in families
-NEAR = 1.5  # chamfer distance below which two clouds count as one design, in units of their own sampling error
+NEAR = 1.5  # Chamfer distance below which two clouds are near duplicates, in units of their sampling error
 MODIFIERS = set(PALETTE) | set(
     "small large little big high low upper lower corner round rounded square rectangular oval double triple quadruple "
     "arched sliding double-hung open closed folding old modern glass wooden plastic rattan iron concrete stone snowy "
@@ -82,7 +83,11 @@ def mesh_digest(entry: CatalogueEntry) -> str:
 
 
 def near_pairs(clouds: dict[str, np.ndarray], heads: dict[str, str]) -> list[tuple[str, str]]:
-    """Pairs of clouds [N, 3] of one head noun whose chamfer distance is under NEAR times their sampling error."""
+    """Pairs of clouds [N, 3] of one head noun whose Chamfer distance is under NEAR times their sampling error.
+
+    Each cloud is cut into two disjoint halves, so that the distance between the halves of one cloud is that error. The
+    search is by k-d trees in float64: `neighbours.chamfer` squares float32 norms, which is too coarse this close to 0.
+    """
     ids = sorted(clouds)
     halves = {i: (clouds[i][0:4096:2], clouds[i][1:4096:2]) for i in ids}
     trees = {i: KDTree(halves[i][1]) for i in ids}
@@ -144,7 +149,7 @@ def _inspect(entry: CatalogueEntry) -> tuple[str, np.ndarray]:
     return mesh_digest(entry), sample_object(entry)[:, :3]
 
 
-def attribution(entries: list[CatalogueEntry], kept: set[str]) -> str:
+def attribution(entries: list[CatalogueEntry], ids: set[str]) -> str:
     """The text of ATTRIBUTION.md."""
     lines = [
         "# Attribution",
@@ -167,7 +172,7 @@ def attribution(entries: list[CatalogueEntry], kept: set[str]) -> str:
         "| object | title | creator | licence |",
         "|---|---|---|---|",
     ]
-    rows = [f"| {e.object_id} | {e.title} | {e.creator} | {e.license} |" for e in entries if e.object_id in kept]
+    rows = [f"| {e.object_id} | {e.title} | {e.creator} | {e.license} |" for e in entries if e.object_id in ids]
     return "\n".join(lines + rows) + "\n"
 
 
@@ -193,15 +198,15 @@ def main() -> None:
     first_with: dict[str, str] = {}
     for object_id, (digest, _) in inspected.items():
         first_with.setdefault(digest, object_id)
-    kept = set(first_with.values())
+    unique = set(first_with.values())
     heads = {entry.object_id: read_name(entry.title, entry.object_id).head for entry in entries}
-    pairs = near_pairs({object_id: inspected[object_id][1] for object_id in kept}, heads)
-    families = group({e.object_id: family_key(e) for e in entries if e.object_id in kept}, pairs)
+    pairs = near_pairs({object_id: inspected[object_id][1] for object_id in unique}, heads)
+    families = group({e.object_id: family_key(e) for e in entries if e.object_id in unique}, pairs)
     salt = balanced_salt(families)
     splits = {i: {"family": family, "split": split_of(family, salt)} for i, family in sorted(families.items())}
     rows = [f" {json.dumps(object_id)}: {json.dumps(value)}" for object_id, value in splits.items()]
     SPLIT_FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
-    SPLIT_FILE.with_name("ATTRIBUTION.md").write_text(attribution(entries, kept), encoding="utf-8")
+    SPLIT_FILE.with_name("ATTRIBUTION.md").write_text(attribution(entries, unique), encoding="utf-8")
     write_samples(entries, splits, Path("tests/clouds"))
     members = defaultdict(set)
     for value in splits.values():
@@ -209,7 +214,7 @@ def main() -> None:
     for split in SPLITS:
         count = sum(value["split"] == split for value in splits.values())
         print(f"{split}: {count} objects in {len(members[split])} families")
-    print(f"{len(entries) - len(kept)} exact duplicates dropped, {len(pairs)} near-duplicate pairs")
+    print(f"{len(entries) - len(unique)} exact duplicates dropped, {len(pairs)} near-duplicate pairs")
 
 
 if __name__ == "__main__":

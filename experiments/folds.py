@@ -5,8 +5,8 @@ and Q-Former never see a family of the fold, and the ablation runs from that sta
 folds are compared as one set: paired by seed, clustered by family, corrected over arms. The interval treats families as
 independent, although those of a fold share a stage 1, of which there are five.
 
-Finished work is kept: the same command continues where it was stopped. Two processes may share the folds, `--folds 0 1
-2` and `--folds 3 4`; the last to finish writes the result.
+Finished work is kept: the same command continues where it was stopped. Two processes may share the folds,
+`--folds 0 1 2` and `--folds 3 4`; the last to finish writes the result.
 """
 
 import argparse

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pointalign.evaluation.objects import Material, compute_features, point_branch_hash
+from pointalign.evaluation.objects import EncodedObjects, ObjectSet, encode_objects
 from pointalign.evaluation.tasks import PROMPTS
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
@@ -162,16 +162,10 @@ def objects(
     model: PointAlignForConditionalGeneration,
     processor: PointAlignProcessor,
     split: str,
-    cache: Path,
     limit: int | None,
-) -> Material:
+) -> EncodedObjects:
     """Stools with the training combinations of set A, or with those held out; at most `limit` (2000)."""
     triples = list(generate(limit or 2000, held_out=split != "train"))
-    clouds = [lambda cloud=cloud: cloud for _, _, cloud in triples]
-    weights = point_branch_hash(model)
-    features, encoder = compute_features(
-        model, processor, clouds, cache / f"shapes-{split}-{len(triples)}.safetensors", weights
-    )
     drawn = [shape for _, shape, _ in triples]
     names = [*FACTORS_A, *FACTORS_B]
     properties = {
@@ -187,15 +181,16 @@ def objects(
             for legs in LEGS
         }
     )
-    return Material(
-        features,
-        encoder,
-        [[(PROMPTS[0], shape.caption())] for shape in drawn],
-        [shape.caption() for shape in drawn],
+    true_captions = [shape.caption() for shape in drawn]
+    shapes = ObjectSet(
         [name for name, _, _ in triples],
-        properties,
-        {caption: caption for caption in captions},
+        {name: cloud for name, _, cloud in triples}.__getitem__,
+        true_captions,
+        true_captions,
+        candidates={caption: caption for caption in captions},
     )
+    conversations = [[(PROMPTS[0], caption)] for caption in true_captions]
+    return encode_objects(model, processor, shapes, conversations, properties)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -73,10 +73,11 @@ class AlignmentConfig:
 
 
 class LayerTap:
-    """Keeps the hidden states of masked tokens at chosen decoder layers, during one forward pass.
+    """Collects the hidden states of masked tokens at chosen decoder layers, during one forward pass.
 
-    Only the rows of the mask are kept, and a hook overwrites what it kept before, so recomputation under activation
-    checkpointing changes nothing.
+    The hooks only hold on to the layers' outputs, which the next layer keeps alive anyway; the rows of the mask are
+    taken when the block closes. transformers up to 5.17 runs forward hooks inside the region that activation
+    checkpointing computes a second time, where an indexing operation would change the tensors saved for backward.
 
     Args:
         layers: the decoder layers of the language model.
@@ -89,26 +90,43 @@ class LayerTap:
 
     @contextmanager
     def capture(self, mask: Tensor) -> Iterator[dict[int, Tensor]]:
-        """Within the block, a forward pass fills `{k: [R, H]}` for a mask `[B, T]` with R true places."""
-        kept: dict[int, Tensor] = {}
-        mask = mask.bool()
+        """One forward pass within the block; once the block has closed, the dict holds `{k: [R, H]}`.
+
+        Args:
+            mask: `[B, T]` with R true places.
+
+        Raises:
+            RuntimeError: a layer did not run.
+            ValueError: a layer's output has other batch or token dimensions than the mask.
+        """
+        places = mask.bool().flatten().nonzero()[:, 0]  # here, where the device has little queued to wait for
+        outputs: dict[int, Tensor] = {}
+        rows: dict[int, Tensor] = {}
 
         def hook_for(index: int):
             def hook(_module, _args, output):
-                hidden = output[0] if isinstance(output, tuple) else output
-                kept[index] = hidden[mask.to(hidden.device)]
+                # The first call counts: recomputation calls again, with tensors that no loss depends on.
+                outputs.setdefault(index, output[0] if isinstance(output, tuple) else output)
 
             return hook
 
         handles = [self.layers[index - 1].register_forward_hook(hook_for(index)) for index in self.indices]
         try:
-            yield kept
+            yield rows
         finally:
             for handle in handles:
                 handle.remove()
-        missing = [index for index in self.indices if index not in kept]
+        missing = [index for index in self.indices if index not in outputs]
         if missing:
             raise RuntimeError(f"no hidden states came from layers {missing}: the forward pass did not run them")
+        for index in self.indices:
+            output = outputs[index]
+            if output.shape[:2] != mask.shape:
+                raise ValueError(
+                    f"layer {index} gave hidden states of shape {list(output.shape)}, the mask of the tokens to align "
+                    f"has shape {list(mask.shape)}: capture one forward pass over the tokens of the mask"
+                )
+            rows[index] = output.flatten(0, 1).index_select(0, places.to(output.device))
 
 
 class AlignmentProjector(nn.Module):

@@ -2,16 +2,18 @@
 
     home()/llm/smollm2-135m-instruct/   SmolLM2-135M-Instruct in bf16, from the Q4_1 GGUF inside a PyPI wheel
     home()/sentence/all-minilm-l6-v2/   all-MiniLM-L6-v2, from a PyPI wheel
-    home()/furniture/                   clouds, annotations and facts, from the Debian package sweethome3d-furniture
+    home()/furniture/                   the embedded objects: clouds, annotations and facts, from the Debian package
+                                        sweethome3d-furniture
     home()/nltk_data/corpora/wordnet/   WordNet 3.0 as nltk reads it (METEOR), from the Debian package wordnet-base
 
 `home()` is `$POINTALIGN_HOME`, or `~/.cache/pointalign`. A folder is built under a temporary name and renamed when it
-is complete, so what stands there is whole; its `.complete.json` records the format version and the SHA-256 of what it
-was made from, and the folder is built again when those change.
+is complete. Its `.complete.json` records the format version and the SHA-256 of its source, and the folder is built
+again when those change.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -27,12 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pointalign.storage import file_hash, lock
-
 STAMP = ".complete.json"
 LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
 WORDNET_FORMAT = "1"
-FURNITURE_FORMAT = "2"  # raise it when sampling, facts, conversations or folds change; splits and names are hashed
+OBJECTS_FORMAT = "2"  # raise it when sampling, facts, conversations or folds change; splits and names are hashed
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,19 @@ def sentence_encoder() -> Path:
     return _asset("sentence/all-minilm-l6-v2", MINILM, SENTENCE_ENCODER_FORMAT, _extract_sentence_encoder)
 
 
-def furniture(fold: int | None = None) -> Path:
+def embedded_objects(fold: int | None = None) -> Path:
     """Folder with `clouds/{object_id}_8192.npy`, `annotations/{train,validation,test}.json` and `objects.json`.
 
-    With `fold`, that fold of families is the test part, the others are the training part, and there is no validation.
+    Args:
+        fold: this fold of the families is the test part, the others are the training part; there is no validation.
+            By default the committed split.
 
-    Raises: ValueError: there is no such fold.
+    Raises:
+        ValueError: there is no such fold.
     """
     data = Path(__file__).parent / "embedded" / "furniture_data"
-    committed = file_hash(data / "splits.json", data / "names.json")
-    folder = _asset("furniture", SWEETHOME3D, f"{FURNITURE_FORMAT} {committed}", _build_furniture)
+    committed = hashlib.sha256((data / "splits.json").read_bytes() + (data / "names.json").read_bytes()).hexdigest()
+    folder = _asset("furniture", SWEETHOME3D, f"{OBJECTS_FORMAT} {committed}", _build_embedded_objects)
     return folder if fold is None else _fold(folder, fold)
 
 
@@ -118,12 +121,12 @@ def _fold(folder: Path, fold: int) -> Path:
 
     if not 0 <= fold < FOLDS:
         raise ValueError(f"fold {fold}: expected 0 to {FOLDS - 1}")
-    made = folder / "folds" / str(fold)
-    with lock(folder.with_name(folder.name + ".lock")):
-        if not made.exists():
-            with storage.replacing(made) as temporary:
+    fold_folder = folder / "folds" / str(fold)
+    with storage.lock(folder.with_name(folder.name + ".lock")):
+        if not fold_folder.exists():
+            with storage.replacing(fold_folder) as temporary:
                 write_fold(folder, fold, temporary)
-    return made
+    return fold_folder
 
 
 def wordnet() -> Path:
@@ -140,22 +143,24 @@ def _asset(name: str, source: Source, version: str, build: Callable[[Path, Path]
     stamp = {"format": version, "source": source.file, "sha256": source.sha256}
     if _is_complete(folder, stamp):
         return folder
+    from pointalign import storage  # imports torch: an asset that is complete does not need it
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock(folder.with_name(folder.name + ".lock")):
+    with storage.lock(folder.with_name(folder.name + ".lock")):
         if _is_complete(folder, stamp):  # another process built it while this one waited
             return folder
         for stale in folder.parent.glob(f".{folder.name}.*"):
             shutil.rmtree(stale)
         print(f"Preparing {name} in {folder}", file=sys.stderr)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            downloads, made = Path(temporary) / "download", Path(temporary) / "made"
+            downloads, result = Path(temporary) / "download", Path(temporary) / "result"
             downloads.mkdir()
-            made.mkdir()
-            build(_obtain(source, downloads), made)
-            (made / STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
+            result.mkdir()
+            build(_obtain(source, downloads), result)
+            (result / STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
             if folder.exists():
                 folder.rename(Path(temporary) / "old")
-            made.rename(folder)
+            result.rename(folder)
     return folder
 
 
@@ -168,6 +173,8 @@ def _is_complete(folder: Path, stamp: dict) -> bool:
 
 def _obtain(source: Source, folder: Path) -> Path:
     """The source's file: the one a user put into `home()/downloads`, or fetched into `folder`. Raises AssetError."""
+    from pointalign import storage
+
     placed = home() / "downloads" / source.file
     if placed.exists():
         path = placed
@@ -178,8 +185,8 @@ def _obtain(source: Source, folder: Path) -> Path:
         raise AssetError(
             f"expected {source.file}, but the download brought {sorted(os.listdir(folder))}. {_by_hand(source)}"
         )
-    if (found := file_hash(path)) != source.sha256:
-        raise AssetError(f"{path}: expected SHA-256 {source.sha256}, got {found}. Delete the file and try again.")
+    if (actual := storage.file_hash(path)) != source.sha256:
+        raise AssetError(f"{path}: expected SHA-256 {source.sha256}, got {actual}. Delete the file and try again.")
     return path
 
 
@@ -252,8 +259,8 @@ def _extract_sentence_encoder(wheel: Path, folder: Path) -> None:
                 shutil.copyfileobj(packed, out)
 
 
-def _unpack(package: Path, folder: Path, wanted: Callable[[str], bool]) -> None:
-    """Write the files of a Debian package that are `wanted` by name into `folder`, without their folders.
+def _unpack(package: Path, folder: Path, select: Callable[[str], bool]) -> None:
+    """Write the files of a Debian package whose names `select` accepts into `folder`, without their folders.
 
     The package is an `ar` archive: a magic line, then members with a 60-byte header, one of them `data.tar.*`.
     """
@@ -264,7 +271,7 @@ def _unpack(package: Path, folder: Path, wanted: Callable[[str], bool]) -> None:
             if header.startswith(b"data.tar"):
                 with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tar:
                     for member in tar:
-                        if wanted(member.name) and (packed := tar.extractfile(member)):
+                        if select(member.name) and (packed := tar.extractfile(member)):
                             with (folder / Path(member.name).name).open("wb") as out:
                                 shutil.copyfileobj(packed, out)
                 return
@@ -280,19 +287,19 @@ def _extract_wordnet(package: Path, folder: Path) -> None:
     (folder / "index.sense").touch()
 
 
-def _build_furniture(package: Path, folder: Path) -> None:
+def _build_embedded_objects(package: Path, folder: Path) -> None:
     from tqdm import tqdm
 
-    from pointalign.embedded.catalogue import build_furniture
+    from pointalign.embedded.catalogue import build_objects
 
     catalogues = folder.parent / "catalogues"
     catalogues.mkdir()
     _unpack(package, catalogues, lambda name: name.endswith(".sh3f"))
-    build_furniture(catalogues, folder, lambda jobs: tqdm(jobs, "Sampling objects", unit="object", disable=None))
+    build_objects(catalogues, folder, lambda jobs: tqdm(jobs, "Sampling objects", unit="object", disable=None))
 
 
 def main() -> None:
-    for build in (language_model, sentence_encoder, furniture, wordnet):
+    for build in (language_model, sentence_encoder, embedded_objects, wordnet):
         start = time.monotonic()
         print(f"{build()}  ({time.monotonic() - start:.1f} s)")
 

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from pointalign import stage_file, storage
-from pointalign.convert import tensors
 from pointalign.efficient import quantization
 from pointalign.models import (
     PointAlignConfig,
@@ -178,8 +177,8 @@ def add_adapters(
             target_modules=options.lora_targets,
         )
     if options.qformer_lora_rank and "qformer" in missing:
-        rank, dropout = options.qformer_lora_rank, tensors.QFORMER_DROPOUT
-        targets = tensors.QFORMER_TARGETS
+        rank, dropout = options.qformer_lora_rank, adapters.QFORMER_DROPOUT
+        targets = adapters.QFORMER_TARGETS
         adapters.add(model, "qformer", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets)
 
 
@@ -220,11 +219,11 @@ def set_trainable(model: PointAlignForConditionalGeneration, parts: list[str]) -
 def _parts_of(name: str) -> set[str]:
     """The parts, as `model.train` names them, that a parameter belongs to."""
     if ".language_model." in name:
-        return {"lora"} if ".lora_" in name else {"llm_norms"} if tensors.is_llm_norm(name) else set()
+        return {"lora"} if ".lora_" in name else {"llm_norms"} if adapters.is_llm_norm(name) else set()
     part = name.removeprefix("model.").partition(".")[0]
     if part == "query_tokens":
         return {"qformer", "query_tokens"}
-    if part == "qformer" and (".lora_" in name or tensors.is_qformer_norm(name)):
+    if part == "qformer" and (".lora_" in name or adapters.is_qformer_norm(name)):
         return {"qformer", "qformer_lora"}
     return {part}
 

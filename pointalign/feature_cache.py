@@ -26,35 +26,30 @@ from torch import Tensor
 
 from pointalign import storage
 from pointalign.data.dataset import find_cloud, make_datasets
-from pointalign.efficient.training_form import FROZEN, frozen_parts
+from pointalign.efficient.training_form import frozen_parts
+from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration
 from pointalign.options import Options, parse
 
 FORMAT = 1
 SHARD_SIZE = 4096
-TRAINABLE = (*FROZEN, "qformer_lora", "query_tokens", "query_experts")  # what of it `model.train` can name
 
 
 class StaleCacheError(ValueError):
-    """A cache made with other weights, preprocessing or objects than those at hand."""
+    """A cache made with other weights, preprocessing or objects than those in use."""
 
 
-def fingerprint(model: Any, extractor: Any) -> str:
-    """SHA-256 of the frozen point branch's weights and of the preprocessing.
-
-    Args:
-        model: `PointAlignForConditionalGeneration`.
-        extractor: `PointAlignFeatureExtractor`.
-    """
+def fingerprint(model: PointAlignForConditionalGeneration, extractor: PointAlignFeatureExtractor) -> str:
+    """SHA-256 of the frozen point branch's weights and of the preprocessing."""
     preprocessing = {name: getattr(extractor, name) for name in ("num_points", "min_points", "up_axis", "num_channels")}
     point = model.config.point_config
     sizes = {"num_groups": point.num_groups, "group_size": point.group_size, "format": FORMAT}
-    if model.model.query_experts is not None:  # how they are weighed is in no weight
+    if model.model.query_experts is not None:  # the routing is not part of the weights
         sizes["routing"] = [model.config.query_routing, model.config.query_top_k]
     digest = hashlib.sha256(json.dumps([preprocessing, sizes], sort_keys=True).encode())
     branch = model.model
     state = {"query_tokens": branch.query_tokens} if branch.query_experts is None else {}
     for part in frozen_parts(branch):
-        state |= {f"{part}.{name}": one for name, one in getattr(branch, part).state_dict().items()}
+        state |= {f"{part}.{name}": tensor for name, tensor in getattr(branch, part).state_dict().items()}
     for name, tensor in sorted(state.items()):
         values = tensor.detach().to("cpu")
         values = values.float() if values.is_floating_point() else values
@@ -70,7 +65,7 @@ class FeatureCache:
 
     Args:
         folder: as `write` left it.
-        fingerprint: of the model and preprocessing at hand, see `fingerprint`.
+        fingerprint: of the model and preprocessing in use, see `fingerprint`.
         encoder: also give the encoder's tokens.
 
     Raises:
@@ -115,45 +110,42 @@ class FeatureCache:
         return self.__dict__ | {"_open": {}}  # a pickled memory map would be a copy of the file
 
     def require(self, object_ids: Iterable[str]) -> None:
-        """Raises KeyError naming the first of `object_ids` that the cache lacks, and how many."""
-        absent = sorted({one for one in object_ids if one not in self.places})
+        """Raises: ValueError: the cache lacks some of `object_ids`; names the first and counts them."""
+        absent = sorted({object_id for object_id in object_ids if object_id not in self.places})
         if absent:
             raise ValueError(
                 f"{self.folder} lacks {len(absent)} objects, the first is {absent[0]!r}: write a new cache"
             )
 
     def get(self, name: str, object_id: str) -> np.ndarray:
-        """One object's float16 features, `name` as in the file names, mapped."""
+        """One object's float16 features, memory-mapped; `name` is `queries` or `encoder`."""
         shard, row = divmod(self.places[object_id], self.index["shard_size"])
         if (name, shard) not in self._open:
             self._open[name, shard] = np.load(_shard(self.folder, name, shard), mmap_mode="r")
         return self._open[name, shard][row]
 
     def batch(self, object_ids: Sequence[str]) -> dict[str, Tensor]:
-        """Model inputs that stand for the clouds: `query_features [C, Q, Dq]`, and `encoder_tokens` where kept."""
+        """Model inputs that stand for the clouds: `query_features [C, Q, Dq]`, and `encoder_tokens` where stored."""
         if not object_ids:
             return {}
         inputs = {"queries": "query_features", "encoder": "encoder_tokens"}
         return {
-            inputs[name]: torch.from_numpy(np.stack([self.get(name, one) for one in object_ids])) for name in self.names
+            inputs[name]: torch.from_numpy(np.stack([self.get(name, object_id) for object_id in object_ids]))
+            for name in self.names
         }
 
 
-def open_cache(model: Any, extractor: Any, options: Options) -> FeatureCache | None:
-    """The feature cache of `--data.feature_cache`, checked against the model and the preprocessing at hand.
+def open_cache(
+    model: PointAlignForConditionalGeneration, extractor: PointAlignFeatureExtractor, options: Options
+) -> FeatureCache | None:
+    """The feature cache of `--data.feature_cache`, checked against the model and the preprocessing in use.
 
     Raises:
-        ValueError: it is stale or not complete, or a part of the point branch trains that it stands for.
+        FileNotFoundError: there is no cache.
+        ValueError: it is stale or not complete.
     """
     if options.data.feature_cache is None:
         return None
-    trained = sorted({*TRAINABLE} & {*options.model.train})
-    if trained:
-        raise ValueError(
-            f"data.feature_cache holds features of a frozen point branch, but model.train has {trained[0]}"
-        )
-    if options.training.contrastive_steps:
-        raise ValueError("training.contrastive_steps trains the point branch that data.feature_cache stands for")
     encoder = options.alignment.target == "encoder"
     return FeatureCache(options.data.feature_cache, fingerprint(model, extractor), encoder)
 
@@ -193,8 +185,8 @@ def write(
         "shard_size": shard_size,
     }
     if (folder / "index.json").exists():
-        found = json.loads((folder / "index.json").read_text())
-        changed = [name for name, value in index.items() if found.get(name) != value]
+        present = json.loads((folder / "index.json").read_text())
+        changed = [name for name, value in index.items() if present.get(name) != value]
         if changed:
             raise StaleCacheError(
                 f"{folder} holds another cache (its {', '.join(changed)} differ): give an empty folder, or remove it"
@@ -204,23 +196,23 @@ def write(
         storage.write_json(folder / "index.json", index)
     done = 0
     for shard in range(rank, math.ceil(len(objects) / shard_size), world):
-        wanted = [name for name in names if not _shard(folder, name, shard).exists()]
+        missing = [name for name in names if not _shard(folder, name, shard).exists()]
         ids = objects[shard * shard_size : (shard + 1) * shard_size]
-        if not wanted:
+        if not missing:
             progress(len(ids))
             continue
-        rows: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in missing}
         for first in range(0, len(ids), batch_size):
             batch = ids[first : first + batch_size]
             features = encode(batch)
-            for name in wanted:
+            for name in missing:
                 half = features[name].astype(np.float16)
                 if not np.isfinite(half).all():
                     bad = batch[int(np.argwhere(~np.isfinite(half.reshape(len(batch), -1)).all(axis=1))[0, 0])]
                     raise FloatingPointError(f"object {bad!r}: its {name} features are not finite in float16")
                 rows[name].append(half)
             progress(len(batch))
-        for name in wanted:
+        for name in missing:
             with storage.replacing(_shard(folder, name, shard)) as temporary, temporary.open("wb") as file:
                 np.save(file, np.concatenate(rows[name]))
         done += len(ids)
@@ -232,18 +224,21 @@ def _shard(folder: Path, name: str, shard: int) -> Path:
 
 
 def encoder_of(
-    model: Any, extractor: Any, find: Callable[[str], Path], device: torch.device, encoder: bool
+    model: PointAlignForConditionalGeneration,
+    extractor: PointAlignFeatureExtractor,
+    find: Callable[[str], Path],
+    device: torch.device,
+    encoder: bool,
 ) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
     """`encode` for `write`: reads clouds by `find(object_id)` and runs the point branch in float32."""
-
     model.eval()
 
     @torch.inference_mode()
     def encode(object_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        batch = extractor([find(one) for one in object_ids]).to(device)
+        batch = extractor([find(object_id) for object_id in object_ids]).to(device)
         tokens = model.model.get_encoder_tokens(batch["point_values"], batch["point_lengths"])
         features = {"queries": model.model.query(tokens)} | ({"encoder": tokens} if encoder else {})
-        return {name: one.float().cpu().numpy() for name, one in features.items()}
+        return {name: feature.float().cpu().numpy() for name, feature in features.items()}
 
     return encode
 
@@ -261,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("expected --data.feature_cache DIR, the folder to write")
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         datasets = make_datasets(options)
-        objects = sorted({one for part in datasets for ids in part.conversations.object_ids for one in ids})
+        objects = sorted({object_id for part in datasets for ids in part.conversations.object_ids for object_id in ids})
         clouds = datasets[0].clouds
         model, processor = build.build_model(options.model, options.data, point_branch_only=True)
         device = torch.device("cpu")

@@ -1,5 +1,6 @@
-"""The options of a training run: one dotted namespace over one YAML recipe."""
+"""The options of a training run: one dotted namespace over one YAML recipe, and every check across options."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ PARTS = (
     "lora",
     "llm_norms",
 )
+CACHED_PARTS = PARTS[:6]  # what a feature cache stands for
 RECIPES = Path(__file__).parent / "recipes"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
@@ -27,21 +29,21 @@ class ModelOptions:
     """What is trained (`--model.*`).
 
     Attributes:
-        llm: folder of a causal language model, `smollm2`, the embedded one, or a folder that `pointalign.convert`
-            wrote, which brings point branch and adapters along.
+        llm: folder of a causal language model; `smollm2`, the embedded one; or a folder that `pointalign.convert`
+            wrote, which has a point branch and may have adapters.
         preset: sizes of the point branch, `mini` or `minigpt3d-phi2`.
         checkpoint: point branch and adapters to start from: a stage file (.safetensors), a run's folder, or the name of
             a shipped one. None draws them at random.
         train: parts that train, of point_encoder, point_mlp, qformer (its queries included), qformer_lora (and the
             Q-Former's norms), query_tokens, query_experts, modality_projector, lora, llm_norms (of the published Phi).
-        dtype: of the language model's own weights; `auto` is bfloat16 where the hardware computes in it.
+        dtype: of the language model's frozen weights; `auto` is bfloat16 where the hardware computes in it.
         lora_rank, lora_alpha, lora_dropout, lora_targets: adapters, as in peft.
         qformer_lora_rank: of adapters on the Q-Former, with twice the rank as alpha; 0 for none.
-        query_experts: sets of queries, which start as copies of the one; 0 keeps what there is.
+        query_experts: number of query experts, which start as copies of the queries; 0 adds none.
         query_routing: of query experts: sparse, soft or constant; None for how they were trained, sparse if new.
         seed: of a point branch drawn at random.
-        quantization: of the language model's own weights, `none` or `nf4` (4 bits, by bitsandbytes).
-        dequantize_once: keep the numbers of the 4 bits, but in `dtype`: faster, where memory allows.
+        quantization: of the language model's frozen weights, `none` or `nf4` (4 bits, by bitsandbytes).
+        dequantize_once: round to 4 bits, then store the result in `dtype`: faster, where memory allows.
         attention: `auto`, `eager`, `sdpa`, `varlen` (packed batches) or `flash_attention_2`.
     """
 
@@ -67,8 +69,6 @@ class ModelOptions:
             raise ValueError(f"model.quantization={self.quantization!r}: expected none or nf4")
         if self.query_routing not in (None, "sparse", "soft", "constant"):
             raise ValueError(f"model.query_routing={self.query_routing!r}: expected sparse, soft or constant")
-        if self.dequantize_once and self.quantization == "none":
-            raise ValueError("model.dequantize_once needs model.quantization=nf4")
         unknown = sorted(set(self.train) - set(PARTS))
         if unknown:
             raise ValueError(f"model.train: unknown part {unknown[0]!r}, expected of {', '.join(PARTS)}")
@@ -81,7 +81,7 @@ class MixturePart:
     """One part of a mixture: conversations of some types, how often a batch is drawn from them, and its size.
 
     Attributes:
-        types: conversation types; None keeps all.
+        types: conversation types; None means all.
         ratio: weight of this part among all.
         batch_size: samples per batch.
         annotations: file of this part, by default `data.annotations`.
@@ -102,17 +102,17 @@ class DataOptions:
         clouds: folder of `{object_id}_8192.npy` or other point and mesh files, or several.
         mixture: parts that every batch is drawn from, one part a batch; needs `training.max_steps` and
             `training.per_device_train_batch_size=1`, the batch of a step being one part's.
-        types: conversation types to keep; all by default.
+        types: conversation types; all by default.
         up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z.
-        num_points: the most points kept of a cloud; by default what the point encoder is made for.
+        num_points: the most points of a cloud that are used; by default what the point encoder is made for.
         max_length: the most tokens of a sample.
         augmentation: resample, turn, scale and jitter clouds.
-        packing: lay the samples of a batch end to end in one row, in place of padding them to the longest.
-        pack_tokens: fill every packed batch up to so many tokens, whatever number of samples that is; 0 keeps
-            `training.per_device_train_batch_size`.
-        feature_cache: folder written by `python -m pointalign.feature_cache`, read in place of the clouds.
-        skip_bad: leave out objects that cannot be read, named and counted, in place of stopping.
-        fold: of the embedded objects, hold out this fold of five, 0 to 4, in place of the committed split; a fold has
+        packing: lay the samples of a batch end to end in one row, instead of padding them to the longest.
+        pack_tokens: fill every packed batch up to so many tokens, with as many samples as fit; 0 for
+            `training.per_device_train_batch_size` samples.
+        feature_cache: folder written by `python -m pointalign.feature_cache`, read instead of the clouds.
+        skip_bad: leave out objects that cannot be read, named and counted, instead of stopping.
+        fold: of the embedded objects, hold out this fold of five, 0 to 4, instead of the committed split; a fold has
             no validation part.
         evaluate: held-out questions at the end of the run: `none`, or the `validation` or `test` part of the embedded
             objects.
@@ -134,16 +134,8 @@ class DataOptions:
     evaluate: str = "none"
 
     def __post_init__(self) -> None:
-        if (self.annotations is None) != (self.clouds is None):
-            raise ValueError("data.annotations and data.clouds belong together: both, or neither for the embedded set")
-        if self.pack_tokens and not self.packing:
-            raise ValueError("data.pack_tokens needs data.packing")
-        if self.feature_cache is not None and self.augmentation:
-            raise ValueError("data.feature_cache holds features of the clouds as they are: no data.augmentation")
         if self.evaluate not in ("none", "validation", "test"):
             raise ValueError(f"data.evaluate={self.evaluate!r}: expected none, validation or test")
-        if self.fold is not None and (self.annotations is not None or self.evaluate == "validation"):
-            raise ValueError("data.fold: of the embedded objects only, without validation (data.evaluate=none or test)")
 
 
 @dataclass
@@ -151,14 +143,16 @@ class TrainingOptions(TrainingArguments):
     """`transformers.TrainingArguments` with this project's defaults, and the warm-up of a new point branch.
 
     Attributes:
-        contrastive_steps: steps that teach a new encoder shapes and words, and the queries to say them, before the
-            language model joins; of the embedded objects only.
+        contrastive_steps: warm-up steps on the embedded objects, without the language model, that teach a new point
+            encoder shapes and words and the queries to reproduce them.
         contrastive_batch_size, contrastive_learning_rate: of those steps.
+        output_dir: folder of the run; a new run takes a free name, with a number appended. With
+            `resume_from_checkpoint` the folder of the checkpoint is used.
         point_learning_rate: for the point branch where it trains; `learning_rate` is the adapters' and projectors'.
         auto_batch: split every batch over gradient accumulation until it fits the memory; the training is the same.
         memory_limit_gb: use no more of a CUDA device than a card of that size has.
         warmup_learning_rate, minimum_learning_rate: where the linear warm-up starts and the cosine over the whole run
-            ends, as in the published runs (see `pointalign.schedule`); None for the scheduler of transformers.
+            ends, as in the published runs; None for the scheduler of transformers.
     """
 
     output_dir: str | None = "runs/align"
@@ -198,17 +192,113 @@ class Options:
     fused: bool = False
     fused_parts: list[str] | None = None
 
+    def check(self) -> None:
+        """Refuse options that contradict one another, before anything is loaded.
+
+        Raises: ValueError: names the options and says what to change.
+        """
+        for contradicts, message in (*self._model_checks(), *self._data_checks(), *self._training_checks()):
+            if contradicts:
+                raise ValueError(message)
+
+    def _model_checks(self) -> list[tuple[bool, str]]:
+        model, cached = self.model, self.data.feature_cache is not None
+        trained = next((part for part in CACHED_PARTS if part in model.train), None)
+        return [
+            (
+                model.dequantize_once and model.quantization == "none",
+                "model.dequantize_once needs model.quantization=nf4",
+            ),
+            (
+                not model.train and self.alignment.weight == 0,
+                "nothing trains: model.train is empty and alignment.weight is 0",
+            ),
+            (
+                cached and trained is not None,
+                f"data.feature_cache holds features of a frozen point branch, but model.train has {trained}",
+            ),
+            (self.fused_parts is not None and not self.fused, "fused_parts are parts of --fused: add --fused"),
+        ]
+
+    def _data_checks(self) -> list[tuple[bool, str]]:
+        data, training = self.data, self.training
+        return [
+            (
+                (data.annotations is None) != (data.clouds is None),
+                "data.annotations and data.clouds belong together: both, or neither for the embedded set",
+            ),
+            (bool(data.pack_tokens) and not data.packing, "data.pack_tokens needs data.packing"),
+            (
+                data.feature_cache is not None and data.augmentation,
+                "data.feature_cache holds features of the clouds as they are: no data.augmentation",
+            ),
+            (
+                data.fold is not None and (data.annotations is not None or data.evaluate == "validation"),
+                "data.fold: of the embedded objects only, without validation (data.evaluate=none or test)",
+            ),
+            (
+                bool(data.mixture) and (training.max_steps <= 0 or training.per_device_train_batch_size != 1),
+                "data.mixture needs training.max_steps, the length of the run, and "
+                "training.per_device_train_batch_size=1, one batch of the mixture",
+            ),
+            (
+                bool(data.mixture and data.pack_tokens),
+                "data.mixture has batches of its own: no data.pack_tokens (data.packing lays them in one row)",
+            ),
+            (
+                self.alignment.span == "release" and data.packing,
+                "alignment.span=release is a place of padded rows: no data.packing",
+            ),
+        ]
+
+    def _training_checks(self) -> list[tuple[bool, str]]:
+        data, training = self.data, self.training
+        return [
+            (
+                bool(training.fsdp) and training.device.type == "cpu",
+                "training.fsdp: accelerate shards on GPUs only, on a CPU it would copy without a word",
+            ),
+            (
+                training.contrastive_steps > 0 and data.annotations is not None,
+                "training.contrastive_steps teaches a new point encoder the names of the embedded objects: with "
+                "data.annotations set it to 0, or take another recipe, such as align",
+            ),
+            (
+                training.contrastive_steps > 0 and data.feature_cache is not None,
+                "training.contrastive_steps trains the point branch that data.feature_cache stands for",
+            ),
+            (
+                training.auto_batch and bool(data.mixture),
+                "training.auto_batch cannot split a batch of data.mixture: lower its batch_size",
+            ),
+            (
+                training.auto_batch and bool(data.pack_tokens),
+                "training.auto_batch counts samples, data.pack_tokens tokens: choose one",
+            ),
+            (
+                training.warmup_learning_rate is not None and training.minimum_learning_rate is None,
+                "training.warmup_learning_rate belongs to the published schedule: set training.minimum_learning_rate",
+            ),
+        ]
+
+
+def published_rate(step: int, steps: int, warmup_steps: int, warmup: float, peak: float, minimum: float) -> float:
+    """Learning rate: linear from `warmup` to `peak`, then a cosine over all steps, warm-up included, to `minimum`."""
+    if step < warmup_steps:
+        return warmup + (peak - warmup) * step / warmup_steps
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+
 
 def parse(arguments: list[str]) -> Options:
     """Options from `[RECIPE] [--section.name value ...] [--fused]`.
 
-    RECIPE is a YAML file or the name of a shipped recipe, `demo` by default. An unknown option or a recipe that does
-    not fit ends the program with a message that names the key.
+    RECIPE is a YAML file or the name of a shipped recipe, `demo` by default. An unknown option, a recipe that does not
+    fit, and options that contradict one another end the program with a message that names them.
     """
     from jsonargparse import ArgumentParser
 
     recipe = "demo"
-    shipped = ", ".join(sorted(one.stem for one in RECIPES.glob("*.yaml")))
+    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     if arguments and not arguments[0].startswith("-"):
         recipe, arguments = arguments[0], arguments[1:]
     parser = ArgumentParser(
@@ -230,12 +320,12 @@ def parse(arguments: list[str]) -> Options:
     if not path.suffix:
         path = RECIPES / f"{recipe}.yaml"
     if not path.exists():
-        parser.error(
-            f"no recipe {recipe!r}: expected a YAML file or one of {', '.join(p.stem for p in RECIPES.glob('*.yaml'))}"
-        )
+        parser.error(f"no recipe {recipe!r}: expected a YAML file or one of {shipped}")
     parsed = parser.parse_args(["--config", str(path), *arguments])
     try:
         built = parser.instantiate(parsed)
+        options = Options(built.model, built.data, built.alignment, built.training, parsed.fused, parsed.fused_parts)
+        options.check()
     except (ValueError, ImportError) as error:
         parser.error(str(error))
-    return Options(built.model, built.data, built.alignment, built.training, parsed.fused, parsed.fused_parts)
+    return options

@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pointalign.options import Options
+    from torch import Tensor
+    from torch.utils.data import Dataset
 
-OWN_LOGS = os.environ.get("TENSORBOARD_LOGGING_DIR")  # where the user wants them, if said
+    from pointalign.data.dataset import ConversationDataset
+    from pointalign.feature_cache import FeatureCache
+    from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+    from pointalign.options import Options, TrainingOptions
+    from pointalign.trainer import PointAlignTrainer
+
+USER_LOG_FOLDER = os.environ.get("TENSORBOARD_LOGGING_DIR")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,17 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was complete is in {options.training.output_dir}", file=sys.stderr)
+        print(f"\ninterrupted; complete files are in {options.training.output_dir}", file=sys.stderr)
         return 130
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse large buffers in place of returning them to the system, which costs ten times the computing."""
+    """Let glibc reuse large buffers: returning them to the system takes ten times as long as computing with them."""
     import ctypes
 
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library: its own ways may do
+    except (OSError, AttributeError):  # another C library, without this setting
         return
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of malloc.h
     for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20)):
@@ -45,14 +52,11 @@ def keep_freed_memory() -> None:
 
 def run(options: "Options") -> int:
     """Train as the options say. Returns the exit status: 0, or 130 after Ctrl-C."""
-    from pointalign import build, stage_file, storage
+    from pointalign import storage
     from pointalign.efficient.training_form import training_form
     from pointalign.evaluation.naming import HeldOutNaming
-    from pointalign.evaluation.report import loss_curves
-    from pointalign.trainer import checkpoints
 
     folder = run_folder(options)
-    resume = options.training.resume_from_checkpoint
     trainer, model, processor = make_trainer(options)
     main_process = trainer.is_world_process_zero()
     if main_process:
@@ -61,107 +65,100 @@ def run(options: "Options") -> int:
     if options.data.evaluate != "none" and main_process:
         evaluation = HeldOutNaming(options.data.fold, options.data.evaluate, folder)
     if options.training.contrastive_steps:
-        warmed = (Path(resume).parent if resume else folder) / "warm-up.safetensors"
-        if not resume:
-            warm_up(model, processor, options)
-            stage_file.save_stage(model, warmed, describe(options))
-        stage_file.load_stage(model, warmed)  # of what froze since, a checkpoint knows nothing
+        load_warm_up(model, processor, options, folder / "warm-up.safetensors")
     if evaluation is not None and options.model.checkpoint is not None:
         evaluation.before(model, processor)
 
     with training_form(model, options):
-        trainer.train(resume_from_checkpoint=resume)
-    whole = trainer.whole_state()
+        trainer.train(resume_from_checkpoint=options.training.resume_from_checkpoint)
+    gathered = trainer.gathered_state()
+    if trainer.stop.interrupted:
+        if main_process:
+            report_interruption(trainer)
+        return 130
     if not main_process:
         return 0
-    if trainer.stop.interrupted:
-        last = checkpoints(folder)[-1]
-        print(
-            f"\nstopped at step {trainer.state.global_step}; saved in {last}\n"
-            f"go on with --training.resume_from_checkpoint {last}"
-        )
-        return 130
-
-    if whole is not None:  # this process trained shards: save from a model in one piece
-        model, processor = build.build_model(options.model, options.data)
-        own = stage_file.stage_state(model)
-        for name, tensor in own.items():
-            tensor.copy_(whole[f"model.{name}"])
-    loss_curves(trainer.state.log_history, folder / "loss.png", options.alignment.weight)
-    last = next((entry for entry in reversed(trainer.state.log_history) if "ntp_loss" in entry), None)
-    description = describe(options) | {"steps": trainer.state.global_step, "last_log": last}
-    stage_file.save_stage(model, folder / stage_file.STAGE_FILE, description)
-    build.export(model, processor, folder / "model")
-    written = {"loss curves": "loss.png", "stage checkpoint": stage_file.STAGE_FILE, "model": "model"}
+    if gathered is not None:  # this process trained shards: save from a complete model
+        model, processor = complete_model(options, gathered)
+    written = write_results(trainer, model, processor, options, folder)
     if evaluation is not None:
         evaluation.after(folder / "model")
         written |= {"accuracy": "accuracy.json", "answers": "answers.md"}
     print("\nwritten:")
-    for what, name in written.items():
-        print(f"  {what:17} {folder / name}")
+    for name, file in written.items():
+        print(f"  {name:17} {folder / file}")
     print(f"ask it yourself: python -m pointalign.chat CLOUD --model {folder / 'model'}")
     return 0
 
 
-def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
-    """Trainer, model and processor for the options; the data is checked first, so that nothing bad is found later."""
+# -- before training ---------------------------------------------------------------------------------------------------
+
+
+def run_folder(options: "Options") -> Path:
+    """The run's folder, the same in all processes.
+
+    A new run never writes into a folder that has files: a free number is appended. A resumed run goes on in the folder
+    of its checkpoint.
+    """
+    training = options.training
+    if training.resume_from_checkpoint is not None:
+        folder = Path(training.resume_from_checkpoint).parent
+    else:
+        folder = free_folder(Path(training.output_dir or "runs/align"), training)
+    training.output_dir = str(folder)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = USER_LOG_FOLDER or str(folder / "tensorboard")
+    return folder
+
+
+def free_folder(requested: Path, training: "TrainingOptions") -> Path:
+    """`requested`, or with the first number appended that is free; chosen and created by the first process."""
+    chosen = [requested]
+    if training.process_index == 0:
+        number = 2
+        while chosen[0].exists() and any(chosen[0].iterdir()):
+            chosen[0] = requested.with_name(f"{requested.name}-{number}")
+            number += 1
+        chosen[0].mkdir(parents=True, exist_ok=True)
+    if training.world_size > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(chosen)
+    return chosen[0]
+
+
+def make_trainer(
+    options: "Options",
+) -> "tuple[PointAlignTrainer, PointAlignForConditionalGeneration, PointAlignProcessor]":
+    """Trainer, model and processor for the options. Options and data are checked first, before anything is computed.
+
+    Raises:
+        FileNotFoundError: a file or folder that the options name is missing.
+        ValueError: options contradict one another, data is bad, or not even one sample fits the memory.
+    """
     from pointalign import build, stage_file
-    from pointalign.data.check import check
     from pointalign.data.collator import ConversationCollator, TokenBudgetSampler, token_counts
-    from pointalign.data.dataset import MixtureCollator, MixtureDataset, make_datasets
+    from pointalign.data.dataset import MixtureCollator, make_datasets
     from pointalign.efficient import memory
     from pointalign.efficient.training_form import training_form
     from pointalign.feature_cache import open_cache
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
-    data, training, mixture = options.data, options.training, options.data.mixture
-    if training.fsdp:
-        if training.device.type == "cpu":
-            raise ValueError("training.fsdp: accelerate shards on GPUs only, on a CPU it would copy without a word")
-        # As accelerate does later: 4-bit weights are packed for it while they load.
-        os.environ["ACCELERATE_USE_FSDP"] = "true"
-    if training.contrastive_steps and data.annotations is not None:
-        raise ValueError(
-            "training.contrastive_steps teaches a new point encoder the names of the embedded objects: with "
-            "data.annotations set it to 0, or take another recipe, such as align"
-        )
-    if training.memory_limit_gb is not None:
-        memory.cap_memory(training.memory_limit_gb, training.device)
-    if mixture and (training.max_steps <= 0 or training.per_device_train_batch_size != 1):
-        raise ValueError(
-            "data.mixture needs training.max_steps, the length of the run, and "
-            "training.per_device_train_batch_size=1, one batch of the mixture"
-        )
-    if mixture and data.pack_tokens:
-        raise ValueError("data.mixture has batches of its own: no data.pack_tokens (data.packing lays them in one row)")
-    if options.alignment.span == "release" and data.packing:
-        raise ValueError("alignment.span=release is a place of padded rows: no data.packing")
+    data, training = options.data, options.training
+    options.check()
+    prepare_device(training)
     if data.annotations is None:
         stage_file.require_fold(options.model.checkpoint, data.fold)
     datasets = make_datasets(options)
     model, processor = build.build_model(options.model, data)
     features = open_cache(model, processor.feature_extractor, options)
-    for one in datasets:
-        if features is None:
-            report = check(one, processor.feature_extractor.min_points, data.skip_bad)
-        else:
-            features.require(object_id for ids in one.conversations.object_ids for object_id in ids)
-            report = f"{len(features)} objects in the feature cache {features.folder}"
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(report)
-    if not options.model.train and options.alignment.weight == 0:
-        raise ValueError("nothing trains: model.train is empty and alignment.weight is 0")
+    check_data(datasets, processor, features, options)
     aligned = AlignedModel(model, options.alignment, choose_impl(options.fused))
     collator = ConversationCollator(processor, data.max_length, data.augmentation, data.packing, features)
-    dataset = datasets[0]
-    if mixture:
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
-        num_batches = training.max_steps * training.gradient_accumulation_steps * ranks
-        ratios, sizes = [one.ratio for one in mixture], [one.batch_size for one in mixture]
-        dataset = MixtureDataset(datasets, ratios, sizes, num_batches, training.seed)
-        collator = MixtureCollator(collator)
     with training_form(model, options) as parts:
-        budget = None if training.fsdp else memory.plan_memory(aligned, dataset, collator, options)
+        budget = None
+        if not training.fsdp:
+            longest = memory.largest_batch(datasets, processor, options)
+            budget = memory.plan_memory(aligned, longest, collator, options)
     sampler = None
     if data.pack_tokens:
         lengths = token_counts(processor, datasets[0].conversations, data.max_length)
@@ -169,7 +166,7 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
             lengths, data.pack_tokens, training.seed, training.process_index, training.world_size
         )
     if training.process_index == 0:
-        print(budget or "no memory plan: FSDP shares the model out, the log shows the peak")
+        print(budget or "no memory plan: FSDP shards the model, the log shows the peak")
         if options.fused:
             print("fused: " + ", ".join(f"{part} ({count})" for part, count in parts.items()))
         if training.auto_batch:
@@ -180,30 +177,69 @@ def make_trainer(options: "Options") -> tuple[Any, Any, Any]:
     trainer = PointAlignTrainer(
         model=aligned,
         args=training,
-        train_dataset=dataset,
-        data_collator=collator,
+        train_dataset=mixture_of(datasets, options) if data.mixture else datasets[0],
+        data_collator=MixtureCollator(collator) if data.mixture else collator,
         point_learning_rate=training.point_learning_rate,
         batch_sampler=sampler,
     )
     return trainer, model, processor
 
 
-def run_folder(options: "Options") -> Path:
-    """The run's folder; a finished run is never overwritten: a free number is appended."""
-    folder = Path(options.training.output_dir or "runs/align")
-    if options.training.resume_from_checkpoint is None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        number, wanted = 2, folder
-        while folder.exists() and any(folder.iterdir()):
-            folder = wanted.with_name(f"{wanted.name}-{number}")
-            number += 1
-    options.training.output_dir = str(folder)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = OWN_LOGS or str(folder / "tensorboard")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def prepare_device(training: "TrainingOptions") -> None:
+    """One GPU a process, no more memory than allowed, and the mark that 4-bit weights are to be packed for FSDP.
+
+    Without torchrun and with several GPUs the Trainer would wrap the model in `nn.DataParallel`, which cannot replicate
+    the hooks of the alignment loss.
+    """
+    from pointalign.efficient import memory
+
+    if training.n_gpu > 1:
+        print(
+            f"training on 1 of {training.n_gpu} GPUs; for all of them: torchrun --nproc_per_node {training.n_gpu} "
+            f"-m pointalign.train, with the same arguments"
+        )
+        training._n_gpu = 1  # what `TrainingArguments.n_gpu` returns
+    if training.fsdp:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # as accelerate does later, when the weights are loaded already
+    if training.memory_limit_gb is not None:
+        memory.cap_memory(training.memory_limit_gb, training.device)
+
+
+def check_data(
+    datasets: "list[ConversationDataset]",
+    processor: "PointAlignProcessor",
+    features: "FeatureCache | None",
+    options: "Options",
+) -> None:
+    """Check every cloud, or that the feature cache has every object; the first process reports.
+
+    Raises: ValueError: clouds are bad or features missing.
+    """
+    from pointalign.data.check import check
+
+    for dataset in datasets:
+        if features is None:
+            report = check(dataset, processor.feature_extractor.min_points, options.data.skip_bad)
+        else:
+            features.require(object_id for ids in dataset.conversations.object_ids for object_id in ids)
+            report = f"{len(features)} objects in the feature cache {features.folder}"
+        if options.training.process_index == 0:
+            print(report)
+
+
+def mixture_of(datasets: "list[ConversationDataset]", options: "Options") -> "Dataset":
+    """Batches of the mixture for all steps, micro-batches and processes of the run."""
+    from pointalign.data.dataset import MixtureDataset
+
+    training, parts = options.training, options.data.mixture
+    num_batches = training.max_steps * training.gradient_accumulation_steps * training.world_size
+    return MixtureDataset(
+        datasets, [part.ratio for part in parts], [part.batch_size for part in parts], num_batches, training.seed
+    )
 
 
 def choose_impl(fused: bool) -> str:
-    """`auto` under --fused where a fused alignment loss can run, else `reference`, said in one line."""
+    """`auto` under --fused where a fused alignment loss can run, else `reference`, which it then says."""
     if not fused:
         return "reference"
     import torch
@@ -217,48 +253,30 @@ def choose_impl(fused: bool) -> str:
     return "reference"
 
 
-def describe(options: "Options") -> dict[str, Any]:
-    """The options as JSON values, with the versions they ran under."""
-    import platform
-    from dataclasses import asdict, fields
+def load_warm_up(
+    model: "PointAlignForConditionalGeneration", processor: "PointAlignProcessor", options: "Options", path: Path
+) -> None:
+    """Put the warmed-up point branch into the model; a new run makes it first, in its first process, and writes `path`.
 
-    import torch
-    import transformers
+    Checkpoints hold trainable parameters only, so a resumed run reads the frozen point branch from `path` too.
+    """
+    from pointalign import stage_file
 
-    from pointalign import storage
-    from pointalign.data.dataset import data_paths
-
-    values = {one.name: (getattr(options.training, one.name), one.default) for one in fields(options.training)}
-    changed = {name: value for name, (value, default) in values.items() if value != default}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions["transformers"] = transformers.__version__
-    described = {
-        "model": asdict(options.model),
-        "data": asdict(options.data),
-        "alignment": asdict(options.alignment),
-        "training": changed,
-        "fused": options.fused,
-        "fused_parts": options.fused_parts,
-        "versions": versions,
-        "data_sha256": file_hash(data_paths(options)[0]),
-        "commit": storage.commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
-    }
-    return json.loads(json.dumps(described, default=str))
+    training = options.training
+    if training.resume_from_checkpoint is None:
+        with training.main_process_first(local=False, desc="warm-up"):
+            if training.process_index == 0:
+                warm_up(model, processor, options)
+                stage_file.save_stage(model, path, describe(options))
+    stage_file.load_stage(model, path)
 
 
-def file_hash(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def warm_up(model: Any, processor: Any, options: "Options") -> None:
+def warm_up(model: "PointAlignForConditionalGeneration", processor: "PointAlignProcessor", options: "Options") -> None:
     from pointalign import assets
     from pointalign.embedded import warm_up
-    from pointalign.evaluation.naming import load_objects
+    from pointalign.evaluation.objects import embedded_objects
 
-    objects = load_objects(assets.furniture(options.data.fold), "train")
+    objects = embedded_objects(assets.embedded_objects(options.data.fold), "train")
     warm_up.warm_up_point_branch(
         model,
         processor,
@@ -269,6 +287,75 @@ def warm_up(model: Any, processor: Any, options: "Options") -> None:
         options.training.contrastive_learning_rate,
         options.training.device,
     )
+
+
+# -- after training ----------------------------------------------------------------------------------------------------
+
+
+def report_interruption(trainer: "PointAlignTrainer") -> None:
+    last = trainer.checkpoints[-1]
+    print(
+        f"\nstopped at step {trainer.state.global_step}; saved in {last}\n"
+        f"go on with --training.resume_from_checkpoint {last}"
+    )
+
+
+def complete_model(
+    options: "Options", state: "dict[str, Tensor]"
+) -> "tuple[PointAlignForConditionalGeneration, PointAlignProcessor]":
+    """A model in this process alone, with what an `AlignedModel` trained, and its processor."""
+    from pointalign import build, stage_file
+
+    model, processor = build.build_model(options.model, options.data)
+    for name, tensor in stage_file.stage_state(model).items():
+        tensor.copy_(state[f"model.{name}"])
+    return model, processor
+
+
+def write_results(
+    trainer: "PointAlignTrainer",
+    model: "PointAlignForConditionalGeneration",
+    processor: "PointAlignProcessor",
+    options: "Options",
+    folder: Path,
+) -> dict[str, str]:
+    """Loss curves, stage file and exported model. Returns the names of the files by what they are."""
+    from pointalign import build, stage_file
+    from pointalign.evaluation.report import loss_curves
+
+    history = trainer.state.log_history
+    loss_curves(history, folder / "loss.png", options.alignment.weight)
+    last = next((entry for entry in reversed(history) if "ntp_loss" in entry), None)
+    description = describe(options) | {"steps": trainer.state.global_step, "last_log": last}
+    stage_file.save_stage(model, folder / stage_file.STAGE_FILE, description)
+    build.export(model, processor, folder / "model")
+    return {"loss curves": "loss.png", "stage checkpoint": stage_file.STAGE_FILE, "model": "model"}
+
+
+def describe(options: "Options") -> dict[str, Any]:
+    """The options as JSON values, with the origin of the run: versions, commit, device, hash of the annotations."""
+    from dataclasses import asdict, fields
+
+    from pointalign import storage
+    from pointalign.data.dataset import data_paths
+
+    values = {field.name: (getattr(options.training, field.name), field.default) for field in fields(options.training)}
+    changed = {name: value for name, (value, default) in values.items() if value != default}
+    origin = storage.provenance(options.training.device)
+    described = {
+        "model": asdict(options.model),
+        "data": asdict(options.data),
+        "alignment": asdict(options.alignment),
+        "training": changed,
+        "fused": options.fused,
+        "fused_parts": options.fused_parts,
+        "versions": {name: origin[name] for name in ("python", "torch", "transformers")},
+        "data_sha256": storage.file_hash(data_paths(options)[0]),
+        "commit": origin["commit"],
+        "uncommitted_changes": origin["uncommitted_changes"],
+        "device": origin["device"],
+    }
+    return json.loads(json.dumps(described, default=str))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""The two losses under `transformers.Trainer`: normalised alike, logged apart, saved whole and resumed exactly."""
+"""The two losses under `transformers.Trainer`: equally normalised, logged apart; checkpoints that resume exactly."""
 
-import math
 import resource
 import shutil
 import signal
@@ -10,23 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pointalign import storage
 from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens, release_span
+from pointalign.data.collator import TokenBudgetSampler
 from pointalign.efficient.memory import device_used_bytes
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
+from pointalign.options import published_rate
 
-# What a point branch learns before the projectors: these parameters may have a learning rate of their own.
+# `point_learning_rate` is for these parameters.
 POINT_PARTS = tuple(f"model.model.{part}" for part in ("point_encoder", "point_mlp", "qformer", "query_tokens"))
 
 
 class AlignedModel(nn.Module):
-    """A model and its alignment loss: what the Trainer trains. Only `model` survives training.
+    """A model and its alignment loss: what the Trainer trains. Only `model` is exported afterwards.
 
     Args:
         model: the vision-language model.
@@ -60,7 +60,7 @@ class AlignedModel(nn.Module):
             return hidden[target_layer].detach()
         if self.alignment_config.target == "qformer":
             qformer = self.model.model.qformer
-            if qformer.training and features.encoder is not None:  # it trains: its dropout has no place in a target
+            if qformer.training and features.encoder is not None:  # it trains: a target without its dropout
                 qformer.eval()
                 with torch.no_grad():
                     rows = self.model.model.query(features.encoder)
@@ -75,14 +75,14 @@ class AlignedModel(nn.Module):
 
         Args:
             point_mask: `[B, T]`.
-            num_point_rows: point tokens of the whole global batch, so that micro-batches and ranks weigh by what they
-                hold; by default this batch is the whole.
+            num_point_rows: point tokens of the global batch, so that micro-batches and ranks weigh by theirs; by
+                default those of this batch.
             inputs: those of the model.
 
         Returns:
             `loss`, and detached `ntp_loss` and `alignment_loss`, each this batch's share of the global mean.
         """
-        # Mixed precision follows the language model: beside bf16 weights, fp32 ones compute in bf16.
+        # Mixed precision follows the language model: with bf16 weights, the fp32 ones compute in bf16 too.
         dtype = self.model.model.language_model.dtype
         with torch.autocast(point_mask.device.type, dtype, enabled=dtype == torch.bfloat16):
             return self._losses(point_mask, num_point_rows, inputs | {"use_cache": False})
@@ -105,13 +105,13 @@ class AlignedModel(nn.Module):
         loss = outputs.loss + self.alignment_config.weight * alignment
         return {"loss": loss, "ntp_loss": outputs.loss.detach(), "alignment_loss": alignment.detach()}
 
-    # The Trainer asks these of a transformers model.
+    # The Trainer expects these of a transformers model.
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.model.gradient_checkpointing_enable(**kwargs)
 
     @property
-    def _no_split_modules(self) -> Any:  # what FSDP shards as one piece: the decoder blocks
+    def _no_split_modules(self) -> list[str] | set[str] | None:  # FSDP shards each of these as one unit: decoder blocks
         return self.model.model.language_model._no_split_modules
 
     @property
@@ -128,10 +128,16 @@ class PointAlignTrainer(Trainer):
 
     Args:
         point_learning_rate: of the point branch where it trains; everything else has `args.learning_rate`.
-        batch_sampler: this process's batches of indices, with `set_epoch`; by default `args` says how many samples.
+        batch_sampler: this process's batches; by default `args.per_device_train_batch_size` samples each.
     """
 
-    def __init__(self, *args: Any, point_learning_rate: float | None = None, batch_sampler: Any = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        point_learning_rate: float | None = None,
+        batch_sampler: TokenBudgetSampler | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.point_learning_rate = point_learning_rate
         self.batch_sampler = batch_sampler
@@ -140,25 +146,35 @@ class PointAlignTrainer(Trainer):
         self.stop = StopOnInterrupt()
         self.add_callback(self.stop)
         self.add_callback(TellEpoch(self.train_dataset))
+        self.checkpoints: list[Path] = []  # that this run wrote or continues, oldest first; no other is ever deleted
         self._parts = {"ntp_loss": 0.0, "alignment_loss": 0.0}
         self._tokens = 0
         self._steps_at_log: int | None = None
         self._time_at_log = time.perf_counter()
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in transformers, but no vector decays, batch norms included: as in the published recipe."""
+        dimensions = {name: parameter.ndim for name, parameter in model.named_parameters()}
+        return [name for name in super().get_decay_parameter_names(model) if dimensions[name] > 1]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.point_learning_rate is None or self.optimizer is not None:
-            return super().create_optimizer(*args, **kwargs)
-        groups: dict[bool, list] = {True: [], False: []}
-        for name, parameter in self.model.named_parameters():
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        decaying = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups[name.startswith(POINT_PARTS)].append(parameter)
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-        rates = {True: self.point_learning_rate, False: self.args.learning_rate}
-        self.optimizer = kind(
+                groups.setdefault((name.startswith(POINT_PARTS), name in decaying), []).append(parameter)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer_class(
             [
-                {"params": parameters, "lr": rates[point], "weight_decay": self.args.weight_decay}
-                for point, parameters in groups.items()
-                if parameters
+                {
+                    "params": parameters,
+                    "lr": self.point_learning_rate if of_point_branch else self.args.learning_rate,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for (of_point_branch, decays), parameters in groups.items()
             ],
             **options,
         )
@@ -178,15 +194,14 @@ class PointAlignTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args
         if self.lr_scheduler is None and args.minimum_learning_rate is not None:
-            warmup = args.learning_rate if args.warmup_learning_rate is None else args.warmup_learning_rate
-            self.lr_scheduler = published_schedule(
-                optimizer or self.optimizer,
-                num_training_steps,
-                args.get_warmup_steps(num_training_steps),
-                warmup,
-                args.learning_rate,
-                args.minimum_learning_rate,
-            )
+            warmup_steps = args.get_warmup_steps(num_training_steps)
+            peak, minimum = args.learning_rate, args.minimum_learning_rate
+            warmup = peak if args.warmup_learning_rate is None else args.warmup_learning_rate
+
+            def factor(step: int) -> float:  # on each group's rate
+                return published_rate(step, num_training_steps, warmup_steps, warmup, peak, minimum) / peak
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -203,8 +218,8 @@ class PointAlignTrainer(Trainer):
         return batches, num_items
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        # Both terms are normalised over the global batch, as the Trainer does it for tokens; it averages gradients
-        # over ranks afterwards, which the factor undoes.
+        # Both terms are normalised over the global batch, as the Trainer does for tokens. It averages gradients over
+        # ranks afterwards, which the factor undoes.
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         for name in self._parts:
             self._parts[name] = self._parts[name] + outputs[name]
@@ -234,8 +249,8 @@ class PointAlignTrainer(Trainer):
             self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
         super().log(logs, start_time)
 
-    def whole_state(self) -> dict[str, Tensor] | None:
-        """An FSDP model's state in one piece, on the first process; None without FSDP. All processes must call it."""
+    def gathered_state(self) -> dict[str, Tensor] | None:
+        """An FSDP model's full state, on the first process; None without FSDP. All processes must call it."""
         return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
 
     # -- checkpoints: complete or absent, safetensors and JSON ---------------------------------------------------------
@@ -252,7 +267,7 @@ class PointAlignTrainer(Trainer):
                 shutil.rmtree(run / name, ignore_errors=True)
                 (unfinished / name).rename(run / name)
         except OSError as error:
-            complete = ", ".join(str(one) for one in checkpoints(run)) or "none"
+            complete = ", ".join(map(str, checkpoints(run))) or "none"
             raise OSError(
                 f"checkpoint {name} could not be written: {error}; complete checkpoints: {complete}"
             ) from error
@@ -260,9 +275,11 @@ class PointAlignTrainer(Trainer):
             self._unfinished = None
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
-        if self.args.should_save and self.args.save_total_limit:
-            for old in checkpoints(run)[: -self.args.save_total_limit]:
-                shutil.rmtree(old)
+        self.checkpoints = [path for path in self.checkpoints if path != run / name] + [run / name]
+        while self.args.save_total_limit and len(self.checkpoints) > self.args.save_total_limit:
+            superseded = self.checkpoints.pop(0)
+            if self.args.should_save:
+                shutil.rmtree(superseded, ignore_errors=True)
 
     _unfinished: Path | None = None
 
@@ -272,7 +289,7 @@ class PointAlignTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         state = storage.training_state(self.accelerator.unwrap_model(self.model))
-        if self.is_fsdp_enabled:  # this process holds shards; the first one was handed the whole
+        if self.is_fsdp_enabled:  # this process holds shards; the first process received the full state
             if not self.args.should_save:
                 return
             assert state_dict is not None
@@ -280,6 +297,10 @@ class PointAlignTrainer(Trainer):
         storage.write_tensors(folder / "model.safetensors", state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        earlier = checkpoints(Path(resume_from_checkpoint).parent)
+        resumed = Path(resume_from_checkpoint)
+        if resumed in earlier and resumed.parent == Path(self.args.output_dir):
+            self.checkpoints = earlier[: earlier.index(resumed) + 1]  # later ones are of a run that went another way
         target = self.accelerator.unwrap_model(model or self.model)
         expected = set(storage.training_state(target))
         if self.is_fsdp_enabled:
@@ -312,44 +333,57 @@ class PointAlignTrainer(Trainer):
 
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [one for one in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if one.is_dir()]
-    return sorted(found, key=lambda one: int(one.name.rpartition("-")[2]))
+    folders = [path for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the step at hand, saves, and stops; a second one stops at once."""
+    """Ctrl-C ends the current step, saves, and stops; a second one stops at once.
+
+    Attributes:
+        interrupted: this run was stopped so, in all its processes at the same step.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
+        self._pressed = False  # here; other processes may hear of it a step later, or not at all
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.previous = signal.getsignal(signal.SIGINT)
 
         def handle(_signal, _frame):
-            if self.interrupted:
+            if self._pressed:
                 raise KeyboardInterrupt
-            self.interrupted = True
+            self._pressed = True
             print("\nstopping after this step; press Ctrl-C again to stop without saving", flush=True)
 
         try:
             signal.signal(signal.SIGINT, handle)
-        except ValueError:  # not in the main thread: Ctrl-C is not ours to catch
+        except ValueError:  # not in the main thread, which alone can catch Ctrl-C
             self.previous = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
+        if in_any_process(self._pressed, args):
+            self.interrupted = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
 
 
-class TellEpoch(TrainerCallback):
-    """Tells the data set or the batches which epoch it is in; after a resume the data loader alone would not."""
+def in_any_process(flag: bool, args: TrainingArguments) -> bool:
+    """Whether `flag` is true in any process; all processes must call it."""
+    if args.world_size == 1:
+        return flag
+    shared = torch.tensor(int(flag), device=args.device)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return bool(shared)
 
-    def __init__(self, dataset: Any):
+
+class TellEpoch(TrainerCallback):
+    """Tells a data set or a sampler which epoch it is in; after a resume the data loader alone would not."""
+
+    def __init__(self, dataset: object):
         self.dataset = dataset
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -362,17 +396,3 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def published_rate(step: int, steps: int, warmup_steps: int, warmup: float, peak: float, minimum: float) -> float:
-    """Linear from `warmup` to `peak`, then a cosine that counts the whole run, warm-up included, down to `minimum`."""
-    if step < warmup_steps:
-        return warmup + (peak - warmup) * step / warmup_steps
-    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
-
-
-def published_schedule(
-    optimizer: Optimizer, steps: int, warmup_steps: int, warmup: float, peak: float, minimum: float
-) -> LambdaLR:
-    """A scheduler of `published_rate`, as a factor on each group's own rate."""
-    return LambdaLR(optimizer, lambda step: published_rate(step, steps, warmup_steps, warmup, peak, minimum) / peak)

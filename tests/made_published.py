@@ -33,17 +33,18 @@ def norm(width, name):
     return {f"{name}.weight": near_one(width), f"{name}.bias": rand(width)}
 
 
-def encoder():
+def encoder(dims=ENC["group"]):
+    """Args: dims: width of the mini-PointNet's output, `encoder_dims` of the published code."""
     w, g, c = ENC["width"], ENC["group"], ENC["channels"]
     made = {"cls_token": rand(1, 1, w), "cls_pos": rand(1, 1, w)}
-    for name, into, mid, out in (("first_conv", c, g // 2, g), ("second_conv", 2 * g, 2 * g, g)):
+    for name, into, mid, out in (("first_conv", c, g // 2, g), ("second_conv", 2 * g, 2 * g, dims)):
         prefix = f"encoder.{name}"
         made |= {f"{prefix}.0.weight": rand(mid, into, 1, scale=0.4), f"{prefix}.0.bias": rand(mid)}
         made |= norm(mid, f"{prefix}.1")
         made |= {f"{prefix}.1.running_mean": rand(mid), f"{prefix}.1.running_var": near_one(mid).abs()}
         made |= {f"{prefix}.1.num_batches_tracked": torch.tensor(7)}
         made |= {f"{prefix}.3.weight": rand(out, mid, 1, scale=0.4), f"{prefix}.3.bias": rand(out)}
-    made |= linear(w, g, name="reduce_dim") | linear(128, 3, name="pos_embed.0") | linear(w, 128, name="pos_embed.2")
+    made |= linear(w, dims, name="reduce_dim") | linear(128, 3, name="pos_embed.0") | linear(w, 128, name="pos_embed.2")
     for i in range(ENC["layers"]):
         b = f"blocks.blocks.{i}"
         made |= norm(w, f"{b}.norm1") | norm(w, f"{b}.norm2") | linear(3 * w, w, False, f"{b}.attn.qkv")

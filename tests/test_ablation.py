@@ -16,13 +16,13 @@ from experiments.ablation.train_arm import Arm, Schedule, aligned_model, target_
 from pointalign import build
 from pointalign.alignment import AlignmentConfig, LayerTap, release_span
 from pointalign.evaluation import objects, probe, statistics
-from pointalign.evaluation.objects import Material
+from pointalign.evaluation.objects import EncodedObjects
 from pointalign.evaluation.probe import linear_cka, point_states, ridge_probe, similarity
 from pointalign.options import ModelOptions
 from pointalign.trainer import AlignedModel
 
 
-def colour_objects(count: int = 12, seed: int = 0) -> Material:
+def colour_objects(count: int = 12, seed: int = 0) -> EncodedObjects:
     """Objects whose Q-Former tokens hold a colour and a size; answers name the colour."""
     rng = np.random.default_rng(seed)
     colours = [("red", "blue", "green")[i % 3] for i in range(count)]
@@ -32,14 +32,18 @@ def colour_objects(count: int = 12, seed: int = 0) -> Material:
         features[i, :, ("red", "blue", "green").index(colour)] += 2
         features[i, :, 5] += size
     candidates = {colour: f"It is {colour}." for colour in ("red", "blue", "green")}
-    return Material(
-        features,
-        features[..., :16] + 1,
-        [[("What is this?", candidates[colour])] for colour in colours],
+    answers = [candidates[colour] for colour in colours]
+    clouds = {str(i): np.zeros((1, 6), dtype=np.float32) for i in range(count)}
+    return EncodedObjects(
+        list(clouds),
+        clouds.__getitem__,
+        answers,
         colours,
-        [str(i) for i in range(count)],
-        {"noun": colours, "size": sizes.tolist()},
-        candidates,
+        candidates=candidates,
+        features=features,
+        encoder=features[..., :16] + 1,
+        conversations=[[("What is this?", answer)] for answer in answers],
+        properties={"noun": colours, "size": sizes.tolist()},
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import assistant, lively, tiny_model, user, without_dropout
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pointalign.alignment import Alignment, AlignmentConfig, AlignmentProjector, LayerTap, pool_tokens
 from pointalign.trainer import AlignedModel
@@ -146,21 +147,76 @@ def test_a_tap_that_sees_nothing_stops_the_run(batch):
     assert not any(layer._forward_hooks for layer in tap.layers)
 
 
-@pytest.mark.parametrize("layer", [[2], [1, 3]])
-def test_activation_checkpointing_changes_no_gradient(layer, batch):
-    gradients = []
-    for checkpointing in (False, True):
-        model = with_lora(without_dropout(lively(tiny_model())))
-        aligned = AlignedModel(model, AlignmentConfig(layer=layer, weight=1.0)).train()
-        if checkpointing:
-            aligned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            assert model.is_gradient_checkpointing
+def checkpointed_run(batch, layer, use_reentrant, frozen_inputs):
+    """Losses of two optimizer steps, gradients of the first; `use_reentrant` None: without checkpointing."""
+    model = with_lora(without_dropout(lively(tiny_model())))
+    if frozen_inputs:  # then nothing that enters the first decoder layer needs a gradient
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+    aligned = AlignedModel(model, AlignmentConfig(layer=layer, weight=1.0)).train()
+    if use_reentrant is not None:
+        aligned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        assert model.is_gradient_checkpointing
+    optimizer = torch.optim.SGD([one for one in aligned.parameters() if one.requires_grad], lr=1e-3)
+    losses, gradients = [], {}
+    for _ in range(2):
         out = aligned(**batch)
         out["loss"].backward()
-        gradients.append({name: one.grad for name, one in aligned.named_parameters() if one.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
-    for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, msg=name)
+        losses += [out[name].item() for name in ("loss", "ntp_loss", "alignment_loss")]
+        if not gradients:
+            gradients = {name: one.grad.clone() for name, one in aligned.named_parameters() if one.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, gradients
+
+
+@pytest.mark.parametrize(
+    ("layer", "frozen_inputs"), [([1, 3], False), ([2], True)], ids=["projector trains", "lora alone trains"]
+)
+def test_training_with_activation_checkpointing_equals_training_without(layer, frozen_inputs, batch):
+    plain_losses, plain = checkpointed_run(batch, layer, None, frozen_inputs)
+    assert len(plain) > 20 and len(set(plain_losses)) == 6
+    for use_reentrant in (False, True):
+        losses, gradients = checkpointed_run(batch, layer, use_reentrant, frozen_inputs)
+        assert losses[:3] == plain_losses[:3]
+        assert losses == pytest.approx(plain_losses, rel=2e-6)  # gradients are summed in another order
+        assert gradients.keys() == plain.keys()
+        for name, expected in plain.items():
+            assert (gradients[name] - expected).norm() <= 5e-6 * expected.norm() + 2e-6, name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_backward_pass_inside_the_block_does_not_replace_the_rows(use_reentrant):
+    """The hook runs inside the checkpointed region, as with transformers up to 5.17, and again in the backward pass."""
+    layer = nn.Linear(4, 4)
+    x, mask = torch.randn(2, 3, 4, requires_grad=True), torch.tensor([[True, False, True], [False, True, False]])
+    with LayerTap([layer], [1]).capture(mask) as rows:
+        output = checkpoint(layer, x, use_reentrant=use_reentrant)
+        output.sum().backward()
+    assert rows[1].grad_fn is not None and torch.equal(rows[1], output[mask])
+
+
+def test_a_tap_inside_a_compiled_layer():
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.SiLU()) for _ in range(2)])
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[True, False, True], [False, True, False]])
+    expected = layers[0](x)[mask]
+
+    def run(x):
+        return layers[1](layers[0](x)).sum()
+
+    compiled = torch.compile(run, backend="eager")
+    for _ in range(2):  # the second pass runs what the first one compiled
+        with LayerTap(layers, [1]).capture(mask) as rows:
+            compiled(x)
+        assert torch.equal(rows[1], expected)
+        torch.autograd.grad(rows[1].sum(), layers[0][0].weight)
+
+
+def test_a_tap_on_a_mask_of_another_shape_is_an_error(batch):
+    tap = LayerTap(nn.ModuleList([nn.Linear(4, 4)]), [1])
+    with pytest.raises(ValueError, match=r"shape \[2, 3, 4\].*shape \[3, 2\]"):
+        with tap.capture(torch.ones(3, 2, dtype=torch.bool)):
+            tap.layers[0](torch.randn(2, 3, 4))
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------

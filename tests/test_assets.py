@@ -134,7 +134,7 @@ def test_a_present_asset_costs_no_heavy_import(home, index):
 def test_without_apt_one_line_says_what_to_put_where(home, monkeypatch):
     monkeypatch.setattr(assets.shutil, "which", lambda name: None)
     with pytest.raises(assets.AssetError) as caught:
-        assets.furniture()
+        assets.embedded_objects()
     message = str(caught.value)
     source = assets.SWEETHOME3D
     for part in (source.file, source.version, source.sha256, str(home / "downloads")):
@@ -171,7 +171,7 @@ def test_a_package_put_there_by_hand_is_used(home, package, monkeypatch):
     monkeypatch.setattr(assets.shutil, "which", lambda name: None)
     (home / "downloads").mkdir(parents=True)
     package.rename(home / "downloads" / package.name)
-    check_furniture(assets.furniture())
+    check_furniture(assets.embedded_objects())
 
 
 def test_old_package_lists_are_replaced_by_fresh_private_ones(home, package, tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_old_package_lists_are_replaced_by_fresh_private_ones(home, package, tmp
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
-    check_furniture(assets.furniture())
+    check_furniture(assets.embedded_objects())
     calls = log.read_text().splitlines()
     assert [call.split()[-2:] for call in calls if "update" not in call] == [
         ["download", "sweethome3d-furniture=1.8-1"]

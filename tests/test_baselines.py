@@ -32,7 +32,7 @@ def test_nearest_by_chamfer_equals_brute_force(clouds):
     assert nearest_by_chamfer(queries, moved).tolist() == distances[:, 4:].argmin(axis=1).tolist()
 
 
-def test_random_yaw_turns_each_by_an_angle_of_its_own(clouds):
+def test_random_yaw_turns_each_by_another_angle(clouds):
     turned = random_yaw([clouds[0], clouds[0]], seed=1)
     assert not np.allclose(turned[0], turned[1]) and not np.allclose(turned[0], clouds[0])
     for one in turned:

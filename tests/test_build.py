@@ -80,18 +80,71 @@ def test_none_gives_a_pure_wheel(sdist, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
-def test_auto_without_torch_says_so_and_succeeds(sdist, tmp_path):
-    """An isolated build sees setuptools only."""
+@pytest.fixture
+def isolated(tmp_path):
+    """Runs a program as pip's build environment would: of the installed packages, only setuptools can be imported."""
     packages = Path(setuptools.__file__).parents[1]
-    for name in ("setuptools", "_distutils_hack"):
-        (tmp_path / name).symlink_to(packages / name)
-    command = [sys.executable, "-S", "setup.py", "build_ext", "--inplace"]
-    for build, code in (("auto", 0), ("cpu", 1)):
-        environment = os.environ | {"PYTHONPATH": str(tmp_path), "POINTALIGN_BUILD": build}
-        result = subprocess.run(command, cwd=sdist, env=environment, capture_output=True, text=True)
-        assert result.returncode == code, result.stderr
-        assert "torch is not installed in the build environment" in result.stdout + result.stderr
-    assert not list(sdist.glob("kernels/pointalign_kernels/*.so"))
+    site = tmp_path / "build_environment"
+    site.mkdir()
+    for path in [packages / "setuptools", packages / "_distutils_hack", *packages.glob("setuptools-*.dist-info")]:
+        (site / path.name).symlink_to(path)
+    isolate = f"import sys; sys.path = [{str(site)!r}, 'csrc', *(p for p in sys.path if 'packages' not in p)];"
+
+    def run(program, folder, build="auto"):
+        environment = os.environ | {"POINTALIGN_BUILD": build}
+        command = [sys.executable, "-c", isolate + program]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+NO_TORCH = "import sysconfig; sysconfig.get_path = lambda name: 'nowhere';"
+HOOKS = ("get_requires_for_build_wheel", "get_requires_for_build_editable")
+REQUIRES = f"import build_backend as b; found = {', '.join(f'b.{hook}()' for hook in HOOKS)}; print('\\n', *found)"
+
+
+def build_program(folder):
+    """A program that runs setup.py and writes below `folder`."""
+    arguments = ["setup.py", "build_ext", "--build-temp", str(folder / "temp"), "--build-lib", str(folder / "lib")]
+    return f"import runpy, sys; sys.argv = {arguments!r}; runpy.run_path('setup.py')"
+
+
+@needs_compiler
+def test_an_isolated_build_uses_the_torch_beside_pip(isolated, sdist, tmp_path):
+    assert isolated("import torch", sdist).returncode != 0
+    assert isolated(REQUIRES, sdist).stdout.endswith("\n [] []\n")
+    result = isolated(build_program(tmp_path), sdist)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (library,) = (tmp_path / "lib").rglob("*.so")
+    program = f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.pointalign_kernels.knn)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_isolated_build_without_any_torch_asks_for_one(isolated, sdist):
+    """The range of the requirement is that of the package."""
+    torch_range = next(line for line in (ROOT / "pyproject.toml").read_text().split('"') if line.startswith("torch>="))
+    assert isolated(NO_TORCH + REQUIRES, sdist).stdout.endswith(f"\n ['{torch_range}'] ['{torch_range}']\n")
+    assert isolated(NO_TORCH + REQUIRES, sdist, build="none").stdout.endswith("\n [] []\n")
+
+
+@pytest.mark.parametrize(("build", "code"), [("auto", 0), ("cpu", 1), ("none", 0)])
+def test_no_torch_at_all(isolated, sdist, tmp_path, build, code):
+    result = isolated(NO_TORCH + build_program(tmp_path), sdist, build)
+    assert result.returncode == code, result.stderr
+    said = [line for line in result.stderr.splitlines() if "no torch>=2.11,<2.14 was found to build against" in line]
+    assert len(said) == (build != "none"), result.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_torch_older_than_the_stable_abi_is_not_built_against(isolated, sdist, tmp_path):
+    package = tmp_path / "torch"
+    (package / "include/torch/csrc/stable").mkdir(parents=True)
+    (package / "version.py").write_text("__version__, cuda = '2.9.1+cu130', '13.0'\n")
+    old = f"import sysconfig; sysconfig.get_path = lambda name: {str(tmp_path)!r};"
+    assert "torch>=2.11" in isolated(old + REQUIRES, sdist).stdout
+    (package / "version.py").write_text("__version__, cuda = '2.11.0+cu130', '13.0'\n")
+    assert isolated(old + REQUIRES, sdist).stdout.endswith("\n [] []\n")
 
 
 @pytest.mark.parametrize(("build", "succeeds"), [("auto", True), ("cpu", False)])
@@ -102,6 +155,52 @@ def test_a_broken_compiler(sdist, tmp_path, build, succeeds):
     assert (result.returncode == 0) == succeeds, result.stderr[-3000:]
     assert "_native" in result.stdout + result.stderr  # names the extension that failed
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.fixture(params=["compiling", "listing"])
+def broken_nvcc(request, tmp_path):
+    """Environment with a torch that says it was built with CUDA, and an nvcc that fails."""
+    package = tmp_path / "site/torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "version.py").write_text(f"__version__, cuda = {torch.__version__!r}, '13.0'\n")
+    for name in ("include", "lib"):
+        (package / name).symlink_to(Path(torch.__file__).parent / name)
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    listed = "[ $1 = --list-gpu-arch ] && echo compute_90 && exit 0\n" if request.param == "compiling" else ""
+    nvcc.write_text(f"#!/bin/sh\n{listed}echo 'nvcc fatal: broken' >&2; exit 2\n")
+    nvcc.chmod(0o755)
+    return {"PYTHONPATH": str(package.parent), "CUDA_HOME": str(nvcc.parents[1])}
+
+
+def test_auto_falls_back_from_cuda_to_the_cpu(sdist, tmp_path, broken_nvcc):
+    """The compiler is a stand-in that writes empty files: what counts is which builds are tried."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho > "$2"\n')
+    compiler.chmod(0o755)
+    folders = ("--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib"))
+    result = run_setup(sdist, "auto", "build_ext", *folders, CC=str(compiler), CXX=str(compiler), **broken_nvcc)
+    assert "the cuda build of pointalign_kernels._native failed" in result.stderr
+    assert "building for cpu only" in result.stderr
+    assert [library.name for library in (tmp_path / "lib").rglob("*.so")] == ["_native.abi3.so"]
+
+
+def test_auto_falls_back_from_both_to_plain_python(sdist, tmp_path, broken_nvcc):
+    folders = ("--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib"))
+    result = run_setup(sdist, "auto", "build_ext", *folders, CC="false", CXX="false", **broken_nvcc)
+    said = [line for line in result.stderr.splitlines() if line.startswith("pointalign: ")]
+    assert len(said) == 2, result.stderr
+    assert "building for cpu only" in said[0]
+    assert "installing without the native library, point ops run as plain PyTorch" in said[1]
+    assert not list((tmp_path / "lib").rglob("*.so"))
+
+
+def test_an_explicit_cuda_build_never_falls_back(sdist, tmp_path, broken_nvcc):
+    folders = ("--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib"))
+    result = run_setup(sdist, "cuda", "build_ext", *folders, check=False, **broken_nvcc)
+    assert result.returncode != 0
+    assert not list((tmp_path / "lib").rglob("*.so"))
 
 
 def test_wrong_requests_fail_with_the_reason(sdist):
@@ -118,12 +217,13 @@ def test_wrong_requests_fail_with_the_reason(sdist):
 @pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.skipif("POINTALIGN_LONG_TESTS" not in os.environ, reason="takes minutes: run it by `make test-long`")
 def test_the_cuda_build_registers_its_kernels(sdist, tmp_path):
-    """Without a CUDA torch: setup.py believes in one, and a stub stands for the only symbol of libtorch_cuda."""
+    """Without a CUDA torch: a copy of its version file says CUDA, a stub holds the only symbol of libtorch_cuda."""
     stub = tmp_path / "libtorch_cuda.so"
     source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { *stream = nullptr; return 0; }'
     subprocess.run(["g++", "-shared", "-fPIC", "-xc++", "-", "-o", str(stub)], input=source, text=True, check=True)
     program = (
-        "import sys, runpy, torch; torch.version.cuda = '13.0';"
+        "import sys, runpy; sys.path.insert(0, 'csrc'); import build_backend as b;"
+        "real = b.find_torch(); b.find_torch = lambda: real._replace(cuda='13.0');"
         f"sys.argv = ['setup.py', 'build_ext', '--build-temp', {str(tmp_path / 'temp')!r},"
         f" '--build-lib', {str(tmp_path)!r}]; runpy.run_path('setup.py')"
     )

@@ -140,5 +140,5 @@ def test_several_clouds_stand_in_place(text, expected):
 
 def test_number_of_clouds_must_match():
     conversation = Conversation(("a", "b"), "x", (("user", "<point><point>"), ("assistant", "ok")))
-    with pytest.raises(ValueError, match="expected 2 clouds, one per object id, got 1"):
+    with pytest.raises(ValueError, match="expected a cloud for each of 2 object ids, got 1"):
         to_messages(conversation, ["a.npy"])

@@ -113,6 +113,18 @@ def test_both_formats_of_phi_both_encoder_files_and_merging_agree(files, tmp_pat
     assert set(kept_apart) == {f"projector.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
 
 
+@pytest.mark.parametrize("dims", [4, 10])
+def test_an_encoder_of_other_output_width(dims, files, tmp_path, raw):
+    """`encoder_dims` of the published code widens or narrows the mini-PointNet's output alone."""
+    torch.manual_seed(1)
+    encoder = half(made.encoder(dims))
+    path = made.save_container(tmp_path / "point_model.pth", encoder, "base_model")
+    assert main(arguments(files, tmp_path / "out", "pointalign.pth", encoder=path)) == 0
+    check_numbers(tmp_path / "out", raw | {"encoder": encoder})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["point_config"]
+    assert (config["group_dim"], config["pointnet_width"]) == (dims, made.ENC["group"])
+
+
 def test_query_experts_of_stage_4(files, tmp_path, raw):
     assert main(arguments(files, tmp_path / "out", "stage3.pth", "stage4.pth")) == 0
     model = PointAlignForConditionalGeneration.from_pretrained(tmp_path / "out")
@@ -195,7 +207,7 @@ def test_every_set_of_options_converts_or_says_which_is_missing(files, tmp_path,
     from pointalign.convert import write
 
     monkeypatch.setattr(write, "write", lambda *_: None)  # absent parts have the published sizes
-    monkeypatch.setattr(write, "run", lambda _: {})
+    monkeypatch.setattr(write, "self_test", lambda _: {})
     given = {"--llm": "phi", "--qformer": "blip2.pth", "--point-encoder": "point_model.pth"}
     given = [(flag, files / name) for flag, name in given.items()]
     given += [("--checkpoint", files / "stage3.pth"), ("--checkpoint", files / "experts.pth")]
@@ -273,7 +285,7 @@ def test_a_language_model_in_pieces_is_refused(files, tmp_path, capsys, raw):
     assert "q_layernorm.weight has shape [20], expected [10]" in error
     made.save_llm(tmp_path / "odd", raw["llm"], num_attention_heads=3)
     error = refused(files, tmp_path, capsys, "stage3.pth", llm=tmp_path / "odd")
-    assert "self_attn.q_proj" in error and "not 3 heads" in error
+    assert "self_attn.q_proj" in error and "expected a multiple of 3" in error
     made.save_llm(tmp_path / "cut", raw["llm"])
     shard = tmp_path / "cut" / "model-00001-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])

@@ -1,4 +1,4 @@
-"""The README's evidence is made of files, and says so where there are none."""
+"""The tables of README and docs come from result files, and say so where a file is missing."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_an_evaluation_is_shown_with_what_its_cloud_adds(results):
     (results / "evaluation.json").write_text(json.dumps(content | {"tasks": tasks}))
     text = evidence_tables.evaluation()
     assert "| classification-prompt0 | head noun | 75.0 | 65.0 to 85.0 | 4 |" in text
-    assert "head noun +50.0 [+0.0, +100.0] points" in text and "a card, torch 2, commit abc" in text
+    assert "head noun +50.0 [+0.0, +100.0] points" in text and "a card, torch 2, commit abc, date not recorded" in text
     outside, folded = text.split("<details>")
     assert "mentioned" not in outside and "mentioned" in folded
 
@@ -64,10 +64,11 @@ def test_an_ablation_is_shown_with_what_it_says(results):
     (folder / "ablation.json").write_text(json.dumps(content))
     (folder / "layers.png").touch()
     text = evidence_tables.ablation("ablation_objects")
-    assert "Nothing is shown." in text and "7 steps of 2, lambda 0.1" in text and "commit abc, 2026-11-25" in text
+    assert "Nothing is shown." in text and "7 steps of 2 samples, lambda 0.1" in text
+    assert "commit abc, 2026-11-25" in text
     assert "| alignment | 0-1 | +0.070 [-0.030, +0.170] | 0.500 | 0.300 |" in text
     assert "| noun | 0.400 | 0.250 | 0.250 |" in text
-    assert "](benchmarks/results/ablation_objects/layers.png)" in text and "differences.png" not in text
+    assert "](../benchmarks/results/ablation_objects/layers.png)" in text and "differences.png" not in text
 
 
 def test_probes_are_shown_by_layer(results):
@@ -77,7 +78,7 @@ def test_probes_are_shown_by_layer(results):
     (results / "probe" / "probe.json").write_text(json.dumps(content))
     text = evidence_tables.probe()
     assert "| noun (accuracy) | 0.500 | 0.400 |" in text and "| CKA |  | 0.300 |" in text
-    assert "](benchmarks/results/probe/layers.png)" in text
+    assert "](../benchmarks/results/probe/layers.png)" in text
 
 
 STAGE = {"commit": "abc", "device": "CPU, 2 cores", "versions": {"torch": "2"}, "model": {}, "alignment": {}}
@@ -143,13 +144,12 @@ def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tm
     for folds, unfinished in ((["1"], True), (["0", "1"], False)):
         assert held_out_naming.main(["--output", str(out), "--folds", *folds]) == 0
         assert ("not finished: fold-0" in capsys.readouterr().out) == unfinished == (not result.exists())
-    assert [command[-2] for command in commands] == ["--data.fold=1", "--data.fold=0"], (
-        "a finished fold is not run again"
-    )
+    folds = [command[-2] for command in commands]
+    assert folds == ["--data.fold=1", "--data.fold=0"], "a finished fold is not run again"
     monkeypatch.setattr(report, "RESULTS", results)
     text = report.held_out_naming()
     assert "| noun occurs in training (n=4) | all embedded objects (n=6) |" in text and "commit abc" in text
-    assert "finds a true difference of " in text and "of the 2 families, the four largest hold 100 %" in text
+    assert "detects a true difference of " in text and "belong to 2 families; the four largest hold 100 %" in text
     assert "the test part alone (n=2), under random yaw: model 100.0" in text and "+50.0" in text
 
 
@@ -157,14 +157,37 @@ def test_without_files_nothing_is_claimed(results, tmp_path, monkeypatch, capsys
     import report
 
     sections = {name: report.SECTIONS[name] for name in ("evaluation", "ablation_shapes", "probe")}
+    documents = (tmp_path / "README.md", tmp_path / "results.md", tmp_path / "performance.md")
     monkeypatch.setattr(report, "SECTIONS", sections)
     monkeypatch.setattr(report, "RESULTS", results)
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
-    marked = "".join(f"<!-- {name}:begin -->\nold figures\n<!-- {name}:end -->\n" for name in sections)
-    (tmp_path / "README.md").write_text(marked)
+    monkeypatch.setattr(report, "DOCUMENTS", documents)
+    marked = [f"before\n<!-- {name}:begin -->\nold figures\n<!-- {name}:end -->\nafter\n" for name in sections]
+    for document, text in zip(documents, marked, strict=True):
+        document.write_text(text)
     report.main()
-    assert (tmp_path / "README.md").read_text() == marked.replace("old figures", "Not measured.")
+    for document, text in zip(documents, marked, strict=True):
+        assert document.read_text() == text.replace("old figures", "Not measured.")
     assert "evaluation: evaluation.json is missing" in capsys.readouterr().out and not list(results.iterdir())
-    readme = (report.ROOT / "README.md").read_text()
-    for name in [*sections, "ablation_objects", "ablation_folds", "held_out_naming"]:
-        assert f"<!-- {name}:begin -->\n" in readme and f"<!-- {name}:end -->" in readme
+
+
+@pytest.mark.parametrize("copies", [0, 2])
+def test_a_section_has_one_place(copies, tmp_path, monkeypatch):
+    import report
+
+    document = tmp_path / "results.md"
+    document.write_text("<!-- probe:begin -->\n<!-- probe:end -->\n" * copies)
+    monkeypatch.setattr(report, "SECTIONS", {"probe": lambda: "new\n"})
+    monkeypatch.setattr(report, "DOCUMENTS", (document,))
+    with pytest.raises(ValueError, match=f"section probe: expected its begin and end lines once .* found {copies}"):
+        report.render()
+
+
+def test_documents_hold_what_the_result_files_say(monkeypatch):
+    """Run `make report` if this fails."""
+    import report
+    import train_step_table
+
+    for module in (report, train_step_table):
+        monkeypatch.setattr(module, "_plot", lambda results: None)
+    for path, text in report.render().items():
+        assert path.read_text() == text, f"{path.name} is out of date: run `make report`"

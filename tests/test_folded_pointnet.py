@@ -78,7 +78,7 @@ def test_the_fold_is_a_snapshot():
 
 def test_training_mode_is_refused():
     first, second = mini_pointnet()
-    with pytest.raises(ValueError, match="second_conv is in training mode"):
+    with pytest.raises(ValueError, match="second_conv: expected a module in evaluation mode"):
         fold_pointnet(first, second.train())
     first[1] = nn.BatchNorm1d(32, track_running_stats=False).eval()
     with pytest.raises(ValueError, match="no running statistics"):

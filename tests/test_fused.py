@@ -1,4 +1,4 @@
-"""The lean parts equal the plain modules, each alone and all together."""
+"""The fused parts equal the plain modules, each alone and all together."""
 
 import pytest
 import torch
@@ -59,7 +59,6 @@ USED = {
     "phi": {
         "lora": 24,
         "merged": 4,
-        "residual": 4,
         "gelu": 4,
         "swiglu": 0,
         "norms": 5,
@@ -68,7 +67,6 @@ USED = {
     "llama": {
         "lora": 28,
         "merged": 8,
-        "residual": 0,
         "gelu": 0,
         "swiglu": 4,
         "norms": 9,
@@ -77,7 +75,6 @@ USED = {
     "qwen3": {
         "lora": 28,
         "merged": 8,
-        "residual": 0,
         "gelu": 0,
         "swiglu": 4,
         "norms": 17,
@@ -106,7 +103,7 @@ def test_each_part_alone(part):
     for architecture in ("phi", "llama"):
         model = adapted(architecture)
         expected = step(model)
-        with fused_parts.applied(model, ["lora", part] if part in ("merged", "residual") else [part]):
+        with fused_parts.applied(model, ["lora", part] if part == "merged" else [part]):
             assert_equal(step(model), expected, 1e-5)
 
 
@@ -140,51 +137,11 @@ def test_mixed_precision_is_as_exact_as_the_plain_way(architecture):
     assert sum(ours.values()) <= 1.2 * sum(theirs.values())
 
 
-def test_outputs_of_the_parallel_block_add_onto_the_residual(monkeypatch):
-    """Every block runs that way, with the dropout of the adapters drawn in the same order."""
-    model = adapted("phi", dropout=0.5)
-
-    def drawn():
-        torch.manual_seed(3)
-        return step(model)
-
-    with fused_parts.applied(model, ["lora"]):
-        expected = drawn()
-    onto, run = [], fused_lora.AdapterGroup.run
-
-    def seen(self, x, residual=None):
-        onto.append(residual is not None)
-        return run(self, x, residual)
-
-    monkeypatch.setattr(fused_lora.AdapterGroup, "run", seen)
-    with fused_parts.applied(model, ["lora", "residual"]) as used:
-        assert used["residual"] == 4
-        assert_equal(drawn(), expected, 1e-5)
-        assert sum(onto) == 8 and len(onto) == 24
-        model.eval()
-        calm = model(input_ids=torch.arange(9)[None]).logits
-    torch.testing.assert_close(model(input_ids=torch.arange(9)[None]).logits, calm)
-
-
-def test_outputs_stay_apart_under_residual_dropout_and_behind_a_norm():
-    model = adapted("phi")
-    blocks = model.get_decoder().layers
-    for block in blocks:
-        block.resid_dropout.p = 0.5
-    with fused_parts.applied(model) as used:
-        assert used["residual"] == 0
-    blocks[0].resid_dropout.p = 0.0
-    with fused_parts.applied(model) as used:
-        assert used["residual"] == 1
-        blocks[0].resid_dropout.p = 0.5  # switched on later: two masks, as without the part
-        torch.manual_seed(0)
-        found = step(model)
-    torch.manual_seed(0)
-    assert_equal(found, step(model), 1e-5)
+def test_the_published_phi():
     model = adapted("phi", model=published_phi())
     expected = step(model)
     with fused_parts.applied(model) as used:
-        assert (used["lora"], used["merged"], used["residual"]) == (8, 2, 0)
+        assert (used["lora"], used["merged"]) == (8, 2)  # query_key_value and fc1 of both blocks read one input
         assert_equal(step(model), expected, 1e-5)
 
 
@@ -248,7 +205,7 @@ def test_products_by_finite_differences():
     adapters = [layer.lora_A["default"].weight for layer in group.modules]
     adapters += [layer.lora_B["default"].weight for layer in group.modules]
     assert torch.autograd.gradcheck(
-        lambda x, *given: fused_lora.LoraProducts.apply(x, group, torch.float64, 0.0, None, *given),
+        lambda x, *given: fused_lora.LoraProducts.apply(x, group, torch.float64, 0.0, *given),
         (x, *adapters),
         atol=1e-6,
         fast_mode=True,
@@ -296,8 +253,10 @@ def test_refusals():
     model = adapted("llama")
     with pytest.raises(ValueError, match="unknown part 'rope'"), fused_parts.applied(model, ["rope"]):
         pass
-    for part in ("merged", "residual"):
-        with pytest.raises(ValueError, match=f"{part} products are those of lora"), fused_parts.applied(model, [part]):
+    with pytest.raises(ValueError, match="merged needs lora"), fused_parts.applied(model, ["merged"]):
+        pass
+    with pytest.raises(ValueError, match=r"'residual', expected some of lora, merged, gelu"):
+        with fused_parts.applied(model, ["lora", "residual"]):
             pass
 
 

@@ -13,13 +13,13 @@ MAX_LINES = 400
 
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
-    ["pointalign_kernels"],
+    ["pointalign_kernels", "pointalign.import_steps"],
     ["pointalign.alignment", "pointalign.storage"],
     ["pointalign.options"],
     ["pointalign.embedded.facts", "pointalign.embedded.catalogue"],
     ["pointalign.assets"],
     ["pointalign.data"],
-    ["pointalign.embedded.procedural", "pointalign.embedded.solids"],
+    ["pointalign.embedded.neighbours", "pointalign.embedded.procedural", "pointalign.embedded.procedural_parts"],
     ["pointalign.models"],
     ["pointalign.efficient"],
     ["pointalign.embedded.warm_up"],
@@ -29,6 +29,7 @@ LAYERS = [
     ["pointalign.feature_cache", "pointalign.trainer"],
     ["pointalign.evaluation"],
     ["pointalign.train", "pointalign.chat", "pointalign.evaluate"],
+    ["pointalign"],  # the file __init__.py alone
     ["experiments"],
 ]
 
@@ -88,7 +89,7 @@ def layer_of(module: str) -> int | None:
         (len(name), place)
         for place, layer in enumerate(LAYERS)
         for name in layer
-        if module == name or module.startswith(f"{name}.")
+        if module == name or (name != "pointalign" and module.startswith(f"{name}."))
     ]
     return max(names)[1] if names else None
 

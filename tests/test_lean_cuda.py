@@ -125,6 +125,7 @@ def test_memory_is_capped():
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(round(1.5e9), dtype=torch.uint8, device=device)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        memory.cap_memory(None, device)
+    torch.empty(round(1.5e9), dtype=torch.uint8, device=device)
     with pytest.raises(ValueError, match="the device has"):
         memory.cap_memory(1e6, device)

@@ -17,7 +17,7 @@ SCRIPT = """
 import torch
 from torch.nn import functional
 from transformers.models.phi.modeling_phi import apply_rotary_pos_emb
-from pointalign import fused
+from pointalign.efficient import fused_parts
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -35,14 +35,14 @@ q, k = (torch.randn(2, 9, heads, 20).transpose(1, 2).requires_grad_() for heads 
 angles = torch.randn(2, 9, 4).repeat(1, 1, 2)
 given = (q[..., :8], k[..., :8], angles.cos(), angles.sin())  # a part of each head, as in Phi
 expected = apply_rotary_pos_emb(*given)
-same(fused.liger_rotary()(*given), expected, (q, k))
+same(fused_parts.liger_rotary()(*given), expected, (q, k))
 
-fused.ROWS_AT_ONCE = 10
+fused_parts.ROWS_AT_ONCE = 10
 rows, weight, bias = torch.randn(23, 16).requires_grad_(), torch.randn(101, 16), torch.randn(101)
 targets = torch.randint(0, 101, (23,))
 for one in (bias, None):
     expected = functional.cross_entropy(functional.linear(rows, weight, one), targets, reduction="sum")
-    same([fused.liger_cross_entropy()(rows, weight, targets, one)], [expected], [rows])
+    same([fused_parts.liger_cross_entropy()(rows, weight, targets, one)], [expected], [rows])
 print("as plain")
 """
 

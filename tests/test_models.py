@@ -261,7 +261,7 @@ def test_clouds_are_encoded_once_and_the_cache_changes_nothing(processor, clouds
     assert len(calls) == 1 + 8
 
 
-def test_features_computed_earlier_take_the_place_of_clouds(processor, clouds):
+def test_features_computed_before_replace_clouds(processor, clouds):
     model = lively(tiny_model())
     batch = prompts(processor, [user("What?", clouds[0])], [user("And this one?", clouds[1])])
     features = model.get_qformer_features(batch["point_values"], batch["point_lengths"])
@@ -271,13 +271,12 @@ def test_features_computed_earlier_take_the_place_of_clouds(processor, clouds):
     assert answers(model, cached, num_beams=2) == answers(model, batch, num_beams=2)
 
 
-def test_get_point_features_gives_both_spaces(processor, clouds):
+def test_both_ways_to_features_agree(processor, clouds):
     model = lively(tiny_model())
     inputs = point_inputs(prompts(processor, [user("What?", clouds[0], clouds[1])]))
-    stages = model.encode_point_clouds(inputs["point_values"])
-    out = model.get_point_features(**inputs)
-    assert torch.equal(out.last_hidden_state, stages.qformer) and torch.equal(out.pooler_output, stages.projected)
-    assert torch.equal(model.get_qformer_features(**inputs), stages.qformer)
+    features = model.encode_point_clouds(inputs["point_values"])
+    assert torch.equal(model.get_qformer_features(**inputs), features.qformer)
+    assert torch.equal(model.model.modality_projector(features.qformer), features.projected)
 
 
 def test_clouds_of_unequal_size_equal_each_alone(processor, clouds):
@@ -302,9 +301,9 @@ def test_a_mask_that_does_not_fit_the_clouds_is_an_error(processor, clouds):
     with pytest.raises(ValueError, match=r"multiple of 4 places for point tokens, got \[3, 5\]"):
         mask[1, -1] = True
         model(**batch | {"point_mask": mask})
-    with pytest.raises(ValueError, match="clouds came without `point_mask`"):
+    with pytest.raises(ValueError, match="expected `point_mask` beside the clouds"):
         model(**{name: value for name, value in batch.items() if name != "point_mask"})
-    with pytest.raises(ValueError, match="no clouds were given"):
+    with pytest.raises(ValueError, match="expected point_values or query_features"):
         model(input_ids=batch["input_ids"], point_mask=batch["point_mask"])
 
 

@@ -1,4 +1,4 @@
-"""Head nouns, controls, the report, pictures and sample questions."""
+"""Head nouns of answers, sets of objects, controls, the report, pictures and sample questions."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import lively, tiny_model
 
-from pointalign.evaluation import naming
-from pointalign.evaluation.naming import Objects, ask, controls, correct, head_noun, report, shuffled
+from pointalign.evaluation.naming import ask, controls, correct, head_noun, names_object, report, shuffled
+from pointalign.evaluation.objects import ObjectSet, embedded_objects
 from pointalign.evaluation.report import loss_curves
 
 
@@ -17,6 +17,8 @@ from pointalign.evaluation.report import loss_curves
         ("This is a bench.", "bench"),
         ("This is an office chair with arms.", "chair"),
         ("These are the Stairs", "stairs"),
+        ("These are shelves.", "shelf"),
+        ("This is a tape measure.", "tape measure"),
         ("It is a lamp, mostly white.", "lamp"),
         ("Bench\nand more", "bench"),
         ("", ""),
@@ -28,9 +30,27 @@ def test_head_noun(answer, noun):
     assert head_noun(answer) == noun
 
 
-def objects(nouns, clouds) -> Objects:
-    records = [{"head_noun": noun, "family": f"{noun} {i // 2}"} for i, noun in enumerate(nouns)]
-    return Objects(records, clouds[: len(nouns)])
+@pytest.mark.parametrize(
+    ("answer", "label", "right"),
+    [
+        ("This is a phone.", "telephone", True),
+        ("These are keys.", "keys", True),
+        ("This is a key.", "keys", True),
+        ("This is a dog.", "hot dog", False),
+        ("This is a can.", "trash can", False),
+        ("This is a trash can.", "can", False),
+        ("This is a night stand.", "night stand", True),
+        ("", "bench", False),
+    ],
+)
+def test_an_answer_is_right_if_its_head_noun_is_the_labels(answer, label, right):
+    assert names_object(answer, label) is right
+
+
+def objects(nouns, clouds) -> ObjectSet:
+    files = {f"{i}": cloud for i, cloud in enumerate(clouds[: len(nouns)])}
+    families = [f"{noun} {i // 2}" for i, noun in enumerate(nouns)]
+    return ObjectSet(list(files), files.__getitem__, list(nouns), list(nouns), families)
 
 
 def test_correct_ignores_case_and_counts_in_order(clouds):
@@ -53,17 +73,17 @@ def test_controls_and_report(clouds):
     assert set(results) == {"majority class", "1-NN Chamfer, fixed pose", "1-NN Chamfer, random yaw"}
     results["model"] = np.array([1.0, 1.0, 1.0])
     results["model before training"] = np.array([1.0, 0.0, 1.0])
-    made = report(results, held_out.families, np.array([True, True, False]))
-    model = made.accuracy["model"]
+    summary = report(results, held_out.families, np.array([True, True, False]))
+    model = summary.accuracy["model"]
     assert model["noun in training"].count == 2 and model["all"].count == 3, "sofas are not known from training"
-    assert made.accuracy["majority class"]["all"].mean == pytest.approx(1 / 3)
-    assert list(made.tests) == ["model against 1-NN Chamfer, fixed pose", "model against model before training"]
-    test = made.tests["model against model before training"]
+    assert summary.accuracy["majority class"]["all"].mean == pytest.approx(1 / 3)
+    assert list(summary.tests) == ["model against 1-NN Chamfer, fixed pose", "model against model before training"]
+    test = summary.tests["model against model before training"]
     assert test["mean"] == 0.5 and 0 < test["p"] <= 1
-    table = made.table()
+    table = summary.table()
     assert "noun in training (n=2)" in table and "all (n=3)" in table
     assert "model against model before training: +50.0 points, p = " in table
-    assert json.loads(json.dumps(made.as_dict()))["accuracy"]["model"]["all"]["mean"] == 1
+    assert json.loads(json.dumps(summary.as_dict()))["accuracy"]["model"]["all"]["mean"] == 1
 
 
 def test_answers_come_in_order_whatever_the_batch(processor, clouds):
@@ -79,15 +99,44 @@ def test_answers_come_in_order_whatever_the_batch(processor, clouds):
     assert batched == single and len(batched) == 3
 
 
-def test_load_objects_keeps_one_split(tmp_path, clouds):
-    (tmp_path / "clouds").mkdir()
-    records = [{"object_id": f"o{i}", "split": ("train", "test")[i % 2], "head_noun": "x"} for i in range(4)]
-    (tmp_path / "objects.json").write_text(json.dumps(records))
-    for i in range(4):
-        np.save(tmp_path / "clouds" / f"o{i}_8192.npy", clouds[i])
-    loaded = naming.load_objects(tmp_path, "test")
-    assert [one["object_id"] for one in loaded.records] == ["o1", "o3"]
-    assert (loaded.clouds[1] == clouds[3]).all()
+def written(folder, clouds, nouns):
+    """Embedded objects o0, o1, ... in the splits train and test in turn."""
+    (folder / "clouds").mkdir()
+    facts = {"plural": False, "colors": {"red": 1.0}, "mirror_left_right": None, "width": 1, "height": 1, "depth": 1}
+    records = [
+        facts
+        | {"object_id": f"o{i}", "split": ("train", "test")[i % 2], "head_noun": noun, "noun_phrase": f"a {noun}"}
+        | {"family": f"f{i}"}
+        for i, noun in enumerate(nouns)
+    ]
+    (folder / "objects.json").write_text(json.dumps(records))
+    for i in range(len(nouns)):
+        np.save(folder / "clouds" / f"o{i}_8192.npy", clouds[i])
+    return records
+
+
+def test_a_split_of_the_embedded_objects(tmp_path, clouds):
+    records = written(tmp_path, clouds, ["bench", "sofa", "lamp", "bench"])
+    test = embedded_objects(tmp_path, "test")
+    assert test.ids == ["o1", "o3"] and test.records == [records[1], records[3]]
+    assert test.labels == ["sofa", "bench"] and test.families == ["f1", "f3"]
+    assert test.truths[1].startswith("This is a bench. It is mostly red.")
+    assert test.candidates == {"bench": "This is a bench."}, "sofas do not occur in training"
+    assert (test.clouds[1] == clouds[3]).all()
+
+
+def test_a_cut_set_keeps_its_lists_together(tmp_path, clouds):
+    written(tmp_path, clouds, ["bench", "sofa", "lamp", "bench", "desk", "lamp"])
+    everything = embedded_objects(tmp_path, "test")
+    cut = everything.first(2)
+    assert cut.ids == ["o1", "o5"] and cut.labels == ["sofa", "lamp"] and cut.candidates == everything.candidates
+    assert [record["object_id"] for record in cut.records] == cut.ids and (cut.clouds[1] == clouds[5]).all()
+    assert everything.first(None) is everything and everything.first(9) is everything
+
+
+def test_a_set_without_labels_has_a_family_for_each_object():
+    unlabelled = ObjectSet(["a", "b"], dict.get, ["A chair.", "A bed."])
+    assert unlabelled.labels == ["", ""] and unlabelled.families == ["a", "b"]
 
 
 @pytest.mark.parametrize(("weight", "curves"), [(0.0, 1), (0.1, 2)])

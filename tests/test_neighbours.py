@@ -1,4 +1,4 @@
-"""The metric that a new encoder learns: Chamfer distances that do not mind how a cloud is turned."""
+"""The metric that a new encoder learns: Chamfer distances that do not depend on how a cloud is turned."""
 
 import math
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from pointalign.data.augment import turn
-from pointalign.embedded.warm_up import POINTS, SCALE, neighbour_loss, turned_chamfer
-from pointalign.evaluation.naming import chamfer
+from pointalign.embedded.neighbours import POINTS, SCALE, chamfer, neighbour_loss, turned_chamfer
 
 
 def shapes(count: int, points: int = 40) -> torch.Tensor:

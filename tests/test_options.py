@@ -1,8 +1,11 @@
 """One dotted namespace over one recipe; whatever does not fit is named."""
 
+from dataclasses import fields
+
 import pytest
 
-from pointalign.options import DataOptions, ModelOptions, parse
+from pointalign.options import Options, TrainingOptions, parse
+from pointalign.train import make_trainer
 
 
 def refused(arguments: list[str], capsys) -> str:
@@ -65,8 +68,62 @@ def test_a_malformed_recipe_is_named(text, named, tmp_path, capsys):
     assert named in refused([str(recipe)], capsys)
 
 
-def test_defaults_are_valid_alone():
-    assert ModelOptions().train == ["lora"] and DataOptions().num_points is None
+def test_an_empty_recipe_means_the_defaults_and_they_agree_with_one_another(tmp_path):
+    recipe = tmp_path / "empty.yaml"
+    recipe.write_text("model: {}\n")
+    parsed = parse([str(recipe), "--training.use_cpu", "true"])
+    defaults = Options(training=TrainingOptions(use_cpu=True))
+    defaults.check()
+    for section in ("model", "data", "alignment"):
+        assert getattr(parsed, section) == getattr(defaults, section)
+    for field in fields(TrainingOptions):
+        values = (getattr(options.training, field.name) for options in (parsed, defaults))
+        assert field.name == "logging_dir" or len({str(value) for value in values}) == 1, field.name
+
+
+CPU = ["--training.use_cpu", "true"]
+OWN_DATA = ["align", "--model.llm", "x", "--data.annotations", "a.json", "--data.clouds", "c", *CPU]
+MIXTURE = ["--data.mixture", "[{batch_size: 4}]"]
+TOKENS = ["--data.packing", "true", "--data.pack_tokens", "99"]
+CACHE = ["--data.feature_cache", "cache"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*OWN_DATA, "--model.dequantize_once", "true"], "model.dequantize_once needs model.quantization=nf4"),
+        ([*OWN_DATA, "--model.train", "[]", "--alignment.weight", "0"], "nothing trains: model.train is empty"),
+        ([*OWN_DATA, *CACHE, "--model.train", "[lora,query_tokens]"], "but model.train has query_tokens"),
+        ([*OWN_DATA, "--fused_parts", "[gelu]"], "fused_parts are parts of --fused"),
+        ([*OWN_DATA, "--data.clouds", "null"], "data.annotations and data.clouds belong together"),
+        ([*OWN_DATA, "--data.packing", "false", "--data.pack_tokens", "99"], "data.pack_tokens needs data.packing"),
+        ([*OWN_DATA, *CACHE, "--data.augmentation", "true"], "features of the clouds as they are"),
+        ([*OWN_DATA, "--data.fold", "1"], "data.fold: of the embedded objects only"),
+        ([*OWN_DATA, *MIXTURE, "--training.per_device_train_batch_size", "4"], "data.mixture needs training.max_steps"),
+        ([*OWN_DATA, *MIXTURE, "--training.max_steps", "-1"], "data.mixture needs training.max_steps"),
+        ([*OWN_DATA, *MIXTURE, *TOKENS], "data.mixture has batches of its own"),
+        ([*OWN_DATA, "--alignment.span", "release", "--data.packing", "true"], "alignment.span=release is a place of"),
+        ([*OWN_DATA, "--training.fsdp", "full_shard"], "accelerate shards on GPUs only"),
+        ([*OWN_DATA, "--training.contrastive_steps", "3"], "training.contrastive_steps teaches a new point encoder"),
+        (["demo", *CPU, *CACHE, "--data.augmentation", "false"], "training.contrastive_steps trains the point branch"),
+        (["demo", *CPU, "--training.auto_batch", "true"], "training.auto_batch cannot split a batch of data.mixture"),
+        ([*OWN_DATA, "--data.mixture", "[]", *TOKENS, "--training.auto_batch", "true"], "auto_batch counts samples"),
+        (
+            [*OWN_DATA, "--training.warmup_learning_rate", "1e-7", "--training.minimum_learning_rate", "null"],
+            "training.warmup_learning_rate belongs to the published schedule",
+        ),
+    ],
+)
+def test_options_that_contradict_one_another_are_refused_before_anything_is_loaded(arguments, message, capsys):
+    """None of the folders and files named here exists."""
+    assert message in refused(arguments, capsys)
+
+
+def test_options_put_together_in_a_program_are_checked_too():
+    options = Options(training=TrainingOptions(use_cpu=True))
+    options.data.pack_tokens = 99
+    with pytest.raises(ValueError, match=r"data\.pack_tokens needs data\.packing"):
+        make_trainer(options)
 
 
 def test_an_abbreviated_option_is_unknown(capsys):

@@ -175,6 +175,79 @@ def test_cuda_kernel_call(monkeypatch, grouped):
         )
 
 
+class CudaTensor(torch.Tensor):
+    """A CPU tensor that says it is on CUDA, through every operation."""
+
+    is_cuda = True
+
+
+def varlen_call(monkeypatch, dtypes, autocast, size=8):
+    """Dtypes that the kernel was called with, none if it was not, and the dtype of the output."""
+    import torch.nn.attention.varlen as varlen
+
+    from pointalign.efficient.varlen_attention import varlen_attention
+
+    seen = []
+
+    def kernel(query, key, value, *borders, **options):
+        seen.extend(tensor.dtype for tensor in (query, key, value))
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: autocast is not None)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: autocast)
+    query, key, value = (torch.randn(1, 4, 6, size, dtype=dtype).as_subclass(CudaTensor) for dtype in dtypes)
+    borders = torch.tensor([0, 2, 6], dtype=torch.int32)
+    output, _ = varlen_attention(
+        torch.nn.Identity(), query, key, value, None, scaling=0.5, cu_seq_lens_q=borders, max_length_q=4
+    )
+    assert output.shape == (1, 6, 4, size)
+    return seen, output.dtype
+
+
+def test_varlen_casts_under_autocast_to_take_the_cuda_kernel(monkeypatch, caplog):
+    """Rotary embeddings leave query and key in fp32 where the norms are; the kernel reads 16 bits alone."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    assert varlen_call(monkeypatch, (fp32, fp32, bf16), autocast=bf16) == ([bf16] * 3, bf16)
+    assert varlen_call(monkeypatch, (bf16, bf16, bf16), autocast=None) == ([bf16] * 3, bf16)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "reason"),
+    [(torch.float32, 8, "needs float16 or bfloat16, got float32"), (torch.bfloat16, 12, "a multiple of 8, got 12")],
+)
+def test_varlen_says_once_why_it_is_slow(monkeypatch, caplog, dtype, size, reason):
+    from pointalign.efficient import varlen_attention as attention
+
+    attention.log_once.cache_clear()
+    for _ in range(2):
+        assert varlen_call(monkeypatch, (dtype,) * 3, autocast=None, size=size) == ([], dtype)
+    (logged,) = [record.getMessage() for record in caplog.records]
+    assert logged.startswith("varlen attention runs sample by sample") and reason in logged and "\n" not in logged
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.float32, torch.bfloat16)])
+def test_varlen_under_autocast_equals_sdpa_one_by_one(dtypes):
+    """On a CPU too, where PyTorch's attention casts by itself."""
+    from pointalign.efficient.varlen_attention import varlen_attention
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 4, 6, 8).to(dtype) for dtype in dtypes)
+    borders = torch.tensor([0, 2, 6], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = varlen_attention(
+            torch.nn.Identity(), query, key, value, None, cu_seq_lens_q=borders, max_length_q=4
+        )
+        pieces = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(tensor[:, :, start:end] for tensor in (query, key, value)), is_causal=True
+            )
+            for start, end in ((0, 2), (2, 6))
+        ]
+    assert output.dtype == torch.bfloat16 and torch.equal(output, torch.cat(pieces, dim=2).transpose(1, 2))
+
+
 def test_token_budget(processor):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(40, 200, (500,), generator=generator).tolist()

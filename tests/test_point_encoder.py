@@ -115,7 +115,7 @@ def test_equal_points_and_ties_are_no_trouble(encoder):
 
 
 def test_too_few_points_say_how_many_are_needed(encoder):
-    with pytest.raises(ValueError, match=r"cloud of 7 points is too small.*8 groups of 4.*at least 8"):
+    with pytest.raises(ValueError, match=r"at least 8 points .*8 groups of 4.*got 7"):
         encoder(torch.rand(1, 7, 6))
 
 

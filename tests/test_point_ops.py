@@ -289,7 +289,7 @@ def test_an_unknown_implementation_is_refused():
 def test_a_missing_library_is_announced_once_and_never_silently_replaced(monkeypatch, caplog):
     monkeypatch.setattr(point_ops, "NATIVE_DEVICES", frozenset())
     monkeypatch.setattr(point_ops, "_load_error", "a reason")
-    point_ops._announce.cache_clear()
+    point_ops._warn_once.cache_clear()
     points = uniform(1, 20, torch.Generator().manual_seed(10))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

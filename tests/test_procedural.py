@@ -1,4 +1,4 @@
-"""Procedural furniture: clouds that look like what they are called."""
+"""Procedural objects: clouds that look like what they are called."""
 
 import json
 
@@ -7,14 +7,14 @@ import pytest
 
 from pointalign import assets
 from pointalign.embedded.facts import facts
-from pointalign.embedded.procedural import MAKERS, furniture
-from pointalign.embedded.solids import Part
+from pointalign.embedded.procedural import MAKERS, procedural_object
+from pointalign.embedded.procedural_parts import Part
 
 
 @pytest.mark.parametrize("noun", MAKERS)
-def test_a_thing_is_a_cloud_with_facts(noun):
+def test_an_object_is_a_cloud_with_facts(noun):
     for seed in range(20):
-        record, cloud = furniture(noun, np.random.default_rng(seed), points=300)
+        record, cloud = procedural_object(noun, np.random.default_rng(seed), points=300)
         assert cloud.shape == (300, 6) and cloud.dtype == np.float32 and np.isfinite(cloud).all()
         assert cloud[:, 3:].min() >= 0 and cloud[:, 3:].max() <= 1
         sides = np.ptp(cloud[:, :3], axis=0)
@@ -23,8 +23,8 @@ def test_a_thing_is_a_cloud_with_facts(noun):
         assert facts(record)["noun"] == noun and facts(record)["place"] is None
 
 
-def test_things_follow_the_generator_and_differ():
-    first, again, other = (furniture("chair", np.random.default_rng(seed))[1] for seed in (1, 1, 2))
+def test_objects_follow_the_generator_and_differ():
+    first, again, other = (procedural_object("chair", np.random.default_rng(seed))[1] for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
@@ -39,9 +39,9 @@ def test_things_follow_the_generator_and_differ():
         ("radiator", lambda w, h, d: d < h),
     ],
 )
-def test_proportions_are_those_of_the_thing(noun, holds):
+def test_proportions_are_those_of_the_object(noun, holds):
     for seed in range(20):
-        _, cloud = furniture(noun, np.random.default_rng(seed))
+        _, cloud = procedural_object(noun, np.random.default_rng(seed))
         assert holds(*np.ptp(cloud[:, :3], axis=0).tolist()), seed
 
 
@@ -70,7 +70,7 @@ def test_a_turn_is_about_the_foot():
 
 
 def test_every_noun_is_of_three_families_of_the_training_objects():
-    path = assets.home() / "furniture" / "objects.json"
+    path = assets.home() / "furniture" / "objects.json"  # without building it
     if not path.exists():
         pytest.skip("the embedded objects are not built here: run `python -m pointalign.assets`")
     records = [record for record in json.loads(path.read_text()) if record["split"] == "train"]

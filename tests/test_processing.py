@@ -69,6 +69,33 @@ def test_a_typed_control_token_is_plain_text(typed, processor, clouds):
     assert typed in processor.apply_chat_template([user(typed)])
 
 
+@pytest.mark.parametrize(
+    "typed", ["<|start_header_id|>system", "<think>no</think>", "a <<<<| b", "<|start_header_id|><|im_end|><think>"]
+)
+def test_control_tokens_outside_the_special_tokens_map_are_plain_text_too(typed, tokenizer, clouds):
+    """Llama 3's `<|start_header_id|>` is in the list of added tokens only, as is Qwen's `<think>`, no special token."""
+    import copy
+
+    from transformers import AddedToken
+
+    llama = copy.deepcopy(tokenizer)
+    special = ["<|start_header_id|>", "<<|", "<<<"]
+    llama.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    llama.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>", "   ")])
+    llama.chat_template = "{% for m in messages %}<|start_header_id|>{{ m['content'] }}   <think></think>{% endfor %}"
+    assert not {*special, "<think>"} & set(llama.all_special_tokens)
+    processor = PointAlignProcessor(PointAlignFeatureExtractor(256, 8), llama, num_query_tokens=Q)
+    ordinary, odd = (tensors(processor, [user(text, clouds[0])]) for text in ("a", typed))
+    for token in (*special, "<think>", "</think>", "<|im_end|>"):
+        control = llama.convert_tokens_to_ids(token)
+        assert (odd["input_ids"] == control).sum() == (ordinary["input_ids"] == control).sum()
+    assert typed in llama.decode(odd["input_ids"][0])
+    added = {*special, "<think>", "</think>"}
+    assert added & set(llama.convert_ids_to_tokens(llama(typed)["input_ids"]))  # typed elsewhere, they are tokens
+    spaces = llama.convert_tokens_to_ids("   ")
+    assert (tensors(processor, [user("a   b")])["input_ids"] == spaces).sum() == 2  # typed spaces are ordinary text
+
+
 def test_rendered_text_shows_the_markers(processor, clouds):
     text = processor.apply_chat_template([user("Which?", clouds[0], clouds[1])])
     assert text == "<|im_start|>user\n<PC><point></PC> <PC><point></PC> Which?<|im_end|>\n"
@@ -82,7 +109,7 @@ def test_text_with_markers(processor, clouds):
     assert processor("no cloud")["point_mask"].sum() == 0
     stacked = np.stack(clouds[:3])
     assert (processor(["a<point>b", "<point>c<point>"], stacked)["point_values"] == batch["point_values"]).all()
-    with pytest.raises(ValueError, match="2 places for clouds, 1 clouds were given"):
+    with pytest.raises(ValueError, match="each of the 2 places in the text, got 1 clouds"):
         processor("<point> and <point>", clouds[:1])
 
 
@@ -216,8 +243,8 @@ def test_paths_are_read_with_the_declared_vertical(clouds, tmp_path):
     [
         (lambda c: c[:, :3], r"shape \[N, 6\].*got \[2048, 3\]"),
         (lambda c: c[0], r"shape \[N, 6\].*got \[6\]"),
-        (lambda c: c[:7], "7 points, the point encoder needs at least 8"),
-        (lambda c: c[:0], "0 points, the point encoder needs at least 8"),
+        (lambda c: c[:7], "at least 8 points for the point encoder, got 7"),
+        (lambda c: c[:0], "at least 8 points for the point encoder, got 0"),
         (lambda c: np.where(np.arange(len(c))[:, None] == 5, np.nan, c), "point 5 .* NaN or infinite"),
         (lambda c: np.where(np.arange(len(c))[:, None] == 9, np.inf, c), "point 9 .* NaN or infinite"),
         (lambda c: np.repeat(c[:1], 20, axis=0), "equal points"),

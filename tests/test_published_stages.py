@@ -8,8 +8,7 @@ import torch
 from pointalign import build
 from pointalign.alignment import Alignment
 from pointalign.models import PointAlignConfig, PointAlignForConditionalGeneration, PointAlignPhiConfig
-from pointalign.options import parse
-from pointalign.trainer import published_rate
+from pointalign.options import parse, published_rate
 
 TRAINABLE = {
     "stage1_mlp": 1_378_432,

@@ -110,29 +110,38 @@ def test_5_sampling_is_deterministic_and_neighbours_are_exact():
 
 
 class Syncs(TorchDispatchMode):
-    """Counts what waits for the device: values read by Python, and shapes that depend on data."""
+    """Counts what waits for the device on a GPU: values that Python reads, and shapes that depend on data."""
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        aten = torch.ops.aten
+        waits = func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2)
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):  # a mask as index: counted first
+            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+        self.count += waits
         return func(*args, **(kwargs or {}))
 
 
-def test_6_no_synchronisation_per_layer(batch):
-    counts = []
-    for layers in (4, 8):
-        config = tiny_config()
-        config.text_config.num_hidden_layers = layers
-        if getattr(config.text_config, "layer_types", None):
-            config.text_config.layer_types = ["full_attention"] * layers
-        wrapped = AlignedModel(PointAlignForConditionalGeneration(config), AlignmentConfig(layer=[2])).train()
-        with Syncs() as syncs:
-            wrapped(**batch)["loss"].backward()
-        counts.append(syncs.count)
-    assert counts[0] == counts[1]
+def syncs_of_a_step(batch, num_layers, nan_checks=False):
+    config = tiny_config()
+    config.text_config.num_hidden_layers = num_layers
+    if getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = ["full_attention"] * num_layers
+    wrapped = AlignedModel(PointAlignForConditionalGeneration(config), AlignmentConfig(layer=[2])).train()
+    for layer in wrapped.model.get_decoder().layers if nan_checks else []:
+        layer.register_forward_hook(lambda _module, _args, output: bool(torch.isnan(output).any()) and None)
+    with Syncs() as syncs:
+        wrapped(**batch)["loss"].backward()
+    return syncs.count
+
+
+def test_6_no_synchronisation_per_decoder_layer(batch):
+    shallow, deep = syncs_of_a_step(batch, 4), syncs_of_a_step(batch, 8)
+    assert shallow == deep
+    assert syncs_of_a_step(batch, 8, nan_checks=True) == deep + 8  # the released code's check of every layer is seen
 
 
 def test_7_nothing_is_fetched_when_a_model_is_made(monkeypatch):

@@ -1,7 +1,7 @@
 """FSDP with two gloo processes on a CPU: the losses and updates of one process on the same global batch.
 
 accelerate offers FSDP on GPUs only, so `fully_shard` is applied here as accelerate applies it there: to every decoder
-block, then to the whole. The sharded run packs its samples and runs the lean parts, the single one does neither.
+block, then to the model. The sharded run packs its samples and runs the fused parts, the single one does neither.
 """
 
 import os
@@ -10,12 +10,13 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from test_trainer import Samples, make_model
 
 from pointalign import train
 from pointalign.data.collator import ConversationCollator
-from pointalign.efficient import fused_parts
+from pointalign.efficient import fused_parts, varlen_attention  # noqa: F401 (registers the attention varlen)
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,5 +96,6 @@ def test_two_shards_make_the_updates_of_one_process(tmp_path, processor, clouds)
 
 def test_fsdp_without_a_gpu_is_refused(tmp_path, capsys):
     arguments = ["demo", "--training.fsdp", "full_shard", "--training.use_cpu", "true"]
-    assert train.main([*arguments, "--training.output_dir", str(tmp_path)]) == 1
+    with pytest.raises(SystemExit):
+        train.main([*arguments, "--training.output_dir", str(tmp_path)])
     assert "shards on GPUs only" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import torch
 from conftest import tiny_model
 
 from pointalign.embedded import warm_up
-from pointalign.embedded.warm_up import Kind, posed, warm_up_point_branch
+from pointalign.embedded.warm_up import FactWords, posed, warm_up_point_branch
 
 SIDES = {"width": 1.0, "height": 2.0, "depth": 1.5, "category": "kitchen"}
 RECORDS = [
@@ -24,7 +24,7 @@ def test_warm_up_learns_the_facts_and_leaves_the_language_model(processor, cloud
     def run(steps):
         model = tiny_model()
         model.model.point_encoder.requires_grad_(False)  # for the stage that follows
-        before = {name: one.clone() for name, one in model.state_dict().items()}
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         torch.manual_seed(1)
         losses = warm_up_point_branch(model, processor, clouds[:4], RECORDS, steps, batch_size=4, learning_rate=1e-2)
         return model, before, losses
@@ -89,14 +89,14 @@ def test_muon_takes_equal_steps_in_every_direction_and_adamw_takes_the_rest(monk
     body, head = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
     slope = torch.linalg.svd(torch.randn(6, 6))[0] @ torch.diag(torch.logspace(0, -1, 6))  # ten times as steep one way
     parameters = [*body.parameters(), *head.parameters()]
-    before = [one.detach().clone() for one in parameters]
+    before = [parameter.detach().clone() for parameter in parameters]
 
     def loss() -> torch.Tensor:
-        return sum((one.weight * slope).sum() + one.bias.sum() for one in (body, head))
+        return sum((layer.weight * slope).sum() + layer.bias.sum() for layer in (body, head))
 
-    losses = warm_up._descend(parameters, [body.weight], loss, 20, 0.01, "test")
-    weight, bias, head_weight, head_bias = (one.detach() - old for one, old in zip(parameters, before, strict=True))
-    assert losses[-1] < losses[0] and not any(one.requires_grad for one in parameters)
+    losses = warm_up.descend(parameters, [body.weight], loss, 20, 0.01, "test")
+    weight, bias, head_weight, head_bias = (new.detach() - old for new, old in zip(parameters, before, strict=True))
+    assert losses[-1] < losses[0] and not any(parameter.requires_grad for parameter in parameters)
     sizes, head_sizes = torch.linalg.svdvals(weight), torch.linalg.svdvals(head_weight)
     assert sizes[0] < 2 * sizes[-1] and head_sizes[0] > 2 * head_sizes[-1]
     assert torch.allclose(bias, head_bias) and bias.abs().min() > 0
@@ -107,23 +107,23 @@ def test_muon_takes_equal_steps_in_every_direction_and_adamw_takes_the_rest(monk
 
 @pytest.mark.parametrize(("dtype", "used"), [(torch.float32, 0), (torch.bfloat16, 2)])
 def test_muon_runs_where_the_model_computes_in_bfloat16(dtype, used, processor, clouds, monkeypatch):
-    made = []
+    calls = []
     muon = torch.optim.Muon
-    monkeypatch.setattr(torch.optim, "Muon", lambda *given, **options: (made.append(given), muon(*given, **options))[1])
+    monkeypatch.setattr(torch.optim, "Muon", lambda *args, **kwargs: (calls.append(args), muon(*args, **kwargs))[1])
     model = tiny_model()
     model.model.language_model.to(dtype)
     losses = warm_up_point_branch(
         model, processor, clouds[:4], RECORDS, 14, batch_size=4, learning_rate=1e-3
     )  # 10 of the encoder
-    assert len(made) == used and len(losses) == 14 and np.isfinite(losses).all()
+    assert len(calls) == used and len(losses) == 14 and np.isfinite(losses).all()
 
 
 def test_the_closed_form_finds_a_linear_map():
     generator = torch.Generator().manual_seed(0)
-    truth, found = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
-    given = [torch.randn(4, 8, 5, generator=generator) + 2 for _ in range(10)]
-    warm_up._refit(found, [(one, truth(one).detach()) for one in given])
-    assert torch.allclose(found(given[0]), truth(given[0]), atol=0.05)
+    truth, fitted = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    inputs = [torch.randn(4, 8, 5, generator=generator) + 2 for _ in range(10)]
+    warm_up.fit_linear(fitted, [(batch, truth(batch).detach()) for batch in inputs])
+    assert torch.allclose(fitted(inputs[0]), truth(inputs[0]), atol=0.05)
 
 
 def test_tokens_come_near_to_words(processor, clouds, monkeypatch):
@@ -131,19 +131,21 @@ def test_tokens_come_near_to_words(processor, clouds, monkeypatch):
         torch.manual_seed(1)
         model = tiny_model()
         warm_up_point_branch(model, processor, clouds[:4], RECORDS, 100, batch_size=4, learning_rate=1e-2)
-        nouns = Kind([one["head_noun"] for one in RECORDS], processor.tokenizer, model.get_input_embeddings().weight)
+        nouns = FactWords(
+            [record["head_noun"] for record in RECORDS], processor.tokenizer, model.get_input_embeddings().weight
+        )
         with torch.no_grad():
             tokens = model.encode_point_clouds(processor.feature_extractor(clouds[:4])["point_values"]).projected
             return nouns.logits(tokens[:, ::4], temperature=1.0).amax(dim=-1).mean().item()  # of 4 kinds, the nouns'
 
     near = cosine()
-    monkeypatch.setattr(warm_up, "_refit", lambda linear, examples: None)
+    monkeypatch.setattr(warm_up, "fit_linear", lambda linear, examples: None)
     assert near > cosine() + 0.1
 
 
 def test_an_unclear_fact_has_no_loss(tokenizer):
     embedding = torch.randn(len(tokenizer), 8, generator=torch.Generator().manual_seed(0))
-    kind = Kind(["red", None, "green"], tokenizer, embedding)
+    kind = FactWords(["red", None, "green"], tokenizer, embedding)
     logits = torch.randn(3, 2, requires_grad=True)
     loss = kind.loss(logits, kind.targets(["red", None, "green"]))
     assert loss.item() == pytest.approx(kind.loss(logits[[0, 2]], kind.targets(["red", "green"])).item())
@@ -154,11 +156,13 @@ def test_an_unclear_fact_has_no_loss(tokenizer):
 
 def test_a_token_near_a_word_says_it(tokenizer):
     embedding = torch.randn(len(tokenizer), 8, generator=torch.Generator().manual_seed(0))
-    kind = Kind(["red", "green", "red"], tokenizer, embedding)
+    kind = FactWords(["red", "green", "red"], tokenizer, embedding)
     assert kind.words == ["green", "red"]
     assert kind.logits(3 * kind.embeddings).argmax(dim=-1).tolist() == [0, 1]
-    said = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
-    right, wrong = (kind.reading_loss(tokens[:, None], said) for tokens in (kind.embeddings, kind.embeddings.flip(0)))
+    predicted = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
+    right, wrong = (
+        kind.query_loss(tokens[:, None], predicted) for tokens in (kind.embeddings, kind.embeddings.flip(0))
+    )
     assert right < wrong
 
 
@@ -184,3 +188,19 @@ def test_kinds_that_no_object_has_are_left_out(processor, clouds):
     nothing = [{"head_noun": None, "colors": {}, "category": "", "width": 1, "height": 1, "depth": 1}] * 4
     with pytest.raises(ValueError, match="a fact of at least one object"):
         warm_up_point_branch(tiny_model(), processor, clouds[:4], nothing, 1, batch_size=4, learning_rate=1e-3)
+
+
+def test_the_last_map_is_fitted_to_a_number_of_batches_and_one_more_for_the_length(processor, clouds, monkeypatch):
+    monkeypatch.setattr(warm_up, "FIT_BATCHES", 3)
+    count = 0
+    batches = warm_up.training_batches
+
+    def counted(*args):
+        nonlocal count
+        for batch in batches(*args):
+            count += 1
+            yield batch
+
+    monkeypatch.setattr(warm_up, "training_batches", counted)
+    warm_up_point_branch(tiny_model(), processor, clouds[:4], RECORDS, 5, batch_size=4, learning_rate=1e-3)
+    assert count == 5 + 3 + 1

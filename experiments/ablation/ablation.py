@@ -27,7 +27,7 @@ from experiments.ablation.train_arm import Arm, restore, train_arm, trainable_st
 from pointalign import build, stage_file, storage
 from pointalign.alignment import AlignmentConfig
 from pointalign.evaluation import objects
-from pointalign.evaluation.objects import Material
+from pointalign.evaluation.objects import EncodedObjects
 from pointalign.evaluation.probe import probe_layers, qformer_probes, spaced
 from pointalign.evaluation.results import versions
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
@@ -58,7 +58,7 @@ def run_ablation(
         model, processor = starting_model(recipe)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         with lock(shared):
-            train, held_out = load_objects(recipe, model, processor, folder / "features")
+            train, held_out = load_objects(recipe, model, processor)
             if not (folder / "ceiling.json").exists():
                 storage.write_json(folder / "ceiling.json", qformer_probes(train, held_out))
         run_missing(folder, recipe, missing, model, processor, train, held_out)
@@ -81,8 +81,8 @@ def run_missing(
     missing: list[tuple[str, int]],
     model: PointAlignForConditionalGeneration,
     processor: PointAlignProcessor,
-    train: Material,
-    held_out: Material,
+    train: EncodedObjects,
+    held_out: EncodedObjects,
 ) -> None:
     """Make the runs that no other process is making; every run begins with the weights that the model has now."""
     environment = versions() | {"date": date.today().isoformat()}
@@ -102,14 +102,14 @@ def run_missing(
 
 
 def load_objects(
-    recipe: Recipe, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, cache: Path
-) -> tuple[Material, Material]:
+    recipe: Recipe, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor
+) -> tuple[EncodedObjects, EncodedObjects]:
     """Training and held-out objects of `recipe.data`."""
     if recipe.data == "furniture":
-        return objects.load(model, processor, cache, recipe.train, recipe.held_out, recipe.fold)
+        return objects.load(model, processor, recipe.train, recipe.held_out, recipe.fold)
     return (
-        shapes.objects(model, processor, "train", cache, recipe.train),
-        shapes.objects(model, processor, "test", cache, recipe.held_out),
+        shapes.objects(model, processor, "train", recipe.train),
+        shapes.objects(model, processor, "test", recipe.held_out),
     )
 
 
@@ -183,8 +183,8 @@ def run_arm(
     recipe: Recipe,
     name: str,
     seed: int,
-    train: Material,
-    held_out: Material,
+    train: EncodedObjects,
+    held_out: EncodedObjects,
 ) -> dict[str, Any]:
     """Train one arm and measure it on the held-out objects."""
     arm = recipe.arms[name]

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.ablation.measure import measure
 from experiments.ablation.train_arm import Arm, Schedule, restore, train_arm, trainable_state
-from pointalign.evaluation.objects import Material
+from pointalign.evaluation.objects import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 QUESTIONS = {
@@ -20,7 +20,7 @@ QUESTIONS = {
 STEPS = 40
 
 
-def with_question(objects: Material, name: str, threshold: float | None) -> Material:
+def with_question(objects: EncodedObjects, name: str, threshold: float | None) -> EncodedObjects:
     """The same objects with a question about property `name`; for numbers, whether it is above `threshold`."""
     values = objects.properties[name]
     if isinstance(values[0], str):
@@ -38,8 +38,8 @@ def with_question(objects: Material, name: str, threshold: float | None) -> Mate
 def few_shot(
     model: PointAlignForConditionalGeneration,
     processor: PointAlignProcessor,
-    train: Material,
-    held_out: Material,
+    train: EncodedObjects,
+    held_out: EncodedObjects,
     counts: Sequence[int],
     schedule: Schedule,
     seed: int,

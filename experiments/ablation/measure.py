@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pointalign.evaluation.answering import AnswerTree, Features, Generation, answer_likelihoods, margins, prompt_batch
 from pointalign.evaluation.metrics import naming_scores
-from pointalign.evaluation.objects import Material
+from pointalign.evaluation.objects import EncodedObjects
 from pointalign.evaluation.tasks import PROMPTS, Question
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
@@ -16,7 +16,7 @@ PRIMARY, SECOND = "likelihood margin", "generated accuracy"
 def measure(
     model: PointAlignForConditionalGeneration,
     processor: PointAlignProcessor,
-    held_out: Material,
+    held_out: EncodedObjects,
     blind: bool,
     question: str = PROMPTS[0],
 ) -> dict[str, list[float]]:

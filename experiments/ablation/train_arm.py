@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pointalign.alignment import AlignmentConfig
 from pointalign.evaluation.answering import encode
-from pointalign.evaluation.objects import Material
+from pointalign.evaluation.objects import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.models.modeling import PointFeatures
 from pointalign.trainer import AlignedModel
@@ -109,7 +109,7 @@ def _detach_states(_module: nn.Module, inputs: tuple) -> tuple:
     return {layer: states.detach() for layer, states in hidden.items()}, *others
 
 
-def target_table(arm: Arm, train: Material, seed: int) -> Tensor:
+def target_table(arm: Arm, train: EncodedObjects, seed: int) -> Tensor:
     """Target tokens `[C, Q, D]` of all training clouds, for an arm whose model is a `TargetFromBatch`."""
     if arm.target == "encoder":
         return train.encoder
@@ -125,7 +125,7 @@ def train_arm(
     processor: PointAlignProcessor,
     arm: Arm,
     weight: float,
-    train: Material,
+    train: EncodedObjects,
     schedule: Schedule,
     seed: int,
     description: str,
@@ -190,7 +190,7 @@ def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def training_batch(
     processor: PointAlignProcessor,
-    train: Material,
+    train: EncodedObjects,
     rows: np.ndarray,
     rng: np.random.Generator,
     max_length: int,

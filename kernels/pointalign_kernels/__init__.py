@@ -1,4 +1,4 @@
-"""Kernels of pointalign: the fused alignment loss and the point ops, each with a plain-PyTorch twin in `reference`."""
+"""Kernels of the alignment loss and the point ops; `reference.py` holds the same functions in plain PyTorch."""
 
 from pointalign_kernels.alignment import alignment_loss, cosine_alignment, fused_available
 from pointalign_kernels.point_ops import farthest_point_sample, group_points, knn

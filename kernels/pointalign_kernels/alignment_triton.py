@@ -1,4 +1,4 @@
-"""Triton kernels of the alignment loss and their launches: eight for a whole forward and backward.
+"""Triton kernels of the alignment loss and their launches: eight for forward and backward together.
 
     F1, F2  z = x W^T + b, a = silu(z)                 `linear_kernel`, activation in the epilogue
     F3      y = a W^T in K-slices                      `linear_kernel`, fp32 partial sums (split-K)
@@ -7,8 +7,8 @@
     B3..B1  dx = dz W * silu'(z), dW = dz^T x, db      `backward_kernel`, one launch per linear
 
 L runs before the upstream gradient is known, so it writes the gradient of a single row's `1 - cos`; B3 multiplies its
-fp32 accumulators by upstream / M, read on the device. Running dgrad and wgrad of one linear in the same launch lets
-the many short wgrad tiles fill the multiprocessors that the few long dgrad tiles leave idle.
+fp32 accumulators by upstream / M, read on the device. dx and dW of a linear share a launch, so that the many short
+tiles of dW fill the multiprocessors that the few long tiles of dx leave idle.
 
 Shape legend: L tapped layers, M rows of point tokens, C hidden size, H projector width, D target width; G projectors
 (L when stacked, 1 when shared) with R rows each (G * R = L * M); a linear maps K inputs to N outputs.
@@ -33,7 +33,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Tile(NamedTuple):
-    """Output rows and columns of one program, depth of one step, warps and pipeline stages."""
+    """Output rows and columns of a program, depth of a step of its loop, warps and pipeline stages."""
 
     rows: int
     cols: int
@@ -42,9 +42,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Largest first; the first tile whose programs occupy FILL of the card is taken. These are predictions (from shared
-# memory, registers and the number of programs) until a benchmark on the card says otherwise; POINTALIGN_AUTOTUNE=1
-# times all of them instead.
+# By compute capability, largest first: the first tile whose programs fill FILL of the card's multiprocessors is taken.
+# The choices are predictions from shared memory, registers and the number of programs; POINTALIGN_AUTOTUNE=1 times all
+# tiles instead.
 TILES = {
     80: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4)),
     86: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
@@ -53,8 +53,8 @@ TILES = {
     100: (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 8, 4), Tile(64, 32, 128, 4, 4)),
     120: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
 }
-FLOAT32_TILES = (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2))  # fp32 without tf32 runs on the ordinary cores
-INTERPRETER_TILES = (Tile(128, 256, 256, 4, 1),)  # few, large steps: each one is a numpy call
+FLOAT32_TILES = (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2))  # fp32 without tf32 does not use the tensor cores
+INTERPRETER_TILES = (Tile(128, 256, 256, 4, 1),)  # few, large steps: each step is a numpy call
 FILL = 0.75
 MAX_PARTS = 4  # K-slices of the last linear
 
@@ -126,7 +126,7 @@ def cosine_kernel(
     b_ptr,  # [G, D]
     t_ptr,  # [M, D]
     cos_ptr,  # [rows] fp32
-    dy_ptr,  # [rows, D] gradient of each row's own 1 - cos
+    dy_ptr,  # [rows, D] gradient of each row's 1 - cos
     num_rows, M, R, D, EPS: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -144,10 +144,10 @@ def cosine_kernel(
     t_unit = t / tl.maximum(tl.sqrt(tl.sum(t * t, 1, keep_dims=True)), EPS)
     cos = tl.sum(y / y_bound * t_unit, 1, keep_dims=True)
     tl.store(cos_ptr + rows, cos, mask=rows < num_rows)
-    # Below the clamp the norm is still differentiated, as aten does; of a zero row it has no direction.
+    # Below the clamp the norm is still differentiated, as aten does; the norm of a zero row has gradient 0.
     along = tl.where(y_norm > 0, y / tl.where(y_norm > 0, y_norm, 1.0), 0.0)
     dy = (cos * along - t_unit) / y_bound
-    if LIMIT > 0:  # a row of (nearly) zero length would overflow fp16 to infinity
+    if LIMIT > 0:  # a row of almost zero length would overflow fp16 to infinity
         dy = tl.where(dy > LIMIT, LIMIT, tl.where(dy < -LIMIT, -LIMIT, dy))
     tl.store(dy_ptr + rows * D + cols, dy.to(dy_ptr.dtype.element_ty), mask=mask)
 
@@ -297,7 +297,11 @@ def _options(tile: Tile) -> dict[str, int]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: Tensor | None) -> Tensor:
-    """`z = x W^T + b` and `a = silu(z)` into z and a; without them, fp32 slices `[parts, G, R, N]` of `x W^T`."""
+    """Write `z = x W^T + b` and `a = silu(z)`; without z and a, return fp32 partial sums `[parts, G, R, N]` of `x W^T`.
+
+    Args:
+        x, weight, bias: `[G, R, K]`, `[G, N, K]`, `[G, N]`.
+    """
     groups, rows, inputs = x.shape
     outputs = weight.shape[1]
     sliced = z is None
@@ -324,20 +328,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: 
 
 
 def cosine(partial: Tensor, bias: Tensor | None, target: Tensor, rows_per_group: int, dy: Tensor) -> Tensor:
-    """Per-row gradients of `1 - cos` into `dy` `[L * M, D]`; returns the `[L]` losses."""
+    """Write each row's gradient of `1 - cos` into `dy` `[L * M, D]` and return the losses `[L]`, fp32.
+
+    Args:
+        partial: partial sums of the projections, `[parts, ...]` with L * M * D values per part.
+        bias: `[G, D]`; None for none.
+        target: `[M, D]`.
+        rows_per_group: R, rows that share a bias.
+    """
     rows, width = dy.shape
     num_rows = target.shape[0]
-    per_row = torch.empty(rows, device=dy.device, dtype=torch.float32)
+    cosines = torch.empty(rows, device=dy.device, dtype=torch.float32)
     loss = torch.empty(rows // num_rows, device=dy.device, dtype=torch.float32)
     block = triton.next_power_of_2(width)
     rows_per_program = 64 if INTERPRETED else 1
     cosine_kernel[(_ceil(rows, rows_per_program),)](
-        partial, bias, target, per_row, dy, rows, num_rows, rows_per_group, width, EPS=EPSILON,
+        partial, bias, target, cosines, dy, rows, num_rows, rows_per_group, width, EPS=EPSILON,
         PARTS=partial.numel() // dy.numel(), BIAS=bias is not None,
         LIMIT=torch.finfo(dy.dtype).max if dy.dtype == torch.float16 else 0.0,
         ROWS=rows_per_program, BLOCK=block, num_warps=min(16, max(1, block // 256)),
     )  # fmt: skip
-    mean_kernel[(loss.numel(),)](per_row, loss, num_rows, BLOCK=1024, num_warps=4)
+    mean_kernel[(loss.numel(),)](cosines, loss, num_rows, BLOCK=1024, num_warps=4)
     return loss
 
 
@@ -345,7 +356,14 @@ def backward(
     dz: Tensor, weight: Tensor, x: Tensor, z: Tensor | None, upstream: Tensor | None,
     dx: Tensor | None, dw: Tensor | None, db: Tensor | None,
 ) -> None:  # fmt: skip
-    """Gradients of one linear into those of `dx`, `dw`, `db` that are wanted."""
+    """Write the gradients of a linear into `dx`, `dw` and `db`, except where they are None.
+
+    Args:
+        dz: `[G, R, N]`, gradient of its outputs.
+        weight, x: `[G, N, K]` and its inputs `[G, R, K]`.
+        z: `[G, R, K]` where `x = silu(z)`: dx is then the gradient of z.
+        upstream: `[G]` fp32, gradients of the losses: all results are multiplied by `upstream / R`.
+    """
     groups, rows, outputs = dz.shape
     inputs = x.shape[2]
 
@@ -367,7 +385,7 @@ def backward(
         )  # fmt: skip
 
     def programs(tile: Tile) -> int:
-        # A dgrad tile is several times as long as a wgrad tile: it alone must spread over half of the card.
+        # A tile of dx takes several times as long as a tile of dW: those of dx must fill half of the card alone.
         dx_tiles, dw_tiles, _ = counts(tile)
         return groups * (2 * dx_tiles if dx_tiles else dw_tiles)
 

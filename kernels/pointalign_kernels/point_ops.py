@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def _load_library() -> str | None:
-    """Loads the compiled ops from beside this file; returns the reason where that is not possible."""
+    """Loads the compiled ops from this file's folder; returns the reason where that is not possible, else None."""
     libraries = sorted(Path(__file__).parent.glob("_native*.so"))
     if not libraries:
         return "pointalign_kernels was installed without its compiled library"
@@ -58,11 +58,12 @@ if _load_error is None:
 
 
 @functools.cache
-def _announce(device: str, text: str) -> None:
+def _warn_once(device: str, text: str) -> None:
     logger.warning("point ops on %s run as plain PyTorch, which is slow: %s", device, text)
 
 
 def _runs_native(impl: str, points: Tensor, *others: Tensor) -> bool:
+    """Whether `impl` means the compiled ops here. Raises: ValueError, RuntimeError: "native" and they cannot run."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "reference":
@@ -78,12 +79,15 @@ def _runs_native(impl: str, points: Tensor, *others: Tensor) -> bool:
     if impl == "native":
         raise RuntimeError(f"impl='native' cannot run on {device}: {reason}; build it with POINTALIGN_BUILD={device}")
     if not torch.compiler.is_compiling():
-        _announce(device, f"{reason} (POINTALIGN_BUILD={device} builds it)")
+        _warn_once(device, f"{reason} (POINTALIGN_BUILD={device} builds it)")
     return False
 
 
-def _check_finite(check_finite: bool, native: bool, points: Tensor, lengths: Tensor | None, name: str = "points"):
-    # The native CPU ops check by themselves; a CUDA check synchronises, so that it has to be asked for.
+def _check_finite(
+    check_finite: bool, native: bool, points: Tensor, lengths: Tensor | None, name: str = "points"
+) -> None:
+    """Raise ValueError for NaN or infinite coordinates, where the caller asks for it or the check costs nothing."""
+    # The native CPU ops check by themselves; on CUDA the check synchronises, so only `check_finite` switches it on.
     cpu_reference = points.device.type == "cpu" and not native and not torch.compiler.is_compiling()
     if cpu_reference or (check_finite and points.device.type != "cpu"):
         reference.require_finite(points, lengths, name)

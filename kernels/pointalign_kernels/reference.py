@@ -19,7 +19,7 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def require_finite(points: Tensor, lengths: Tensor | None = None, name: str = "points") -> None:
-    """Raises ValueError with the place of the first of `points` `[B, N, 3 + F]` whose xyz is NaN or infinite."""
+    """Raises ValueError, naming the first of `points` `[B, N, 3 + F]` whose xyz is NaN or infinite."""
     bad = ~points[..., :3].isfinite().all(dim=-1)
     bad &= torch.arange(points.shape[1], device=points.device) < _lengths(points, lengths)[:, None]
     if bad.any():
@@ -28,7 +28,7 @@ def require_finite(points: Tensor, lengths: Tensor | None = None, name: str = "p
 
 
 def _lengths(points: Tensor, lengths: Tensor | None) -> Tensor:
-    """`[B]` point counts, N where none are given."""
+    """Point counts `[B]`, checked and clamped to 1..N; None means N."""
     batch, num_points = points.shape[:2]
     if num_points == 0:
         raise ValueError("points: expected at least one point in every cloud, got N = 0")
@@ -76,18 +76,18 @@ def knn(query: Tensor, points: Tensor, k: int, lengths: Tensor | None = None) ->
     num_points = points.shape[1]
     distance = squared_distance(query[:, :, None], points[:, None])  # [B, Q, N]
     places = torch.arange(num_points, device=points.device)
-    # Infinite, and after every real neighbour in a stable order, even one whose distance overflowed.
+    # Places past the length are infinitely far: in a stable order they follow real points whose distance overflowed.
     distance = distance.masked_fill((places >= lengths[:, None])[:, None], float("inf"))
     available = min(k, num_points)
     if available < num_points:
-        # topk orders ties arbitrarily, so it only gives the bound; what lies within it is sorted stably.
+        # topk orders ties arbitrarily, so it gives the bound only; the points within the bound are sorted stably.
         bound = distance.topk(available, dim=-1, largest=False).values[..., -1:]
         width = int((distance <= bound).sum(dim=-1).max()) if distance.numel() else available
         order = places.expand_as(distance).masked_fill(distance > bound, num_points)
         order = order.topk(width, dim=-1, largest=False, sorted=True).values
         candidate = order.clamp(max=num_points - 1)
-        kept = distance.gather(-1, candidate).masked_fill(order == num_points, float("inf"))
-        place = kept.sort(dim=-1, stable=True).indices[..., :available]
+        near = distance.gather(-1, candidate).masked_fill(order == num_points, float("inf"))
+        place = near.sort(dim=-1, stable=True).indices[..., :available]
         index = candidate.gather(-1, place)
     else:
         index = distance.sort(dim=-1, stable=True).indices

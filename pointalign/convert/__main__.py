@@ -1,7 +1,7 @@
 """`python -m pointalign.convert`: the published weights (MiniGPT-3D, PointAlign, Phi-2, BLIP-2) become one folder.
 
-Tensors are read, translated and written one at a time. Every tensor of every file is accounted for, in
-`conversion.json`; what no rule explains, and what a part lacks, ends the conversion before anything is written.
+Tensors are read, translated and written one at a time. `conversion.json` accounts for every tensor of every file. A
+tensor that no rule explains or that a part lacks ends the conversion before anything is written.
 """
 
 import argparse
@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 
-from pointalign.convert import sizes, tensors, write
+from pointalign import storage
+from pointalign.convert import sizes, write
 from pointalign.convert.files import ConversionError, Source, collect
+from pointalign.models.adapters import LLM_ALPHA
 
-PARTS_FILE = "parts.safetensors"  # what a conversion without a language model writes
+PARTS_FILE = "parts.safetensors"  # written without a language model
 REPORT_FILE = "conversion.json"
 
 
 def convert(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the conversion that the options describe; the content of `conversion.json`.
+    """Run the conversion that the options describe and return the content of `conversion.json`.
 
-    Raises: ConversionError: a file is refused, or tensors are missing, unexplained or of the wrong shape.
+    Raises:
+        ConversionError: a file is refused, or tensors are missing, unexplained or of the wrong shape.
     """
-    from pointalign import storage
-
     paths = [("llm", options.llm), ("qformer", options.qformer), ("point_encoder", options.point_encoder)]
     paths += [("checkpoint", path) for path in options.checkpoint]
     sources = [Source(role, Path(path)) for role, path in paths if path is not None]
@@ -34,11 +35,11 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
     if options.merge_adapters and options.llm is None:
         raise ConversionError("--merge-adapters needs --llm, the weights to merge into")
     llm = None if options.llm is None else Path(options.llm)
-    found = collect(sources)
-    config = sizes.configure(found, llm, options)
+    collected = collect(sources)
+    config = sizes.configure(collected, llm, options)
     shapes = sizes.expected_shapes(config)
-    absent = sizes.verify(found, shapes, config.num_query_experts, whole=llm is not None)
-    adapters = sizes.adapter_options(found, options)
+    absent = sizes.verify(collected, shapes, config.num_query_experts, with_llm=llm is not None)
+    adapters = sizes.adapter_options(collected, options)
     report = {
         "sources": [source.describe() for source in sources],
         "adapters": {} if options.merge_adapters else adapters,
@@ -48,12 +49,12 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
     with storage.replacing(Path(options.output)) as folder:
         folder.mkdir()
         if llm is None:
-            storage.write_tensors(folder / PARTS_FILE, {name: one.read() for name, one in found.pieces.items()})
+            storage.write_tensors(folder / PARTS_FILE, {name: piece.read() for name, piece in collected.pieces.items()})
         else:
             dtype = options.dtype and getattr(torch, options.dtype)
-            write.write(folder, llm, found, config, shapes, adapters, options.merge_adapters, dtype)
-            report["fingerprint"] = write.run(folder)
-        report["tensors"] = found.report
+            write.write(folder, llm, collected, config, shapes, adapters, options.merge_adapters, dtype)
+            report["fingerprint"] = write.self_test(folder)
+        report["tensors"] = collected.report
         storage.write_json(folder / REPORT_FILE, report)
         readme = write.card(report["sources"], report["random"], report["adapters"])
         (folder / "README.md").write_text(readme)
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", help="folder to write")
     parser.add_argument("--merge-adapters", action="store_true", help="fold LoRA into the weights, for inference")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="of the language model (as stored)")
-    parser.add_argument("--lora-alpha", type=int, default=tensors.LLM_ALPHA, help="of the language model's adapters")
+    parser.add_argument("--lora-alpha", type=int, default=LLM_ALPHA, help="of the language model's adapters")
     parser.add_argument("--head-size", type=int, default=64, help="of Q-Former and point encoder (default: 64)")
     parser.add_argument("--num-groups", type=int, default=512, help="groups of the point encoder (default: 512)")
     parser.add_argument("--group-size", type=int, default=32, help="points per group (default: 32)")
@@ -85,11 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give either --output DIR or --check DIR")
     try:
         if options.check:
-            from pointalign.convert import write
-
-            write.compare(
-                Path(options.check), json.loads((Path(options.check) / REPORT_FILE).read_text())["fingerprint"]
-            )
+            report = json.loads((Path(options.check) / REPORT_FILE).read_text())
+            write.compare(Path(options.check), report["fingerprint"])
             print(f"{options.check}: answers as it did when it was converted")
             return 0
         report = convert(options)
@@ -97,11 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     counts: dict[str, int] = {}
-    for one in report["tensors"]:
-        counts[one["status"]] = counts.get(one["status"], 0) + 1
+    for entry in report["tensors"]:
+        counts[entry["status"]] = counts.get(entry["status"], 0) + 1
     print(f"{options.output}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     if report["random"]:
-        print(f"in no file, drawn at random, to be trained: {', '.join(report['random'])}")
+        print(f"in no file, so drawn at random and to be trained: {', '.join(report['random'])}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The published files' tensor names, translated into this package's.
+"""Rules that translate tensor names of the published files into this package's names.
 
 Sources: the released code of MiniGPT-3D, PointAlign, PointLLM and BLIP-2 (LAVIS). A name that no rule explains is an
 error.
@@ -7,16 +7,11 @@ error.
 import re
 from collections.abc import Iterable, Iterator
 
-LLM = "model.language_model."
-QFORMER = "model.qformer."
-ENCODER = "model.point_encoder."
-EXPERT = "model.query_experts.queries."  # + index: the experts lie apart in the files
-ALIGNMENT = "alignment_projector."
+from pointalign.models.adapters import LLM, LLM_TARGETS, QFORMER, QFORMER_TARGETS, is_llm_norm, is_qformer_norm
 
-# Adapters of the release: their modules, and alpha (of the Q-Former's always twice the rank) and dropout.
-LLM_TARGETS = ["query_key_value", "dense"]
-QFORMER_TARGETS = ["query", "key", "value"]
-LLM_ALPHA, LLM_DROPOUT, QFORMER_DROPOUT = 16, 0.05, 0.1
+ENCODER = "model.point_encoder."
+EXPERT = "model.query_experts.queries."  # + index: the files hold a tensor per expert
+ALIGNMENT = "alignment_projector."
 
 _CHECKPOINT_RULES = [
     (r"point_2_Qformer_proj\.", "model.point_mlp."),
@@ -62,9 +57,10 @@ _RENAMED = [
 
 
 def translate(role: str, name: str) -> tuple[str | None, str]:
-    """This package's name of a tensor in a file of `role`, or None and why it is ignored.
+    """This package's name of a tensor in a file of `role` and "", or None and the reason to ignore the tensor.
 
-    Raises: KeyError: no rule explains the name.
+    Raises:
+        KeyError: no rule explains the name.
     """
     for pattern, reason in [*_IGNORED[role], _INDICES]:
         if re.match(pattern, name):
@@ -78,19 +74,8 @@ def translate(role: str, name: str) -> tuple[str | None, str]:
     raise KeyError(name)
 
 
-def is_llm_norm(name: str) -> bool:
-    """Weights of norms in the language model, which train beside its adapters."""
-    return name.startswith(LLM) and re.search(r"(q|k|input|post|final)_layernorm\.weight$", name) is not None
-
-
-def is_qformer_norm(name: str) -> bool:
-    """Norm weights of the Q-Former that train beside its adapters: 30 in the published size."""
-    pattern = r"encoder\.layer\.\d+\.((cross)?attention\.output|output_query)\.LayerNorm\.weight$"
-    return name.startswith(QFORMER) and re.search(pattern, name) is not None
-
-
 def lora_names(names: Iterable[str], prefix: str, targets: list[str]) -> Iterator[str]:
-    """Names of both factors for every adapted module among the weights `names`."""
+    """Names of the LoRA factors A and B of every module in `targets` whose weight is among `names`."""
     for name in names:
         module, _, kind = name.rpartition(".")
         if name.startswith(prefix) and kind == "weight" and module.rpartition(".")[2] in targets:
@@ -99,9 +84,11 @@ def lora_names(names: Iterable[str], prefix: str, targets: list[str]) -> Iterato
 
 
 def bundles(names: Iterable[str], num_experts: int) -> dict[str, set[str]]:
-    """Tensors that only make sense together: a file that holds one of a bundle must hold all of it.
+    """Sets of tensors of which a file holds all or none; the keys describe them for error messages.
 
-    Args: names: of all weights of the model, without adapters.
+    Args:
+        names: of all weights of the model, without adapters.
+        num_experts: query experts of the model, 0 for none.
     """
     names = set(names)
     return {

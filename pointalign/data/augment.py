@@ -2,15 +2,15 @@
 
 import numpy as np
 
-STRETCH = 0.15  # of each axis, up to e^0.15 = 16 % either way, where words must stay true
-JITTER = 0.01  # standard deviation of the noisiest views, of the radius
-TINT = 0.05  # added to each of red, green and blue: too little to change a colour's name
+STRETCH = 0.15  # each axis is scaled by up to e^0.15 = 16 % either way, which keeps descriptions true
+JITTER = 0.01  # highest standard deviation of the noise, as a share of the radius
+TINT = 0.05  # highest shift of red, green and blue: too little to change a colour's name
 
 
 def random_pose(rng: np.random.Generator, stretch: float = STRETCH) -> np.ndarray:
-    """A matrix `[3, 3]` that takes rows xyz to another pose: mirrored, turned about the vertical, stretched.
+    """A matrix `[3, 3]` that mirrors, turns about the vertical and stretches points, as rows xyz times the matrix.
 
-    Row k is what becomes of axis k, and as long as a side along it grows.
+    Row k is the image of axis k; its length is the factor by which sides along that axis grow.
     """
     pose = np.eye(3, dtype=np.float32)
     pose[0] *= rng.choice([-1, 1])
@@ -25,21 +25,21 @@ def augment(
     fewest: int = 2,
     pose: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A different view of the same object: resampled, mirrored, turned, stretched, jittered, in another light.
+    """Another view of the same object: resampled, mirrored, turned, stretched, with noise and other light.
 
     Args:
         points: `[N, 6]` float32, y up.
         rng: source of all randomness.
-        pose_free: give it another pose; off where words depend on pose and sides.
-        fewest: resampling keeps at least so many points, where there are.
-        pose: `[3, 3]`, that pose; by default a random one.
+        pose_free: change the pose too; off where the text depends on pose and sides.
+        fewest: resampling leaves at least this many points of a cloud that has them.
+        pose: `[3, 3]`, the change of the pose; by default random.
 
     Returns:
         `[M, 6]` float32, centred, with N / 4 <= M <= N.
     """
     count = max(fewest, int(len(points) * rng.uniform(0.25, 1.0)))
     points = points[rng.permutation(len(points))[:count]].copy()
-    points[:, :3] -= points[:, :3].mean(axis=0)  # a file may lie anywhere, jitter goes by the size of the object
+    points[:, :3] -= points[:, :3].mean(axis=0)  # centred first: the noise is a share of the object's radius
     if pose_free:
         points[:, :3] = points[:, :3] @ (random_pose(rng) if pose is None else pose)
     radius = np.linalg.norm(points[:, :3], axis=1).max()

@@ -1,4 +1,4 @@
-"""Pre-flight check of a data set, before hours of training meet its one bad file.
+"""Check of a data set before training, so that no bad file stops a run after hours.
 
 python -m pointalign.data.check ANNOTATION --clouds DIR
 """
@@ -22,12 +22,12 @@ _THREADS = 8
 
 
 class BadObjectsError(ValueError):
-    """Objects that cannot be trained on; the message names the first ten and counts them all."""
+    """Objects that cannot be used for training; the message names the first ten and their number."""
 
 
 @dataclass
 class Report:
-    """Outcome of `check`: objects looked at and read in full, reasons by bad object id, conversations dropped."""
+    """Outcome of `check`: objects checked and read in full, bad object ids with reasons, conversations dropped."""
 
     objects: int
     read_in_full: int
@@ -50,12 +50,15 @@ class Report:
 def check(dataset: ConversationDataset, num_groups: int, skip_bad: bool = False) -> Report:
     """Verifies that every object of `dataset` has a cloud that loads and has at least `num_groups` points.
 
-    Every cloud is read in full in sets of up to 20,000 objects; in larger ones a seeded sample of 2,000 is, and of the
-    rest existence and header are checked (point count against file size; of a mesh, only that the file is not empty).
+    In sets of up to 20,000 objects every cloud is read in full. In larger sets a seeded sample of 2,000 is; of the
+    others existence and header are checked (point count against file size; of a mesh, only that it is not empty).
 
-    Args: num_groups: groups of the point encoder, the least number of points it can work on.
-        skip_bad: drop the conversations about bad objects from `dataset.conversations` and print which, not raise.
-    Raises: BadObjectsError: objects are bad and `skip_bad` is off, or no conversation is left.
+    Args:
+        num_groups: groups of the point encoder, the least number of points that it can encode.
+        skip_bad: drop the conversations about bad objects from `dataset.conversations` and print them, do not raise.
+
+    Raises:
+        BadObjectsError: objects are bad and `skip_bad` is off, or no conversation is left.
     """
     objects = sorted({object_id for ids in dataset.conversations.object_ids for object_id in ids})
     full = set(objects)

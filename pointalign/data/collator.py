@@ -18,13 +18,13 @@ def pack(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
     """A padded batch `[B, T]` as one row `[1, S]`, S the number of real tokens, samples in their order.
 
     Args:
-        batch: `input_ids`, `attention_mask`, `point_mask`, `labels`; clouds are handed through, they follow the text's
-            reading order either way.
+        batch: `input_ids`, `attention_mask`, `point_mask`, `labels`; the clouds' tensors stay as they are, since they
+            follow the text's reading order.
 
     Returns:
-        The same without `attention_mask` (with one, samples would see each other), and `position_ids [1, S]` that
+        The same without `attention_mask` (with it, samples would see each other), and `position_ids [1, S]` that
         start at 0 in every sample, `cu_seq_lens_q`, `cu_seq_lens_k` `[B + 1]` int32, `max_length_q`, `max_length_k`:
-        the names by which transformers hands them to an attention function. The first token of a sample carries no
+        the names under which transformers passes them to an attention function. The first token of a sample has no
         label, so that no sample predicts the beginning of the next.
     """
     packed: dict[str, Tensor | int] = dict(batch)
@@ -49,11 +49,12 @@ def pack(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
 
 
 def token_counts(processor, conversations: Sequence[Conversation], max_length: int) -> list[int]:
-    """Tokens of each conversation as the processor would lay it out, at most `max_length`; no cloud is read."""
+    """Number of tokens of each conversation in the processor's layout, at most `max_length`; no cloud is read."""
     template = processor.chat_template
     counts = []
-    for one in conversations:
-        parts, _ = processor._render(to_messages(one, [""] * len(one.object_ids)), template, False, {})
+    for conversation in conversations:
+        messages = to_messages(conversation, [""] * len(conversation.object_ids))
+        parts, _ = processor._render(messages, template, False, {})
         counts.append(min(max_length, len(processor._encode(parts)["input_ids"])))
     return counts
 
@@ -61,12 +62,17 @@ def token_counts(processor, conversations: Sequence[Conversation], max_length: i
 class TokenBudgetSampler(Sampler[list[int]]):
     """Batches of samples that together have at most `budget` tokens, for `DataLoader(batch_sampler=...)`.
 
-    Samples are shuffled once by `seed` and grouped greedily, in windows of 64 sorted by length so that batches fill;
+    Samples are shuffled once by `seed` and grouped greedily, in windows of 64 sorted by length so that batches fill up;
     every epoch has the same batches in another order. With several processes, process r takes batches r, r + world,
-    ...: all processes have equally many, up to `world - 1` batches at the end are left out.
+    ...; the last batches, fewer than `world`, are left out so that all processes have equally many.
+
+    Args:
+        lengths: tokens of every sample.
+        budget: the most tokens of a batch.
+        rank, world: number of this process, and of all processes.
 
     Raises:
-        ValueError: a sample alone exceeds the budget.
+        ValueError: a sample alone exceeds the budget, or there are fewer batches than processes.
     """
 
     def __init__(self, lengths: Sequence[int], budget: int, seed: int = 0, rank: int = 0, world: int = 1):
@@ -80,14 +86,17 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.rank, self.world, self.epoch = rank, world, 0
         self.batches = self._group()
         if len(self.batches) < world:
-            raise ValueError(f"{len(self.batches)} batches of {budget} tokens are too few for {world} processes")
+            raise ValueError(
+                f"expected a batch for each of {world} processes, got {len(self.batches)} batches of {budget} tokens: "
+                "lower data.pack_tokens or start fewer processes"
+            )
 
     def _group(self) -> list[list[int]]:
         order = torch.randperm(len(self.lengths), generator=torch.Generator().manual_seed(self.seed)).tolist()
         batches: list[list[int]] = []
         for first in range(0, len(order), 64):
             window = sorted(order[first : first + 64], key=self.lengths.__getitem__, reverse=True)
-            room: list[int] = []  # of the batches opened in this window
+            room: list[int] = []  # tokens left in each batch of this window
             opened: list[list[int]] = []
             for sample in window:
                 length = self.lengths[sample]
@@ -114,7 +123,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
             yield self.batches[order[place]]
 
 
-POSE_FREE = "simple_description"  # naming does not depend on the pose; sides and symmetry are the object's own
+POSE_FREE = "simple_description"  # the type of conversation whose text does not depend on pose and sides
 
 
 class ConversationCollator:
@@ -122,11 +131,11 @@ class ConversationCollator:
 
     Args:
         processor: a `PointAlignProcessor`.
-        max_length: the most tokens of a sample; a longer one is cut at the right, never through a cloud.
-        augmentation: show every cloud differently in every epoch. What it draws depends on the sample and the epoch
-            only, so that a resumed run continues exactly.
-        packing: lay the samples end to end in one row, see `pointalign.data.collator.pack`.
-        features: a `pointalign.feature_cache.FeatureCache` that stands for the clouds.
+        max_length: the most tokens of a sample; a longer sample is cut at the right, never through a cloud.
+        augmentation: change every cloud in every epoch. The changes depend on the sample and the epoch only, so that a
+            resumed run continues exactly.
+        packing: put the samples end to end in a single row, see `pack`.
+        features: a `pointalign.feature_cache.FeatureCache` that replaces the clouds.
     """
 
     def __init__(
@@ -156,7 +165,7 @@ class ConversationCollator:
             )
         )
         if self.features is not None:
-            batch |= self.features.batch([one for sample in samples for one in sample["object_ids"]])
+            batch |= self.features.batch([name for sample in samples for name in sample["object_ids"]])
         return pack(batch) if self.packing else batch
 
     def _augmented(self, sample: dict) -> list[dict]:

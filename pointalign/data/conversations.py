@@ -27,10 +27,12 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """One annotated dialogue about one or several objects.
+    """An annotated dialogue about an object or several.
 
-    `turns` are (role, text) pairs that alternate "user", "assistant"; the first text holds `<point>` as in the file,
-    once per object id.
+    Attributes:
+        object_ids: names of the objects.
+        conversation_type: as in the file.
+        turns: pairs (role, text), "user" and "assistant" in turn; the first text holds `<point>` once per object id.
     """
 
     object_ids: tuple[str, ...]
@@ -39,9 +41,13 @@ class Conversation:
 
 
 def load_conversations(path: str | Path, types: Collection[str] | None = None) -> list[Conversation]:
-    """Reads an annotation file; keeps the conversation types in `types` (None: all), leaves out corrupt Objaverse ids.
+    """Reads an annotation file, without the Objaverse objects whose clouds are corrupt.
 
-    Raises: AnnotationError: not JSON, not a list, an entry that breaks the schema, or nothing left.
+    Args:
+        types: conversation types to return; None for all.
+
+    Raises:
+        AnnotationError: not JSON, not a list, an entry that breaks the schema, or no conversation of these types.
     """
     path = Path(path)
     try:
@@ -60,22 +66,20 @@ def load_conversations(path: str | Path, types: Collection[str] | None = None) -
             conversations.append(_parse_entry(entry))
         except AnnotationError as error:
             raise AnnotationError(f"{path}: entry {index}: {error}") from error
-    kept = [c for c in conversations if CORRUPT_IDS.isdisjoint(c.object_ids)]
-    kept = [c for c in kept if types is None or c.conversation_type in types]
-    if not kept:
-        found = sorted({c.conversation_type for c in conversations})
-        wanted = "any type" if types is None else ", ".join(types)
-        raise AnnotationError(f"{path}: no conversation of {wanted}; the file holds {', '.join(found) or 'no entries'}")
-    return kept
+    usable = [c for c in conversations if CORRUPT_IDS.isdisjoint(c.object_ids)]
+    selected = [c for c in usable if types is None or c.conversation_type in types]
+    if not selected:
+        present = ", ".join(sorted({c.conversation_type for c in conversations})) or "no entries"
+        expected = "any type" if types is None else ", ".join(types)
+        raise AnnotationError(f"{path}: no conversation of {expected}; the file holds {present}")
+    return selected
 
 
 class IndexedConversations(Sequence[Conversation]):
-    """What `load_conversations` returns, without holding it: every entry is checked once, then parsed when asked for.
+    """The conversations of `load_conversations`, parsed at access: every entry is checked once, then read again.
 
     Only the entries' places in the file and their object ids stay in memory, about 120 bytes per entry, which worker
-    processes share.
-
-    Args and Raises: those of `load_conversations`.
+    processes share. Arguments and errors are those of `load_conversations`.
     """
 
     def __init__(self, path: str | Path, types: Collection[str] | None = None):
@@ -85,23 +89,28 @@ class IndexedConversations(Sequence[Conversation]):
         try:
             for start, length, entry in _scan(self.path):
                 conversation = _parse_entry(entry)
-                kept = types is None or conversation.conversation_type in types
-                if kept and CORRUPT_IDS.isdisjoint(conversation.object_ids):
+                of_type = types is None or conversation.conversation_type in types
+                if of_type and CORRUPT_IDS.isdisjoint(conversation.object_ids):
                     self._starts.append(start)
                     self._lengths.append(length)
                     self.object_ids.append(conversation.object_ids)
-        except (ValueError, OSError, RecursionError):  # the plain reader says what is wrong, and where
+        except (ValueError, OSError, RecursionError):  # `load_conversations` names the fault and its place
             load_conversations(self.path, types)
             raise
         if not self.object_ids:
             load_conversations(self.path, types)
 
-    def keep(self, wanted: Callable[[tuple[str, ...]], bool]) -> None:
-        """Drop every conversation whose object ids are not `wanted`."""
-        places = [i for i, ids in enumerate(self.object_ids) if wanted(ids)]
+    def keep(self, condition: Callable[[tuple[str, ...]], bool]) -> None:
+        """Drop every conversation whose object ids do not meet the condition."""
+        places = [i for i, ids in enumerate(self.object_ids) if condition(ids)]
         self._starts = array("q", [self._starts[i] for i in places])
         self._lengths = array("q", [self._lengths[i] for i in places])
         self.object_ids = [self.object_ids[i] for i in places]
+
+    @property
+    def entry_bytes(self) -> Sequence[int]:
+        """The length of every entry in the file: what is known of a conversation without parsing it."""
+        return self._lengths
 
     def __len__(self) -> int:
         return len(self.object_ids)
@@ -160,11 +169,16 @@ def _scan(path: Path, block: int = 1 << 22) -> Iterator[tuple[int, int, object]]
 def to_messages(conversation: Conversation, clouds: Sequence[np.ndarray | str | Path]) -> list[dict]:
     """Chat messages in the style of transformers: each `<point>` becomes an item `{"type": "point", "point": cloud}`.
 
-    Args: clouds: one per object id, arrays or paths, handed through as they are.
-    Newlines next to a marker are dropped: where a cloud stands is up to the chat template.
+    Newlines next to a marker are dropped: the chat template decides where a cloud stands.
+
+    Args:
+        clouds: for each object id an array or a path, which goes into its item unchanged.
+
+    Raises:
+        ValueError: clouds and object ids differ in number.
     """
     if len(clouds) != len(conversation.object_ids):
-        raise ValueError(f"expected {len(conversation.object_ids)} clouds, one per object id, got {len(clouds)}")
+        raise ValueError(f"expected a cloud for each of {len(conversation.object_ids)} object ids, got {len(clouds)}")
     (role, first), *rest = conversation.turns
     texts = first.split(POINT_MARKER)
     content: list[dict] = []
@@ -216,5 +230,5 @@ def _parse_turn(index: int, turn, num_objects: int) -> tuple[str, str]:
 
 
 def _is_plain(name: str) -> bool:
-    """May name a file, in a subfolder too, but never one outside of the folder of clouds."""
+    """Whether an object id can name a file in the folder of clouds or a subfolder, and none outside."""
     return bool(name) and name[0] != "/" and "\0" not in name and ".." not in name.replace("\\", "/").split("/")

@@ -1,4 +1,4 @@
-"""Annotated conversations joined with their clouds, one chat sample per item."""
+"""Annotated conversations joined with their clouds: each item is a chat sample."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def find_cloud(folders: str | Path | Sequence[str | Path], object_id: str) -> Path:
-    """The file of an object: `{object_id}_8192.npy`, `{object_id}.npy`, then any other readable format.
+    """The file of an object, from the first folder that has it.
 
-    Of several folders the first that has one counts.
+    In a folder `{object_id}_8192.npy` comes first, then `{object_id}.npy`, then the other readable formats.
 
-    Raises: PointCloudError: there is none.
+    Raises:
+        PointCloudError: no folder has such a file.
     """
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     names = [f"{object_id}_8192.npy", *(f"{object_id}{suffix}" for suffix in FORMATS)]
@@ -30,25 +31,26 @@ def find_cloud(folders: str | Path | Sequence[str | Path], object_id: str) -> Pa
                 return path
     raise PointCloudError(
         f"no cloud of object {object_id!r} in {', '.join(map(str, folders))}: expected {', '.join(names[:2])} or "
-        "another format"
+        f"another format of {', '.join(FORMATS)}"
     )
 
 
 class ConversationDataset(Dataset):
     """Conversations of an annotation file; an item holds `messages`, `object_ids`, `conversation_type`.
 
-    The clouds in the messages are float32 [N, 6], y up, as `load_point_cloud` returns them: normalising and subsampling
-    is the feature extractor's. `conversations` may be filtered by `keep`, as `pointalign.data.check` does.
+    The clouds in the messages are float32 [N, 6], y up, as `load_point_cloud` returns them: the feature extractor
+    normalises and subsamples them. `pointalign.data.check` drops conversations with `conversations.keep`.
 
     Args:
         annotation: JSON in the PointLLM schema.
-        clouds: folder with a file per object id, or several, see `find_cloud`.
-        types: conversation types to keep; None keeps all.
+        clouds: folder with a file per object id, or several folders, see `find_cloud`.
+        types: conversation types to use; None for all.
         up_axis: vertical axis of the clouds, see `load_point_cloud`.
         read_clouds: off, the messages hold object ids in the clouds' places.
 
-    Raises: AnnotationError, NotADirectoryError, ValueError (unknown `up_axis`) on construction; PointCloudError on
-        access to an item whose cloud is missing or bad.
+    Raises:
+        AnnotationError, NotADirectoryError, ValueError (unknown `up_axis`): on construction.
+        PointCloudError: on access to an item whose cloud is missing or bad.
     """
 
     def __init__(
@@ -59,19 +61,19 @@ class ConversationDataset(Dataset):
         up_axis: str = "y",
         read_clouds: bool = True,
     ):
-        self.clouds = [Path(one) for one in ([clouds] if isinstance(clouds, (str, Path)) else clouds)]
+        self.clouds = [Path(folder) for folder in ([clouds] if isinstance(clouds, (str, Path)) else clouds)]
         self.read_clouds = read_clouds
         for folder in self.clouds if read_clouds else []:
             if not folder.is_dir():
-                raise NotADirectoryError(f"expected a folder of clouds, {folder} is none")
+                raise NotADirectoryError(f"expected a folder of clouds, there is none at {folder}")
         if up_axis not in UP_AXES:
             raise ValueError(f"up_axis must be one of {', '.join(UP_AXES)}, got {up_axis!r}")
         self.up_axis = up_axis
         self.conversations = IndexedConversations(annotation, types)
-
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Draw another augmentation of every cloud, see `ConversationCollator`."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -91,16 +93,17 @@ class ConversationDataset(Dataset):
 
 
 class MixtureDataset(Dataset):
-    """Item i is a whole batch, a list of samples of one data set. Within a set no sample returns before all were shown.
+    """Item i is a batch: a list of samples of a single data set. A set repeats no sample before all were shown.
 
     Args:
-        datasets: the parts.
-        ratios: how often each is drawn, in any unit.
-        batch_sizes: samples per batch, one for each part.
-        num_batches: of the whole run, over all ranks.
+        datasets: the parts of the mixture.
+        ratios: how often each part is drawn, in any unit.
+        batch_sizes: samples per batch, for each part.
+        num_batches: of the run, over all ranks.
         seed: of the draws and of the order within each set.
 
-    Raises: ValueError: arguments of unequal length or out of range.
+    Raises:
+        ValueError: arguments of unequal length or out of range.
     """
 
     def __init__(
@@ -123,8 +126,8 @@ class MixtureDataset(Dataset):
         self.parts = np.random.default_rng(seed).choice(len(datasets), size=num_batches, p=share).astype(np.int16)
         self.turns = np.empty(num_batches, dtype=np.int64)  # how many batches of the same part came before
         for part in range(len(datasets)):
-            mine = self.parts == part
-            self.turns[mine] = np.arange(mine.sum())
+            of_part = self.parts == part
+            self.turns[of_part] = np.arange(of_part.sum())
         self._order = lru_cache(maxsize=2 * len(datasets))(self._shuffled)
 
     def _shuffled(self, part: int, round: int) -> np.ndarray:
@@ -141,21 +144,21 @@ class MixtureDataset(Dataset):
         return len(self.parts)
 
     def draws(self, number: int) -> list[tuple[int, int, int]]:
-        """Part, round through that part, and place in it, of every sample of batch `number`."""
+        """Of every sample of batch `number`: the part, the round through that part, and the index in it."""
         part, size = int(self.parts[number]), self.batch_sizes[self.parts[number]]
         first, count = int(self.turns[number]) * size, len(self.datasets[part])
-        rounds = [divmod(at, count) for at in range(first, first + size)]
-        return [(part, round, int(self._order(part, round)[at])) for round, at in rounds]
+        rounds = [divmod(position, count) for position in range(first, first + size)]
+        return [(part, round, int(self._order(part, round)[position])) for round, position in rounds]
 
     def __getitem__(self, number: int) -> list[dict]:
-        # what augmentation draws depends on the sample and the round only
+        # "draw" seeds the augmentation: it depends on the sample and the round only
         return [
-            self.datasets[part][place] | {"draw": (part, round, place)} for part, round, place in self.draws(number)
+            self.datasets[part][index] | {"draw": (part, round, index)} for part, round, index in self.draws(number)
         ]
 
 
 class MixtureCollator:
-    """Opens the batches of a `MixtureDataset` for a collator of samples."""
+    """Passes the samples of a batch of `MixtureDataset` to a collator of samples."""
 
     def __init__(self, collator: Callable[[list[dict]], Any]):
         self.collator = collator
@@ -165,9 +168,9 @@ class MixtureCollator:
 
 
 def make_datasets(options: "Options") -> list[Any]:
-    """The data set, or one for every part of the mixture."""
+    """A data set for every part of the mixture, or a single data set without a mixture."""
     annotations, clouds = data_paths(options)
-    parts = [(one.annotations or annotations, one.types) for one in options.data.mixture]
+    parts = [(part.annotations or annotations, part.types) for part in options.data.mixture]
     parts = parts or [(annotations, options.data.types)]
     read_clouds = options.data.feature_cache is None
     return [ConversationDataset(path, clouds, types, options.data.up_axis, read_clouds) for path, types in parts]
@@ -177,8 +180,9 @@ def data_paths(options: "Options") -> tuple[Path, Path | list[Path]]:
     """Annotation file and folders of clouds: the user's, or the embedded objects'."""
     clouds = options.data.clouds
     if options.data.annotations is not None and clouds is not None:
-        return Path(options.data.annotations), [Path(one) for one in ([clouds] if isinstance(clouds, str) else clouds)]
+        folders = [clouds] if isinstance(clouds, str) else clouds
+        return Path(options.data.annotations), [Path(folder) for folder in folders]
     from pointalign import assets
 
-    furniture = assets.furniture(options.data.fold)
-    return furniture / "annotations" / "train.json", furniture / "clouds"
+    folder = assets.embedded_objects(options.data.fold)
+    return folder / "annotations" / "train.json", folder / "clouds"

@@ -29,7 +29,7 @@ def load_scene(data: Buffer, path: Path) -> trimesh.Scene:
     if kind in ("glb", "gltf"):
         _check_gltf(data, path)
     resolver = FilePathResolver(str(path))
-    # process=False: trimesh would otherwise drop the non-finite vertices that we report
+    # process=False: else trimesh drops non-finite vertices, which are to be reported
     return trimesh.load_scene(io.BytesIO(data), file_type=kind, resolver=resolver, process=False)
 
 
@@ -38,11 +38,14 @@ def sample_mesh(scene: trimesh.Scene | trimesh.Trimesh, num_points: int, seed: i
 
     Colours come from textures and materials (glTF base colour factors multiply their texture and are not converted
     from linear to sRGB), vertex colours or face colours; a surface without any is mid-grey (0.5), and one whose texture
-    is missing has the colour of its material. trimesh reads no colours from .stl and .off. A scene without faces gives
-    its own points instead, whatever `num_points` says.
+    is missing has the colour of its material. trimesh reads no colours from .stl and .off. Of a scene without faces all
+    points are returned, however many they are.
 
-    Returns: [num_points, 6] float64, xyz + rgb in 0..1; the same for the same `seed`.
-    Raises: PointCloudError for a scene with no surface and no points, non-finite vertices or indices out of range.
+    Returns:
+        [num_points, 6] float64, xyz + rgb in 0..1; the same for the same `seed`.
+
+    Raises:
+        PointCloudError: a scene with no surface and no points, non-finite vertices or indices out of range.
     """
     import trimesh
 
@@ -89,7 +92,7 @@ def _face_areas(mesh: trimesh.Trimesh, transform: np.ndarray) -> np.ndarray:
 
 
 def _draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` indices, each with probability proportional to its weight; never one of weight 0."""
+    """`count` indices, each with probability proportional to its weight; none of weight 0."""
     cumulative = np.cumsum(weights)
     return np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
 
@@ -164,7 +167,7 @@ def _unit(colours) -> np.ndarray:
 
 
 def _check_gltf(data: Buffer, path: Path) -> None:
-    """An accessor without a bufferView stands for zeros, of any number: it may not promise more than the file holds."""
+    """Refuse accessors with more entries than the file has bytes: without a bufferView they allocate zeros at once."""
     tree = bytes(data)
     if tree[:4] == b"glTF":
         if len(tree) < 20:

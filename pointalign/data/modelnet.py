@@ -1,7 +1,7 @@
 """ModelNet40 as PointBERT and PointLLM store it: `modelnet40_test_8192pts_fps.dat`, a pickle of clouds and labels.
 
-The pickle is never trusted: the only things it may build are lists, numbers and the inert stand-ins below, from which
-arrays are made afterwards, their sizes checked.
+The pickle is not trusted: it can build lists, numbers and the inert stand-ins below only. The arrays are built from
+those, after their sizes are checked.
 """
 
 import pickle
@@ -89,28 +89,31 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 def load_modelnet40(path: str | Path) -> tuple[list[np.ndarray], list[int]]:
-    """Clouds `[N, 6]` float32, xyz with black colours (normals are dropped), and labels, places in `CLASSES`.
+    """Clouds `[N, 6]` float32, xyz with black colours (normals are dropped), and labels, indices of `CLASSES`.
 
-    Raises: PointCloudError: not such a file, or it asks for anything but arrays.
+    Raises:
+        PointCloudError: another kind of file, or the pickle asks for anything but arrays.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
             content = _Reader(file, encoding="latin1").load()
         clouds, labels = content
-        arrays = [one.numpy() for one in clouds]
-        numbers = [int(one if isinstance(one, int) else one.numpy().reshape(-1)[0]) for one in labels]
+        arrays = [cloud.numpy() for cloud in clouds]
+        numbers = [int(label if isinstance(label, int) else label.numpy().reshape(-1)[0]) for label in labels]
     except PointCloudError as error:
         raise PointCloudError(f"{path}: {error}") from error
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, MemoryError) as error:
         raise PointCloudError(f"{path}: not a pickle of clouds and labels ({error})") from error
-    if len(arrays) != len(numbers) or any(one.ndim != 2 or one.shape[1] < 3 for one in arrays):
+    if len(arrays) != len(numbers) or any(array.ndim != 2 or array.shape[1] < 3 for array in arrays):
         raise PointCloudError(f"{path}: expected a cloud [N, 6] for every label")
     if not all(0 <= number < len(CLASSES) for number in numbers):
-        raise PointCloudError(f"{path}: a label is outside of 0 to {len(CLASSES) - 1}")
-    made = []
+        raise PointCloudError(
+            f"{path}: expected labels from 0 to {len(CLASSES) - 1}, got {min(numbers)} to {max(numbers)}"
+        )
+    black = []
     for array in arrays:
         cloud = np.zeros((len(array), 6), dtype=np.float32)
         cloud[:, :3] = array[:, :3]
-        made.append(cloud)
-    return made, numbers
+        black.append(cloud)
+    return black, numbers

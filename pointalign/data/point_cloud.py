@@ -15,7 +15,7 @@ __all__ = ["FORMATS", "UP_AXES", "PointCloudError", "load_point_cloud", "normali
 
 FORMATS = (".npy", ".ply", ".obj", ".glb", ".gltf", ".stl", ".off", ".pcd", ".las")
 
-# rows of the proper rotation that turns each declared up axis into +y
+# rows of the rotation that turns each up axis into +y
 UP_AXES = {
     "x": ((0, -1, 0), (1, 0, 0), (0, 0, 1)),
     "y": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
@@ -25,8 +25,8 @@ UP_AXES = {
     "-z": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
 }
 
-# What trimesh, Pillow, json and numpy raise on garbled files. SyntaxError is Pillow's word for a broken PNG chunk,
-# TokenError comes from numpy's second try at a .npy header as Python 2 wrote it.
+# Errors of trimesh, Pillow, json and numpy for malformed files. Pillow raises SyntaxError for a broken PNG chunk, numpy
+# TokenError where it tries to read a .npy header as Python 2 wrote it.
 _MALFORMED = (
     ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError, OSError,
     EOFError, MemoryError, NameError, SyntaxError, struct.error, tokenize.TokenError,
@@ -38,14 +38,14 @@ def load_point_cloud(path: str | Path, up_axis: str = "y", num_points: int = 819
 
     Args:
         path: the file; its suffix names the format. A .npy is [N, 3] (xyz) or [N, 6] (xyz + rgb).
-        up_axis: the vertical of the file, one of x, y, z, -x, -y, -z; it is rotated onto +y.
-        num_points: samples drawn from a mesh, uniform by area, seeded by the content of the file. Point clouds keep all
-            of their points: `subsample` reduces them.
+        up_axis: the vertical axis of the file: x, y, z, -x, -y or -z; it is rotated onto +y.
+        num_points: samples of a mesh, uniform by area, seeded by the content of the file. Of a point cloud all points
+            are returned: `subsample` reduces them.
 
     Returns:
         [N, 6] float32: xyz as in the file (not normalised), rgb in 0..1. Colours in 0..255 (integers, or floats above
         1) and 16-bit colours are recognised; a file without colours gives mid-grey, 0.5. A cloud so far from the origin
-        that float32 would blur it (georeferenced .las) is moved to its centroid, which `normalise` does anyway.
+        that float32 would lose detail (georeferenced .las) is moved to its centroid, as `normalise` does anyway.
 
     Raises:
         PointCloudError: the file is missing, empty, truncated, of unknown format or malformed; its header promises more
@@ -56,7 +56,7 @@ def load_point_cloud(path: str | Path, up_axis: str = "y", num_points: int = 819
         raise ValueError(f"up_axis must be one of {', '.join(UP_AXES)}, got {up_axis!r}")
     path = Path(path)
     try:
-        with np.errstate(all="ignore"):  # overflow ends in the finiteness check
+        with np.errstate(all="ignore"):  # `_check_finite` finds an overflow
             raw = _read(_checked(path).read_bytes(), path, num_points)
             xyz = _single_precision(np.column_stack([*raw.xyz]))
             xyz = xyz @ np.array(UP_AXES[up_axis], np.float32).T
@@ -71,15 +71,16 @@ def load_point_cloud(path: str | Path, up_axis: str = "y", num_points: int = 819
 
 
 def point_count(path: str | Path) -> int | None:
-    """The number of points a file promises, from its header, checked against the size of the file; None for a mesh.
+    """The number of points in the header of a file, checked against the file's size; None for a mesh.
 
-    Binary files are not read beyond the header; text and compressed ones are parsed.
+    Binary files are not read beyond the header; text and compressed files are parsed.
 
-    Raises: PointCloudError as `load_point_cloud`, for what the header can tell.
+    Raises:
+        PointCloudError: as `load_point_cloud`, for faults that show in the header.
     """
     path = Path(path)
     try:
-        # only the headers of binary files are touched: a map spares reading the rest
+        # of a binary file only the header is accessed: mapped, the rest is not read
         with _checked(path).open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return None if _is_mesh(data, path) else len(POINT_READERS[path.suffix.lower()](data).xyz[0])
@@ -90,16 +91,24 @@ def point_count(path: str | Path) -> int | None:
 
 
 def normalise(points: np.ndarray) -> np.ndarray:
-    """Centres xyz on the centroid and divides by the largest norm (unit sphere); other columns are untouched.
+    """Centres xyz on the centroid and divides by the largest norm (unit sphere); other columns stay.
 
-    Args: points: [N, 3 + F], at least two distinct points. Returns: [N, 3 + F] float32, a copy.
-    Raises: PointCloudError: all points are equal. Source: the preprocessing of PointLLM.
+    Source: the preprocessing of PointLLM.
+
+    Args:
+        points: [N, 3 + F], at least two distinct points.
+
+    Returns:
+        [N, 3 + F] float32, a copy.
+
+    Raises:
+        PointCloudError: all points are equal.
     """
     xyz = points[:, :3].astype(np.float64)
     xyz -= xyz.mean(axis=0)
     radius = np.linalg.norm(xyz, axis=1).max()
     if not radius > 0:
-        raise PointCloudError("a cloud of one point, or of equal points, has no size to normalise")
+        raise PointCloudError("expected at least two distinct points to normalise, got one point or equal points")
     return np.hstack([xyz / radius, points[:, 3:]]).astype(np.float32)
 
 

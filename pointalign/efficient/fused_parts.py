@@ -1,22 +1,19 @@
-"""The language model's training step with less to compute and to keep: `--fused`, beside the alignment loss.
+"""Parts of the language model's training step that take less time and memory: `--fused`, beside the alignment loss.
 
-Every part computes what the plain modules compute and can be switched by itself (`--fused_parts`, `applied(parts=)`):
+A part computes what the plain modules compute and can be chosen by name (`--fused_parts`, `applied(parts=)`):
 
-    lora            adapters without casts to fp32, without intermediate sums; keeps only inputs and rank-r products
-    merged          layers that read one input share products: q, k, v (and fc1 in Phi's parallel block), gate and up
-    residual        dense and fc2 of Phi's parallel block add onto the residual inside their products; stock Phi only,
-                    and where its residual dropout is 0 (Phi-2 comes with 0.1)
-    gelu            tanh-GELU as one operator where transformers composes it
-    swiglu          silu(gate) * up keeps its two inputs only
-    norms           frozen layer and RMS norms in the compute dtype, not fp32; RMS norms by liger-kernel's kernel (a
-                    layer norm of PyTorch is one launch each way already)
-    rotary          rotary embedding by liger-kernel's kernel, which transformers composes of many
-    cross_entropy   head and cross-entropy over supervised rows as one operator: no logits are kept; by liger-kernel's
-                    kernel, else by the one below. PyTorch's `linear_cross_entropy` sums in the compute dtype: not used
+    lora            adapters without casts to fp32 and without intermediate sums; saves inputs and rank-r products only
+    merged          layers that read the same input share products: q, k, v (and fc1 in Phi's parallel block); gate, up
+    gelu            tanh-GELU as a single operator where transformers composes it
+    swiglu          silu(gate) * up saves its two inputs only
+    norms           frozen layer norms and RMS norms in the compute dtype, not fp32; RMS norms by liger-kernel (a layer
+                    norm of PyTorch is a single launch already)
+    rotary          rotary embedding by liger-kernel, a single launch in place of many
+    cross_entropy   head and cross-entropy over supervised rows together, without storing all logits; by liger-kernel,
+                    else by `LinearCrossEntropy`. PyTorch's `linear_cross_entropy` sums in the compute dtype: not used
 
 liger-kernel's kernels run on CUDA where the package is installed, PyTorch's operators elsewhere.
-
-Frozen weights are required and everything is undone on leaving: parameters, names and checkpoints stay the same.
+Weights must be frozen. On leaving, everything is undone: parameters, names and checkpoints stay the same.
 """
 
 import os
@@ -31,76 +28,69 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pointalign.efficient.fused_lora import adapter_groups, parallel_blocks
+from pointalign.efficient.fused_lora import adapter_groups
 
-PARTS = ("lora", "merged", "residual", "gelu", "swiglu", "norms", "rotary", "cross_entropy")
+PARTS = ("lora", "merged", "gelu", "swiglu", "norms", "rotary", "cross_entropy")
 ROTARY = "apply_rotary_pos_emb"
-ROWS_AT_ONCE = 1024  # of logits in fp32
+ROWS_AT_ONCE = 1024  # of fp32 logits that exist at a time
 
 
 @contextmanager
 def applied(model: Any, parts: Sequence[str] = PARTS) -> Iterator[dict[str, int]]:
-    """Within the block `model` (a `PointAlignForConditionalGeneration`) runs the given parts.
+    """Run `model`, a `PointAlignForConditionalGeneration`, with the named parts inside the `with` block.
 
     Yields:
-        how many modules each part took over; 0 says that the model has nothing of the kind.
+        for each part the number of modules that it replaces; 0 where the model has no such module.
 
     Raises:
-        ValueError: an unknown part, or `merged` or `residual` without `lora`.
+        ValueError: an unknown part, or `merged` without `lora`.
     """
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
-        raise ValueError(f"fused_parts: unknown part {unknown[0]!r}, expected of {', '.join(PARTS)}")
-    for part in ("merged", "residual"):
-        if part in parts and "lora" not in parts:
-            raise ValueError(f"fused_parts: {part} products are those of lora, name both")
+        raise ValueError(f"fused_parts: unknown part {unknown[0]!r}, expected some of {', '.join(PARTS)}")
+    if "merged" in parts and "lora" not in parts:
+        raise ValueError("fused_parts: merged needs lora, whose products it shares: name both or neither")
     language_model = model.model.language_model
     groups = adapter_groups(language_model, "merged" in parts and not sharded()) if "lora" in parts else []
-    # What stands in for an attribute of a module (before what its class has) or of a Python module; the last one counts
-    changes: dict[tuple[Any, str], Callable] = {
+    # (torch or Python module, attribute) -> the function that replaces it
+    replacements: dict[tuple[Any, str], Callable] = {
         (module, "forward"): partial(group, index) for group in groups for index, module in enumerate(group.modules)
     }
-    counts = {"lora": len(changes), "merged": sum(len(group.modules) > 1 for group in groups)}
-    blocks = parallel_blocks(language_model, groups) if "residual" in parts else []
-    counts["residual"] = len(blocks)
-    for one in blocks:
-        changes[one.block, "forward"] = one
-        for index, group in enumerate(one.groups):
-            changes[group.modules[0], "forward"] = partial(one.output, index)
+    counts = {"lora": len(replacements), "merged": sum(len(group.modules) > 1 for group in groups)}
     for part, find, name in (
         ("gelu", _gelus, "forward"),
         ("swiglu", _swiglus, "forward"),
         ("norms", _norms, "forward"),
         ("rotary", _rotary, ROTARY),
     ):
-        found = {(module, name): function for module, function in find(language_model)} if part in parts else {}
-        counts[part] = len(found)
-        changes |= found
+        of_part = {(module, name): function for module, function in find(language_model)} if part in parts else {}
+        counts[part] = len(of_part)
+        replacements |= of_part
     head, loss = model.get_output_embeddings(), (model, "supervised_cross_entropy")
     if "cross_entropy" in parts and not any(p.requires_grad for p in head.parameters()):
-        changes[loss] = partial(head_cross_entropy, head)
-    counts["cross_entropy"] = int(loss in changes)
-    before = {(module, name): vars(module).get(name) for module, name in changes}
-    for (module, name), function in changes.items():
+        replacements[loss] = partial(head_cross_entropy, head)
+    counts["cross_entropy"] = int(loss in replacements)
+    originals = {(module, name): vars(module).get(name) for module, name in replacements}
+    for (module, name), function in replacements.items():
         vars(module)[name] = function
     try:
         yield {part: counts[part] for part in parts}
     finally:
-        for (module, name), own in before.items():
-            if own is None:
+        for (module, name), original in originals.items():
+            if original is None:  # the module's class has the function
                 del vars(module)[name]
             else:
-                vars(module)[name] = own
+                vars(module)[name] = original
         for group in groups:
             group.unstack()
 
 
 def sharded() -> bool:
-    """Whether FSDP owns the weights: then they cannot be laid side by side."""
+    """Whether FSDP shards the weights, which then cannot share a buffer."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-# -- activations and norms ---------------------------------------------------------------------------------------------
+# -- activations, norms and the rotary embedding: pairs (module, function that replaces its own) -----------------------
 
 
 def _gelus(language_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
@@ -112,7 +102,7 @@ def _gelus(language_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
 
 
 class SiluProduct(torch.autograd.Function):
-    """`silu(gate) * up`, keeping both inputs; silu is computed again in the backward pass."""
+    """`silu(gate) * up`; saves both inputs and computes silu again in the backward pass."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -139,7 +129,7 @@ def _swiglus(language_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
 def _norms(language_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
     def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
         bias = None if norm.bias is None else norm.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # which would return fp32, cast again by every reader
+        with torch.autocast(x.device.type, enabled=False):  # autocast returns fp32, which every reader casts again
             return functional.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), bias, norm.eps)
 
     def rms_norm(norm: Any, x: Tensor) -> Tensor:
@@ -150,20 +140,20 @@ def _norms(language_model: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
             return functional.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
 
     for module in language_model.modules():
-        if any(one.requires_grad for one in module.parameters(recurse=False)):
-            continue  # rounded, its steps would be lost
-        if type(module) is nn.LayerNorm and module.elementwise_affine:  # not those that keep what a stage trained
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            continue  # in the compute dtype its small updates would be rounded away
+        if type(module) is nn.LayerNorm and module.elementwise_affine:  # not `Fp32LayerNorm`, which a stage trained
             yield module, partial(layer_norm, module)
         elif type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
             yield module, partial(rms_norm, module)
 
 
 def _rotary(language_model: nn.Module) -> Iterator[tuple[Any, Callable]]:
-    """The Python module of the attention layers, whose function of this name they call."""
+    """The Python module of the attention layers: they call its global function `apply_rotary_pos_emb`."""
     liger = liger_rotary()
     blocks = language_model.get_decoder().layers  # type: ignore[operator,union-attr]
-    home = sys.modules[type(blocks[0].self_attn).__module__]
-    plain = getattr(home, ROTARY, None)
+    python_module = sys.modules[type(blocks[0].self_attn).__module__]
+    plain = getattr(python_module, ROTARY, None)
     if liger is None or plain is None:
         return
 
@@ -172,7 +162,7 @@ def _rotary(language_model: nn.Module) -> Iterator[tuple[Any, Callable]]:
             return plain(q, k, cos, sin, **kwargs)
         return liger(q, k, cos, sin)
 
-    yield home, rotary
+    yield python_module, rotary
 
 
 # -- liger-kernel ------------------------------------------------------------------------------------------------------
@@ -186,28 +176,30 @@ def _liger(name: str, function: str) -> Callable | None:
 
 
 def liger_rms_norm() -> Callable | None:
-    """`(x, weight, epsilon, offset, casting mode, in place)`, if liger-kernel is installed."""
+    """A function of `(x, weight, epsilon, offset, casting mode, in place)`; None without liger-kernel."""
     return _liger("rms_norm", "LigerRMSNormFunction")
 
 
 def liger_rotary() -> Callable | None:
-    """`(q, k, cos, sin)` with q, k `[B, heads, T, D]` and cos, sin `[B or 1, T, D]`; it may write over q and k."""
+    """A function of `(q, k, cos, sin)`, q and k `[B, heads, T, D]`, cos and sin `[B or 1, T, D]`; None without
+    liger-kernel. It may overwrite q and k."""
     return _liger("rope", "LigerRopeFunction")
 
 
 def liger_cross_entropy() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None:
-    """`(rows [R, H], weight [V, H], targets [R], bias [V])` to the fp32 sum, if liger-kernel is installed.
+    """A function of `(rows [R, H], weight [V, H], targets [R], bias [V])` that returns the fp32 sum of the losses.
 
-    As many rows at a time as logits may exist for: by default it takes R H / V, and every piece reads the whole head.
+    None without liger-kernel. It gets `ROWS_AT_ONCE` rows at a time: by default liger-kernel takes pieces of R H / V
+    rows, and each piece reads the whole head from memory.
     """
     apply = _liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
     if apply is None:
         return None
 
     def cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
-        whole = -(-weight.shape[0] // weight.shape[1])  # a piece then holds R rows
-        # class weights, ignored label, square of the normaliser, smoothing, reduction; the rest as it is by default
-        options = (None, -100, 0.0, 0.0, "sum", None, False, None, False, False, False, None, None, whole)
+        chunk_factor = -(-weight.shape[0] // weight.shape[1])  # liger-kernel's pieces then have R rows
+        # class weights, ignored label, weight of the squared normaliser, smoothing, reduction; then defaults
+        options = (None, -100, 0.0, 0.0, "sum", None, False, None, False, False, False, None, None, chunk_factor)
         pieces = zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
         return torch.stack([apply(part, weight, target, bias, *options)[0] for part, target in pieces]).sum()
 
@@ -218,9 +210,10 @@ def liger_cross_entropy() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], T
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of `rows W^T + b`; W and b are frozen. The gradient is computed on the way forward.
+    """Sum of cross-entropies of the logits `rows W^T + b`; W and b are frozen.
 
-    Logits exist for `ROWS_AT_ONCE` rows at a time; what is kept is the gradient with respect to the rows.
+    The forward pass computes the gradient with respect to the rows too and saves it in place of the logits, which
+    exist for `ROWS_AT_ONCE` rows at a time.
     """
 
     @staticmethod

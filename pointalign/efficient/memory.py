@@ -1,16 +1,21 @@
-"""What a training step needs against what the device has, before the first step is taken.
+"""What a training step needs against what the device has, before the first step.
 
-Weights, gradients and optimizer states are counted. Activations are measured: one forward pass of one batch, on the
-device, with every tensor counted that autograd keeps; they grow linearly with the tokens of packed batches.
+Weights, gradients and optimizer states are counted. Activations are measured: one forward pass on the longest samples,
+on the device, counting every tensor that autograd saves; they grow linearly with the tokens of a batch.
 """
 
+import heapq
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from pointalign.data.collator import IGNORED, token_counts
+from pointalign.data.dataset import ConversationDataset
+from pointalign.models import PointAlignProcessor
 
 if TYPE_CHECKING:
     from pointalign.options import Options
@@ -18,6 +23,8 @@ if TYPE_CHECKING:
 GB = 1e9
 CUDA_CONTEXT = 0.6 * GB  # driver, cuBLAS workspaces, fragmentation: outside of what tensors need
 MARGIN = 0.95  # share of the device that a batch may fill
+CANDIDATES = 256  # samples whose tokens are counted to find the longest
+BYTES_PER_TOKEN = 4  # of English text
 
 
 @dataclass
@@ -25,11 +32,11 @@ class Budget:
     """Bytes of one training step, by what they are for.
 
     Attributes:
-        frozen: weights that do not train, the language model's own mostly.
+        frozen: weights that do not train, mostly the language model's.
         trained: weights that train, with gradients and two Adam moments.
-        activations: kept by autograd for one batch.
+        activations: saved by autograd for one batch.
         logits: fp32 logits of the supervised rows and their gradient, alive at the same time.
-        context: of the device, not of tensors.
+        context: of the device: driver and workspaces.
         limit: what the device has, or may use.
     """
 
@@ -70,23 +77,23 @@ class Budget:
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct tensors that autograd keeps for the backward pass of `run()`, parameters left out."""
-    kept: dict[int, int] = {}
+    """Bytes of the distinct tensors that autograd saves for the backward pass of `run()`, without parameters."""
+    sizes: dict[int, int] = {}  # by address
 
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter) and not (tensor.is_leaf and tensor.requires_grad):
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = run()
     del loss
-    return sum(kept.values())
+    return sum(sizes.values())
 
 
 def device_bytes(device: torch.device, limit_gb: float | None = None) -> int:
-    """What a device has in all, or `limit_gb` if that is less."""
+    """The memory of a device, or `limit_gb` if that is less."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -100,7 +107,8 @@ def budget(
     """The memory of a step of `model` on the batch that `run` computes the loss of.
 
     Args:
-        model: in its place on `device`.
+        model: on `device`.
+        run: returns the loss of the batch.
         supervised: rows of the batch that carry a label.
     """
     frozen = trained = 0
@@ -112,7 +120,7 @@ def budget(
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
             frozen += sum(
-                one.numel() * one.element_size() for one in state.as_dict().values() if isinstance(one, Tensor)
+                part.numel() * part.element_size() for part in state.as_dict().values() if isinstance(part, Tensor)
             )
     config: Any = model.config
     vocabulary = config.text_config.vocab_size
@@ -131,25 +139,25 @@ def budget(
     )
 
 
-def fitting_batch(found: Budget, batch_size: int) -> int:
-    """The largest divisor of `batch_size` whose budget fits, `found` being that of a whole batch.
+def fitting_batch(planned: Budget, batch_size: int) -> int:
+    """The largest divisor of `batch_size` whose budget fits, where `planned` is the budget of `batch_size` samples.
 
     A divisor, so that gradient accumulation over `batch_size / result` micro-batches is the same training.
 
     Raises:
         ValueError: not even one sample fits.
     """
-    for size in [one for one in range(batch_size, 0, -1) if batch_size % one == 0]:
-        if found.of(size / batch_size).total <= MARGIN * found.limit:
+    for size in [divisor for divisor in range(batch_size, 0, -1) if batch_size % divisor == 0]:
+        if planned.of(size / batch_size).total <= MARGIN * planned.limit:
             return size
     raise ValueError(
-        f"not even one sample fits: {found.of(1 / batch_size).total / GB:.2f} GB of {found.limit / GB:.2f} GB; use "
-        f"--model.quantization nf4, --training.gradient_checkpointing true or a smaller --data.max_length\n{found}"
+        f"not even one sample fits: {planned.of(1 / batch_size).total / GB:.2f} GB of {planned.limit / GB:.2f} GB; use "
+        f"--model.quantization nf4, --training.gradient_checkpointing true or a smaller --data.max_length\n{planned}"
     )
 
 
-def cap_memory(limit_gb: float, device: torch.device) -> None:
-    """Let the allocator take no more than a card of `limit_gb` would have.
+def cap_memory(limit_gb: float | None, device: torch.device) -> None:
+    """Let the allocator take no more than a card of `limit_gb` would have; None lifts the cap.
 
     Raises:
         ValueError: the device is not CUDA, or smaller than that.
@@ -157,9 +165,11 @@ def cap_memory(limit_gb: float, device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(f"training.memory_limit_gb={limit_gb} caps the CUDA allocator; this run is on {device.type}")
     total = device_bytes(device)
-    if limit_gb * GB > total:
+    limit = total if limit_gb is None else limit_gb * GB
+    if limit > total:
         raise ValueError(f"training.memory_limit_gb={limit_gb}: the device has {total / GB:.1f} GB")
-    torch.cuda.set_per_process_memory_fraction(limit_gb * GB / total, device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # unlike its kin it needs an index
+    torch.cuda.set_per_process_memory_fraction(limit / total, index)
 
 
 def device_used_bytes(device: torch.device) -> int:
@@ -170,36 +180,78 @@ def device_used_bytes(device: torch.device) -> int:
     return total - free
 
 
-def plan_memory(aligned: Any, dataset: Any, collator: Any, options: "Options") -> Budget:
-    """The memory of a training step, measured on two samples; `--training.auto_batch` fits the batch to it.
+def longest_samples(
+    dataset: ConversationDataset, processor: PointAlignProcessor, max_length: int, count: int
+) -> list[int]:
+    """Places of the `count` samples with the most tokens, the longest first.
+
+    Tokens are counted for the samples whose entries are longest in the file; to tokenise all would take minutes in a
+    large set.
+    """
+    conversations = dataset.conversations
+    cloud = BYTES_PER_TOKEN * processor.num_query_tokens
+
+    def estimate(place: int) -> int:
+        return conversations.entry_bytes[place] + cloud * len(conversations.object_ids[place])
+
+    candidates = heapq.nlargest(max(count, CANDIDATES), range(len(dataset)), key=estimate)
+    tokens = token_counts(processor, [conversations[place] for place in candidates], max_length)
+    order = sorted(range(len(candidates)), key=tokens.__getitem__, reverse=True)
+    return [candidates[place] for place in order[:count]]
+
+
+def largest_batch(
+    datasets: Sequence[ConversationDataset], processor: PointAlignProcessor, options: "Options"
+) -> list[dict]:
+    """Samples that need as much memory as any batch: the longest two of a data set, or a batch of a mixture's longest.
+
+    Args:
+        datasets: the data set, or one for every part of the mixture.
+    """
+    max_length, batches = options.data.max_length, []
+    sizes = [part.batch_size for part in options.data.mixture]
+    for dataset, size in zip(datasets, sizes or [min(2, options.training.per_device_train_batch_size)], strict=True):
+        places = longest_samples(dataset, processor, max_length, size)
+        (tokens,) = token_counts(processor, [dataset.conversations[places[0]]], max_length)
+        places = (places * size)[:size] if sizes else places  # a mixture repeats a set that is smaller than its batch
+        batches.append((tokens * len(places), len(batches), places))
+    _, part, places = max(batches)
+    return [datasets[part][place] for place in places]
+
+
+def plan_memory(
+    aligned: nn.Module, samples: list[dict], collator: Callable[[list[dict]], dict[str, Any]], options: "Options"
+) -> Budget:
+    """The memory of a training step, measured on `samples`; `--training.auto_batch` fits the batch to it.
 
     Args:
         aligned: `AlignedModel`, in training form.
+        samples: the longest there are, see `largest_batch`.
 
     Raises:
-        ValueError: not even one sample fits, or the options contradict one another.
+        ValueError: not even one sample fits.
     """
     training, device = options.training, options.training.device
-    if training.auto_batch and options.data.mixture:
-        raise ValueError("training.auto_batch cannot split a batch of data.mixture: lower its batch_size")
-    if training.auto_batch and options.data.pack_tokens:
-        raise ValueError("training.auto_batch counts samples, data.pack_tokens tokens: choose one")
     aligned.to(device)
     if training.gradient_checkpointing:
         aligned.gradient_checkpointing_enable(gradient_checkpointing_kwargs=training.gradient_checkpointing_kwargs)
-    size = training.per_device_train_batch_size
-    probe = min(2, size, len(dataset))
-    with torch.random.fork_rng():
-        batch = collator([dataset[index] for index in range(probe)])
-        batch = {name: one.to(device) if isinstance(one, torch.Tensor) else one for name, one in batch.items()}
-        supervised = int((batch["labels"] != -100).sum())
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        inputs = collator(samples)
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        supervised = int((inputs["labels"] != IGNORED).sum())
         aligned.train()
-        found = budget(aligned, lambda: aligned(**batch)["loss"], supervised, device, training.memory_limit_gb)
-    share = options.data.pack_tokens / batch["input_ids"].numel() if options.data.pack_tokens else size / probe
-    whole = found.of(share)
+        measured = budget(aligned, lambda: aligned(**inputs)["loss"], supervised, device, training.memory_limit_gb)
+    size = training.per_device_train_batch_size
+    if options.data.mixture:
+        share = 1.0
+    elif options.data.pack_tokens:
+        share = options.data.pack_tokens / inputs["input_ids"].numel()
+    else:
+        share = size / len(samples)
+    planned = measured.of(share)
     if training.auto_batch:
-        fitting = fitting_batch(whole, size)
+        fitting = fitting_batch(planned, size)
         training.gradient_accumulation_steps *= size // fitting
         training.per_device_train_batch_size = fitting
-        whole = whole.of(fitting / size)
-    return whole
+        planned = planned.of(fitting / size)
+    return planned

@@ -12,12 +12,12 @@ QUANTIZATIONS = ("none", "nf4")
 def quantization_config(
     kind: str, dtype: torch.dtype, sharded: bool = False, skipped: tuple[str, ...] = ()
 ) -> BitsAndBytesConfig | None:
-    """What `from_pretrained` needs for `--model.quantization KIND`; None for `none`.
+    """The argument `quantization_config` of `from_pretrained` for `--model.quantization KIND`; None for `none`.
 
     Args:
-        dtype: products are computed in it.
-        sharded: keep the packed weights in tensors of `dtype`: FSDP shards parameters of one dtype only.
-        skipped: modules that keep their dtype, in place of those that transformers would choose (the head).
+        dtype: of the products.
+        sharded: store the packed weights in tensors of `dtype`: FSDP shards parameters of a single dtype only.
+        skipped: modules that keep their dtype; by default transformers' choice, the head.
 
     Raises:
         ImportError: bitsandbytes is missing.
@@ -39,12 +39,12 @@ def quantization_config(
 
 
 def is_4bit(module: nn.Module) -> bool:
-    """Whether a linear layer's weight is kept in 4 bits by bitsandbytes."""
+    """Whether a linear layer stores its weight in 4 bits (bitsandbytes)."""
     return hasattr(getattr(module, "weight", None), "quant_state")
 
 
 def full_weight(linear: nn.Module) -> Tensor:
-    """The weight `[out, in]` that a linear layer computes with: its own, or what its 4 bits stand for."""
+    """The weight `[out, in]` with which a linear layer computes: as it is, or dequantised from its 4 bits."""
     weight: Any = linear.weight
     if not is_4bit(linear):
         return weight
@@ -54,18 +54,18 @@ def full_weight(linear: nn.Module) -> Tensor:
 
 
 def keep_layout(language_model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking weights at the first inference on a CPU: those pass no gradients."""
+    """Stop bitsandbytes from repacking weights at the first inference on a CPU: repacked ones pass no gradients."""
     for module in language_model.modules():
         if is_4bit(module):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def dequantized(linear: nn.Module) -> nn.Linear:
-    """A plain linear layer with the numbers that a 4-bit one computes with."""
+    """A plain linear layer with the dequantised weight of a 4-bit layer."""
     weight = full_weight(linear).detach()
     with torch.device("meta"):
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None)
-    plain._is_hf_initialized = True  # type: ignore[assignment]  # or transformers would draw it anew
+    plain._is_hf_initialized = True  # type: ignore[assignment]  # else transformers draws it again
     plain.weight = nn.Parameter(weight, requires_grad=False)
     if linear.bias is not None:
         plain.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)  # type: ignore[arg-type]
@@ -73,9 +73,9 @@ def dequantized(linear: nn.Module) -> nn.Linear:
 
 
 def dequantize(language_model: PreTrainedModel) -> None:
-    """Replace every 4-bit layer by a plain one, one at a time, and forget that the model was quantised.
+    """Replace every 4-bit layer by a plain layer, one after the other, and forget that the model was quantised.
 
-    The numbers stay those of the 4 bits; the memory is that of the dtype in which they compute.
+    The values stay those of the 4 bits; the memory grows to that of the dtype in which the layers compute.
     """
     for name, module in list(language_model.named_modules()):
         if is_4bit(module):
@@ -84,7 +84,7 @@ def dequantize(language_model: PreTrainedModel) -> None:
 
 
 def forget_quantization(language_model: PreTrainedModel) -> None:
-    """Remove the marks of `from_pretrained(quantization_config=...)`, so that the model is saved as a plain one."""
+    """Remove the marks of `from_pretrained(quantization_config=...)`, so that the model is saved without it."""
     for part in language_model.modules():
         if isinstance(part, PreTrainedModel):
             for config in (part.config, *(getattr(part.config, name) for name in part.config.sub_configs)):
@@ -97,10 +97,17 @@ def forget_quantization(language_model: PreTrainedModel) -> None:
 def random_language_model(
     config: PreTrainedConfig, kind: str, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> PreTrainedModel:
-    """A language model of any size with random weights, built and quantised layer by layer on `device`.
+    """A language model of any size with random weights, for benchmarks: speed does not depend on the weights.
 
-    Only one full layer exists at a time, so an 8B model needs its 4-bit size and one matrix. For benchmarks: speed does
-    not depend on the weights.
+    It is built and quantised on `device` layer by layer, so an 8B model needs its size in 4 bits and a single matrix.
+
+    Args:
+        config: of the language model.
+        kind: `none` or `nf4`.
+        dtype: of the products, and of the weights that are not quantised.
+
+    Raises:
+        ValueError: the model has a buffer that cannot be computed from its configuration.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -124,6 +131,7 @@ def random_language_model(
 def _random(
     parameter: Tensor, label: str, module: nn.Module, device: torch.device, generator: torch.Generator
 ) -> Tensor:
+    """Values for a parameter: 0 for biases, 1 for norms, normal with standard deviation 0.02 for matrices."""
     if parameter.ndim < 2:
         return (torch.zeros if label == "bias" else torch.ones)(parameter.shape, dtype=parameter.dtype, device=device)
     values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
@@ -131,11 +139,12 @@ def _random(
 
 
 def _random_4bit(linear: nn.Linear, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> nn.Module:
+    """A 4-bit layer of the size of `linear` with random weights."""
     import bitsandbytes
 
     layers: Any = bitsandbytes.nn
     with torch.device("meta"):
-        made = layers.Linear4bit(
+        quantised = layers.Linear4bit(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
@@ -144,19 +153,23 @@ def _random_4bit(linear: nn.Linear, dtype: torch.dtype, device: torch.device, ge
             quant_type="nf4",
         )
     weight = torch.empty(linear.weight.shape, dtype=dtype, device=device).normal_(std=0.02, generator=generator)
-    made.weight = layers.Params4bit(
-        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made
+    quantised.weight = layers.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=quantised
     ).to(device)
     if linear.bias is not None:
-        made.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=dtype, device=device), requires_grad=False)
-    return made
+        quantised.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=dtype, device=device), requires_grad=False)
+    return quantised
 
 
 def _remake_buffer(module: nn.Module, label: str, config: PreTrainedConfig, device: torch.device) -> None:
-    """Rotary frequencies are computed, not loaded: compute them again outside of the meta device."""
+    """Compute a buffer of rotary frequencies on `device`: on the meta device it has no values.
+
+    Raises:
+        ValueError: the buffer is no rotary frequency.
+    """
     if label != "inv_freq":
         if label == "original_inv_freq":
             return  # set together with inv_freq
-        raise ValueError(f"{type(module).__name__} has a buffer {label!r} that random weights cannot stand for")
+        raise ValueError(f"expected rotary frequencies as the only buffers, {type(module).__name__} has {label!r}")
     for name, buffer in type(module)(config).named_buffers(recurse=False):  # type: ignore[call-arg]
         setattr(module, name, buffer.to(device))

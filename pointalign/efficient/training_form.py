@@ -2,25 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 
 from pointalign.efficient import fused_parts
 from pointalign.efficient.varlen_attention import choose_attention
+from pointalign.models import PointAlignForConditionalGeneration
+from pointalign.models.modeling import PointAlignModel
 from pointalign.options import Options
 
 FROZEN = ("point_encoder", "point_mlp", "qformer")  # and query_tokens, a parameter, or query_experts
 
 
 @contextmanager
-def training_form(model: Any, options: Options) -> Iterator[dict[str, int]]:
-    """Within the block `model` (a `PointAlignForConditionalGeneration`) has the form that the options ask for.
+def training_form(model: PointAlignForConditionalGeneration, options: Options) -> Iterator[dict[str, int]]:
+    """Within the block the model has the attention, fused parts and point branch that the options ask for.
 
-    Outside it is an ordinary model again, which reads padded batches, answers, and can be saved.
+    After it the model is an ordinary one again, which reads padded batches, answers, and can be saved.
 
     Yields:
-        modules taken over by each fused part, see `fused_parts.applied`.
+        the number of modules that each fused part replaced, see `fused_parts.applied`.
     """
     language_model = model.model.language_model
     before = language_model.config._attn_implementation
@@ -35,13 +36,13 @@ def training_form(model: Any, options: Options) -> Iterator[dict[str, int]]:
         yield stack.enter_context(fused_parts.applied(model, parts if options.fused else ()))
 
 
-def frozen_parts(branch: Any) -> tuple[str, ...]:
-    """The modules of a `PointAlignModel` that a cache stands for."""
+def frozen_parts(branch: PointAlignModel) -> tuple[str, ...]:
+    """The modules whose outputs a feature cache stores."""
     return FROZEN if branch.query_experts is None else (*FROZEN, "query_experts")
 
 
 @contextmanager
-def without_point_branch(model: Any) -> Iterator[None]:
+def without_point_branch(model: PointAlignForConditionalGeneration) -> Iterator[None]:
     """Within the block the frozen point branch is not part of the model: neither moved to a device nor run."""
     parts = {name: getattr(model.model, name).to("cpu") for name in frozen_parts(model.model)}
     for name in parts:

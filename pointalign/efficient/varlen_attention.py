@@ -1,9 +1,13 @@
 """Attention over packed samples: `varlen`, registered with transformers, computes nothing across sample borders.
 
 On CUDA in 16 bits it is FlashAttention through `torch.nn.attention.varlen`; elsewhere scaled-dot-product attention
-sample by sample. It builds no mask, so a batch that does not say where its samples end is refused.
+sample by sample, which on CUDA is slow and logged once with the reason. Under autocast its inputs are cast first, as
+PyTorch casts those of its own attention: rotary embeddings leave query and key in fp32. It builds no mask, so a batch
+that does not say where its samples end is refused.
 """
 
+import logging
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -12,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.utils.import_utils import is_flash_attn_2_available
+
+logger = logging.getLogger(__name__)
 
 ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flash_attention_2")
 
@@ -53,7 +59,12 @@ def varlen_attention(
             f"varlen attention has neither soft capping (softcap={softcap}) nor a sliding window shorter than a sample "
             f"(sliding_window={sliding_window}, longest sample {max_length_q}): use --model.attention sdpa"
         )
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    device_type = "cuda" if query.is_cuda else query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    obstacle = flash_obstacle(query)
+    if query.is_cuda and obstacle is None:
         if dropout > 0:
             raise ValueError(
                 f"varlen attention has no dropout, the model asks for {dropout}: use --model.attention sdpa"
@@ -80,6 +91,8 @@ def varlen_attention(
         )
         assert isinstance(output, Tensor)
         return output[None], None
+    if query.is_cuda:
+        log_once(f"varlen attention runs sample by sample, slowly: {obstacle}")
     lengths = cu_seq_lens_q.diff().tolist()
     pieces = [
         scaled_dot_product_attention(
@@ -91,6 +104,22 @@ def varlen_attention(
 
 
 AttentionInterface.register("varlen", varlen_attention)
+
+
+def flash_obstacle(query: Tensor) -> str | None:
+    """Why FlashAttention cannot read `query [1, heads, S, D]` on CUDA; None where it can."""
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"FlashAttention needs float16 or bfloat16, got {str(query.dtype).removeprefix('torch.')}"
+    size = query.shape[-1]
+    if size % 8 or size > 256:
+        return f"FlashAttention needs heads of up to 256 features, a multiple of 8, got {size}"
+    return None
+
+
+@lru_cache
+def log_once(message: str) -> None:
+    """Log a warning, the first time in this process."""
+    logger.warning(message)
 
 
 def choose_attention(name: str, packed: bool, device_type: str) -> str:

@@ -1,7 +1,7 @@
 """The embedded objects: Sweet Home 3D furniture catalogues -> coloured point clouds in the field's own file formats.
 
 A catalogue (`.sh3f`) is a zip archive with a Java properties file (ISO-8859-1 with `\\uXXXX` escapes, by the format's
-definition) and one OBJ + MTL + textures folder per object. `build_furniture` writes what PointLLM-style training reads:
+definition) and one OBJ + MTL + textures folder per object. `build_objects` writes what PointLLM-style training reads:
 
     clouds/{object_id}_8192.npy          [8192, 6] float32, xyz in the unit sphere (y up) + rgb in 0..1
     annotations/{train,validation,test}.json
@@ -34,7 +34,7 @@ POINTS = 8192
 SPLITS = ("train", "validation", "test")
 SPLIT_FILE = Path(__file__).parent / "furniture_data" / "splits.json"
 FOLDS = 5
-FOLD_SALT = 530  # the first under which every fold has a fifth of the objects and of the families, within 0.015
+FOLD_SALT = 530  # the first salt that gives every fold a fifth of objects and of families, within 0.015
 LICENSES = {  # catalogue -> SPDX licence of its models (file LICENSE.TXT inside each)
     "BlendSwap-CC-0": "CC0-1.0",
     "BlendSwap-CC-BY": "CC-BY-3.0",
@@ -42,8 +42,8 @@ LICENSES = {  # catalogue -> SPDX licence of its models (file LICENSE.TXT inside
     "Reallusion": "CC-BY-3.0-US",
     "Scopia": "CC-BY-3.0",
 }
-UNTEXTURED = np.array([0.5, 0.5, 0.5])  # a mesh part that names no material
-OPAQUE = 0.5  # texels with less alpha are cut out, as leaf cards of plants are
+UNTEXTURED = np.array([0.5, 0.5, 0.5])  # colour of a mesh part without material
+OPAQUE = 0.5  # texels with less alpha are left out, such as those around the leaves of plants
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,12 @@ def load_scene(entry: CatalogueEntry) -> Any:
     import trimesh
     from trimesh.resolvers import ZipResolver
 
-    logging.getLogger("trimesh").setLevel(logging.CRITICAL)  # textures that the catalogue lacks: the material's colour
+    logging.getLogger("trimesh").setLevel(logging.CRITICAL)  # where a texture is missing, the material's colour serves
     folder = str(PurePosixPath(entry.model).parent) + "/"
     with zipfile.ZipFile(entry.archive) as files:
-        beside = {n[len(folder) :]: io.BytesIO(files.read(n)) for n in files.namelist() if n.startswith(folder)}
-    model = beside[PurePosixPath(entry.model).name]
-    resolver = ZipResolver(beside)
+        siblings = {n[len(folder) :]: io.BytesIO(files.read(n)) for n in files.namelist() if n.startswith(folder)}
+    model = siblings[PurePosixPath(entry.model).name]
+    resolver = ZipResolver(siblings)
     return trimesh.load_scene(model, file_type="obj", resolver=resolver, process=False)
 
 
@@ -170,11 +170,11 @@ def sample_surface(scene, count: int, seed: int) -> np.ndarray:
     if not cumulative[-1] > 0:
         raise ValueError("the model's surface has no area to sample")
     starts = np.cumsum([0] + [len(mesh.faces) for mesh in parts])
-    kept: list[np.ndarray] = []
+    samples: list[np.ndarray] = []
     for _ in range(20):
-        missing = count - sum(map(len, kept))
+        missing = count - sum(map(len, samples))
         if missing == 0:
-            return np.concatenate(kept)
+            return np.concatenate(samples)
         faces = np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
         faces = np.minimum(faces, len(areas) - 1)
         r1, r2 = np.sqrt(rng.random(count)), rng.random(count)
@@ -186,7 +186,7 @@ def sample_surface(scene, count: int, seed: int) -> np.ndarray:
             if here.any():
                 rgba[here] = _part_colours(mesh, faces[here] - start, weights[here])
         visible = rgba[:, 3] >= OPAQUE
-        kept.append(np.concatenate([xyz, rgba[:, :3]], axis=1)[visible][:missing])
+        samples.append(np.concatenate([xyz, rgba[:, :3]], axis=1)[visible][:missing])
     raise ValueError("the model's surface is transparent nearly everywhere")
 
 
@@ -220,7 +220,6 @@ def _build_object(entry: CatalogueEntry, family: str, split: str, clouds: Path) 
 
 def describe_object(entry: CatalogueEntry, points: np.ndarray, family: str, split: str) -> dict:
     """The object's record in `objects.json`."""
-
     name = read_name(entry.title, entry.object_id)
     width, height, depth = entry.size_cm
     return {
@@ -241,7 +240,7 @@ def describe_object(entry: CatalogueEntry, points: np.ndarray, family: str, spli
     }
 
 
-def build_furniture(catalogues: Path, out: Path, progress: Callable[[list], Iterable] = iter) -> dict[str, int]:
+def build_objects(catalogues: Path, out: Path, progress: Callable[[list], Iterable] = iter) -> dict[str, int]:
     """Sample, measure and describe every object of the committed split; returns the number of objects per split.
 
     Args:
@@ -251,7 +250,6 @@ def build_furniture(catalogues: Path, out: Path, progress: Callable[[list], Iter
 
     Raises ValueError if the catalogues lack an object of the committed split.
     """
-
     splits = read_splits()
     entries = [entry for entry in read_catalogues(catalogues) if entry.object_id in splits]
     if missing := splits.keys() - {entry.object_id for entry in entries}:
@@ -282,22 +280,22 @@ def fold_of(family: str) -> int:
 
 
 def write_fold(built: Path, fold: int, out: Path) -> None:
-    """The built objects under another split: one fold is the test part, the other four are the training part.
+    """Write the built objects under another split: this fold is the test part, the other four the training part.
 
     Args:
-        built: folder that `build_furniture` wrote.
+        built: the folder that `build_objects` wrote.
         out: a new folder two levels below it, for `objects.json`, `annotations/{train,test}.json` and a link to the
             clouds.
     """
     records = json.loads((built / "objects.json").read_text(encoding="utf-8"))
-    part = {one["object_id"]: "test" if fold_of(one["family"]) == fold else "train" for one in records}
-    said: dict[str, list] = {"train": [], "test": []}
+    part = {record["object_id"]: "test" if fold_of(record["family"]) == fold else "train" for record in records}
+    annotations: dict[str, list] = {"train": [], "test": []}
     for split in SPLITS:
         for entry in json.loads((built / "annotations" / f"{split}.json").read_text(encoding="utf-8")):
-            said[part[entry["object_id"]]].append(entry)
+            annotations[part[entry["object_id"]]].append(entry)
     (out / "annotations").mkdir(parents=True)
-    for split, entries in said.items():
+    for split, entries in annotations.items():
         (out / "annotations" / f"{split}.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    moved = [one | {"split": part[one["object_id"]]} for one in records]
-    (out / "objects.json").write_text(json.dumps(moved, indent=1), encoding="utf-8")
+    records = [record | {"split": part[record["object_id"]]} for record in records]
+    (out / "objects.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     (out / "clouds").symlink_to(Path("..", "..", "clouds"), target_is_directory=True)

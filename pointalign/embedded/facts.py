@@ -1,9 +1,9 @@
-"""Facts that can be seen in a cloud, and the conversations made of them.
+"""Names of objects, facts that can be seen in a cloud, and the conversations written from them.
 
-Nothing here is guessed: a fact that is not clear is not mentioned, a comparison closer than 10 % is not asked about.
+Nothing is guessed: a fact that is not clear is not mentioned, and a comparison closer than 10 % is not asked about.
 
-Width, height and depth are the sides of the object's own box (its catalogue pose), so that turning a cloud about the
-vertical axis leaves every answer true.
+Width, height and depth are the sides of the object's box in its catalogue pose, so turning a cloud about the vertical
+axis leaves every answer true.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial import KDTree
 
-MARGIN = 1.1  # ratio of two sides below which neither is called the longer one
-MAJORITY, LEAD = 0.4, 0.15  # share of the main colour, and its lead over the next, for it to be called the main colour
-SYMMETRIC, ASYMMETRIC = 1.15, 1.6  # mirror error over the cloud's own sampling error; between them nothing is said
+MARGIN = 1.1  # two sides whose ratio is below this count as equally long
+MAJORITY, LEAD = 0.4, 0.15  # least share of a main colour, and least distance to the second colour's share
+SYMMETRIC, ASYMMETRIC = 1.15, 1.6  # limits of `mirror_error`; between them symmetry is not mentioned
 PALETTE = {
     "black": ["#000000", "#202020"],
     "gray": ["#505050", "#808080", "#b0b0b0"],
@@ -35,8 +35,14 @@ PALETTE = {
     "purple": ["#782896", "#aa82c8"],
     "pink": ["#fa96be", "#e65096", "#f5c8c8"],
 }
-PLURAL_EXCEPTIONS = ("ss", "us", "is")
-PEOPLE = {"man", "woman", "boy", "girl"}  # a colour of the surface says nothing about the person
+SINGULAR_ENDINGS = ("ss", "us", "is")  # "glass", "bus", "tennis"
+PLURAL_ONLY = frozenset("clothes glasses headphones pliers scissors shorts stairs sunglasses trousers".split())
+IRREGULAR_PLURALS = {
+    "bookshelves": "bookshelf", "buses": "bus", "children": "child", "knives": "knife", "leaves": "leaf",
+    "men": "man", "people": "person", "shelves": "shelf", "women": "woman",
+}  # fmt: skip
+PREPOSITIONS = ("with", "of", "on", "under", "for")
+PEOPLE = {"man", "woman", "boy", "girl"}  # the surface's colour is that of clothes, so it is not mentioned
 UNCOUNTABLE = {"bread", "butter", "soap"}
 SPOKEN_CONSONANT = ("uri", "ute", "uni")  # "a urinal"
 OTHERS = {  # noun -> words in a name that would make "Is this a <noun>?" debatable
@@ -63,31 +69,78 @@ class ObjectName:
 
 
 @cache
-def _names() -> dict[str, list[str]]:
+def _corrections() -> dict[str, list[str]]:
+    """Catalogue title or object id -> [name] or [name, head noun]: what the general rules would get wrong."""
     return json.loads((Path(__file__).parent / "furniture_data" / "names.json").read_text(encoding="utf-8"))
 
 
-def read_name(title: str, object_id: str = "") -> ObjectName:
-    """A catalogue title as plain English: the committed correction of the object or the title if there is one, else the
-    title without counters.
+@cache
+def _corrected_heads() -> dict[str, str]:
+    """Corrected name -> its corrected head noun, both in lower case: "swing set" -> "swing"."""
+    return {entry[0].lower(): entry[1].lower() for entry in _corrections().values() if len(entry) == 2}
 
-    The head noun is the last word before the first preposition ("chair with cushion" -> "chair").
+
+def read_name(title: str, object_id: str = "") -> ObjectName:
+    """A catalogue title as plain English: the committed correction of the object or of the title if there is one, else
+    the title without counters.
     """
-    correction = _names().get(object_id) or _names().get(title, [])
+    correction = _corrections().get(object_id) or _corrections().get(title, [])
     words = correction[0].split() if correction else [w if w.isupper() else w.lower() for w in title.split()]
     if not correction:
         words = [word for word in words if not re.fullmatch(r"\d\S*", word)]
-    ends = [i for i, word in enumerate(words) if word in ("with", "of", "on", "under", "for")]
-    last = words[(ends[0] if ends and ends[0] else len(words)) - 1]
+    last = _before_preposition(words)[-1]
     name = " ".join(words)
-    plural = last.endswith("s") and not last.endswith(PLURAL_EXCEPTIONS)
+    plural = last.endswith("s") and not last.endswith(SINGULAR_ENDINGS)
     article = "an " if name[0].lower() in "aeiou" and not name.startswith(SPOKEN_CONSONANT) else "a "
     phrase = name if plural or last in UNCOUNTABLE else article + name
-    return ObjectName(name, correction[1] if len(correction) == 2 else last, phrase, plural)
+    return ObjectName(name, correction[1] if len(correction) == 2 else head_noun(name), phrase, plural)
+
+
+def head_noun(name: str) -> str:
+    """The noun that says what an object is, in lower case and in the singular where it has one; "" of an empty name.
+
+    Catalogue names and answers of a model go through this rule alike: the longest end of the name that has a committed
+    correction ("swing set" -> "swing", "metal trash can" -> "trash can"), else the last word before the first
+    preposition ("chair with a cushion" -> "chair", "oak shelves" -> "shelf").
+    """
+    words = name.lower().split()
+    if words[:2] in (["pair", "of"], ["set", "of"]) and len(words) > 2:
+        words = words[2:]
+    end = len(_before_preposition(words))
+    for start in range(end):
+        for stop in (len(words), end):  # "roll of tape" is corrected with its preposition
+            phrase = " ".join(words[start:stop])
+            if corrected := _corrected_heads().get(phrase) or _corrected_heads().get(singular(phrase)):
+                return singular(corrected)
+    return singular(words[end - 1]) if words else ""
+
+
+def _before_preposition(words: list[str]) -> list[str]:
+    """The words before the first preposition; all of them if there is none or the name opens with one."""
+    places = [place for place, word in enumerate(words) if word in PREPOSITIONS]
+    return words[: places[0]] if places and places[0] else words
+
+
+def singular(noun: str) -> str:
+    """A noun in lower case, of which the last word is put in the singular: "trash cans" -> "trash can"."""
+    first, _, last = noun.rpartition(" ")
+    if last in IRREGULAR_PLURALS:
+        last = IRREGULAR_PLURALS[last]
+    elif last.endswith("s") and not last.endswith(SINGULAR_ENDINGS) and last not in PLURAL_ONLY:
+        if last.endswith("ies") and len(last) > 4:
+            last = last[:-3] + "y"
+        else:
+            last = last[:-2] if last.endswith(("ches", "shes", "sses", "xes")) else last[:-1]
+    return f"{first} {last}".strip()
+
+
+def name_sentence(phrase: str, plural: bool) -> str:
+    """The reference answer to "What is this?": "This is an office chair.", "These are shelves."."""
+    return f"{'These are' if plural else 'This is'} {phrase}."
 
 
 def seed_of(object_id: str) -> int:
-    """A seed of its own for every object, the same on every machine."""
+    """A seed that depends on the object's id alone, the same on every machine."""
     return int.from_bytes(hashlib.sha256(object_id.encode()).digest()[:8], "big")
 
 
@@ -130,13 +183,13 @@ def mirror_error(xyz: np.ndarray, axis: int) -> float:
     """
     half, rest = xyz[0::2], xyz[1::2]
     tree = KDTree(rest)
-    own = tree.query(half)[0].mean()
+    sampling_error = tree.query(half)[0].mean()
     middles = (xyz[:, axis].min() + xyz[:, axis].max()) / 2, xyz[:, axis].mean()
     errors = []
     for middle in middles:
         mirrored = half.copy()
         mirrored[:, axis] = 2 * middle - mirrored[:, axis]
-        errors.append(tree.query(mirrored)[0].mean() / own)
+        errors.append(tree.query(mirrored)[0].mean() / sampling_error)
     return float(min(errors))
 
 
@@ -145,10 +198,10 @@ def _verdict(error: float) -> bool | None:
 
 
 def measure(points: np.ndarray, size_cm: tuple[float, float, float]) -> dict:
-    """What can be seen in a cloud [N, 6] in its catalogue pose.
+    """The measured part of an object's record, from its cloud [N, 6] in the catalogue pose.
 
-    `catalogue_scale` says whether the catalogue's (width, height, depth) in cm has the cloud's proportions, within 5 %:
-    only then does a question that states a scale have one answer.
+    `catalogue_scale` says whether the catalogue's (width, height, depth) in cm has the cloud's proportions, within 5 %.
+    Without that, a question that states a length has no single answer.
     """
     xyz = points[:, :3].astype(np.float64)
     sides = np.ptp(xyz, axis=0)
@@ -203,7 +256,7 @@ def shape(record: dict) -> str | None:
 
 
 def facts(record: dict) -> dict[str, str | None]:
-    """What a few words say of an object, by kind; None where it is not clear."""
+    """The facts that the warm-up teaches, by kind: noun, colour, place and longest side; None where not clear."""
     return {
         "noun": record["head_noun"],
         "colour": main_colour(record),
@@ -222,67 +275,70 @@ def _yes(condition: bool, yes: str, no: str) -> str:
 
 
 def questions(record: dict, rng: np.random.Generator) -> dict[str, list[tuple[str, str, str]]]:
-    """Every question the facts can answer: kind -> [(fact, question, answer)]. Answers open with the key word."""
-    found: dict[str, list[tuple[str, str, str]]] = {"color": [], "kind": [], "geometry": [], "metric": []}
+    """Every question the facts can answer: kind -> [(fact, question, answer)]. Answers begin with the key word.
+
+    The order of the draws from `rng` is part of the training data: it must not change.
+    """
+    by_kind: dict[str, list[tuple[str, str, str]]] = {"color": [], "kind": [], "geometry": [], "metric": []}
     width, height, depth = record["width"], record["height"], record["depth"]
     pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
 
     if colour := main_colour(record):
-        asked = pick(["What color is it mostly?", "What is its main color?", "Which color covers most of it?"])
-        found["color"].append(("main_color", asked, f"{colour.capitalize()}."))
+        question = pick(["What color is it mostly?", "What is its main color?", "Which color covers most of it?"])
+        by_kind["color"].append(("main_color", question, f"{colour.capitalize()}."))
         other = colour if rng.random() < 0.5 else pick([c for c in PALETTE if c not in record["colors"]])
         answer = _yes(other == colour, f"it is mostly {colour}", f"it is mostly {colour}")
-        found["color"].append(("is_color", f"Is it mostly {other}?", answer))
+        by_kind["color"].append(("is_color", f"Is it mostly {other}?", answer))
 
     name, category = record["name"], record["category"]
     stated = f"{'they are' if record['plural'] else 'it is'} {record['noun_phrase']}"
     if rng.random() < 0.5 and not record["plural"] and record["head_noun"] in name.split():
-        asked = f"Is this {read_name(record['head_noun']).phrase}?"
-        found["kind"].append(("is_noun", asked, f"Yes, {stated}."))
+        question = f"Is this {read_name(record['head_noun']).phrase}?"
+        by_kind["kind"].append(("is_noun", question, f"Yes, {stated}."))
     else:
         other = pick([noun for noun, debatable in OTHERS.items() if not any(w in name for w in debatable.split())])
-        found["kind"].append(("is_noun", f"Is this a {other}?", f"No, {stated}."))
+        by_kind["kind"].append(("is_noun", f"Is this a {other}?", f"No, {stated}."))
     if category in PLACES:
         options = [category, *rng.permutation([p for p in PLACES if p != category])[:2]]
         listed = [str(options[i]) for i in rng.permutation(3)]
-        asked = f"Which category fits this object: {listed[0]}, {listed[1]} or {listed[2]}?"
-        found["kind"].append(("category", asked, f"{category.capitalize()}."))
+        question = f"Which category fits this object: {listed[0]}, {listed[1]} or {listed[2]}?"
+        by_kind["kind"].append(("category", question, f"{category.capitalize()}."))
 
     if max(height, width) > MARGIN * min(height, width):
         answer = _yes(height > width, "it is taller than it is wide", "it is wider than it is tall")
-        found["geometry"].append(("taller_than_wide", "Is it taller than it is wide?", answer))
+        by_kind["geometry"].append(("taller_than_wide", "Is it taller than it is wide?", answer))
     if max(width, depth) > MARGIN * min(width, depth):
         answer = _yes(width > depth, "it is wider than it is deep", "it is deeper than it is wide")
-        found["geometry"].append(("wider_than_deep", "Is it wider than it is deep?", answer))
+        by_kind["geometry"].append(("wider_than_deep", "Is it wider than it is deep?", answer))
     if side := longest_side(record):
-        asked = pick(["Which side is longest: height, width or depth?", "Which side is longest?"])
-        found["geometry"].append(("longest_side", asked, f"The {side}."))
+        question = pick(["Which side is longest: height, width or depth?", "Which side is longest?"])
+        by_kind["geometry"].append(("longest_side", question, f"The {side}."))
     if side := longest_side(record, shortest=True):
-        asked = pick(["Which side is shortest: height, width or depth?", "Which side is shortest?"])
-        found["geometry"].append(("shortest_side", asked, f"The {side}."))
+        question = pick(["Which side is shortest: height, width or depth?", "Which side is shortest?"])
+        by_kind["geometry"].append(("shortest_side", question, f"The {side}."))
     if (mirror := record["mirror_left_right"]) is not None:
-        asked = pick(["Is it symmetric from left to right?", "Are its left and right halves mirror images?"])
+        question = pick(["Is it symmetric from left to right?", "Are its left and right halves mirror images?"])
         answer = _yes(mirror, "its left and right halves mirror each other", "its left and right halves differ")
-        found["geometry"].append(("mirror_left_right", asked, answer))
+        by_kind["geometry"].append(("mirror_left_right", question, answer))
     if (mirror := record["mirror_front_back"]) is not None:
-        asked = pick(["Is it symmetric from front to back?", "Are its front and back halves mirror images?"])
+        question = pick(["Is it symmetric from front to back?", "Are its front and back halves mirror images?"])
         answer = _yes(mirror, "its front and back halves mirror each other", "its front and back halves differ")
-        found["geometry"].append(("mirror_front_back", asked, answer))
+        by_kind["geometry"].append(("mirror_front_back", question, answer))
 
     if record["catalogue_scale"] and min(record["width_cm"], record["height_cm"], record["depth_cm"]) >= 3:
         words = {"width": "wide", "height": "tall", "depth": "deep"}
-        given, wanted = (str(side) for side in rng.permutation(list(words))[:2])
-        scale = f"It is {round(record[given + '_cm'])} cm {words[given]}."
-        answer = f"About {_cm(record[wanted + '_cm'])}."
-        found["metric"].append((f"{wanted}_from_{given}", f"{scale} How {words[wanted]} is it?", answer))
-    return found
+        known_side, side = (str(side) for side in rng.permutation(list(words))[:2])
+        scale = f"It is {round(record[known_side + '_cm'])} cm {words[known_side]}."
+        answer = f"About {_cm(record[side + '_cm'])}."
+        by_kind["metric"].append((f"{side}_from_{known_side}", f"{scale} How {words[side]} is it?", answer))
+    return by_kind
 
 
 def describe(record: dict) -> str:
     """Two or three sentences of facts."""
     plural, people = record["plural"], record["head_noun"] in PEOPLE
     they_are = "They are" if plural else "It is"
-    sentences = [f"{'These are' if plural else 'This is'} {record['noun_phrase']}."]
+    sentences = [name_sentence(record["noun_phrase"], plural)]
     if colour := main_colour(record):
         rest = [c for c, share in record["colors"].items() if c != colour and share >= 0.1][:2]
         sentences.append(f"{they_are} mostly {colour}" + (f", with some {' and '.join(rest)}." if rest else "."))
@@ -320,8 +376,7 @@ def conversations(record: dict) -> list[dict]:
         values[0]["value"] = "<point>\n" + values[0]["value"]
         entries.append({"object_id": record["object_id"], "conversation_type": kind, "conversations": values, **extra})
 
-    are = "These are" if record["plural"] else "This is"
-    named = f"{are} {record['noun_phrase']}."
+    named = name_sentence(record["noun_phrase"], record["plural"])
     add("simple_description", ("What is this?", named))
     colour = main_colour(record)
     coloured = f"{colour} {record['name']}" if colour else record["name"]
@@ -330,12 +385,12 @@ def conversations(record: dict) -> list[dict]:
     add("simple_description", (pick(BRIEF), coloured[0].upper() + coloured[1:] + "."))
     add("detailed_description", (pick(DETAILED), describe(record)))
 
-    found = {kind: [items[i] for i in rng.permutation(len(items))] for kind, items in questions(record, rng).items()}
-    chosen = found["color"][:1] + found["kind"][:1] + found["geometry"][:2] + found["metric"][:1]
+    by_kind = {kind: [items[i] for i in rng.permutation(len(items))] for kind, items in questions(record, rng).items()}
+    chosen = by_kind["color"][:1] + by_kind["kind"][:1] + by_kind["geometry"][:2] + by_kind["metric"][:1]
     for fact, question, answer in chosen:
         add("single_round", (question, answer), fact=fact)
     turns = [("What is this?", named)]
-    turns += [(question, answer) for _, question, answer in found["color"][-1:] + found["geometry"][-1:]]
+    turns += [(question, answer) for _, question, answer in by_kind["color"][-1:] + by_kind["geometry"][-1:]]
     if len(turns) > 1:
         add("multi_round", *turns)
     return entries

@@ -1,89 +1,42 @@
-"""Procedural furniture: endless labelled clouds of common things, put together from boxes, cones and balls.
+"""Procedural objects: endless labelled clouds of common objects, put together from boxes, cones and balls.
 
-A catalogue shows a few doors and beds; what makes a door a door is learned from many. The encoder's warm-up mixes these
-clouds with the real ones; no question is asked about them, and none is in a test. The things are those of `MAKERS`:
-nouns of at least three families of the training objects that a few simple parts can show.
+A catalogue shows a few doors and beds, and an encoder learns those by heart. Its warm-up mixes these clouds with the
+real ones; no question is asked about them, and none is in a test. `MAKERS` holds the nouns that at least three families
+of the training objects have and that a few simple parts can show.
 
-Lengths are in metres, roughly as things are made; clouds are scaled to the unit sphere before a model sees them.
+Lengths are in metres, as the objects are in a house; clouds are scaled to the unit sphere before a model sees them.
+The order of the random draws is fixed: the clouds of a seed, and with them the trained encoder, depend on it.
 """
 
-import math
+import math  # noqa: I001  the long import below stays on one line
 from collections.abc import Callable
 
 import numpy as np
 
 from pointalign.embedded.facts import colour_shares
-from pointalign.embedded.solids import Part, ball, box, cone, lean
-
-WOOD = ((0.55, 0.38, 0.22), (0.36, 0.22, 0.12), (0.72, 0.56, 0.36), (0.85, 0.74, 0.55))
-PLAIN = ((0.94, 0.94, 0.92), (0.6, 0.6, 0.62), (0.3, 0.3, 0.32), (0.08, 0.08, 0.09))
-BRIGHT = ((0.7, 0.14, 0.12), (0.16, 0.3, 0.62), (0.15, 0.42, 0.2), (0.88, 0.72, 0.2), (0.82, 0.76, 0.66))
-GREEN = ((0.2, 0.42, 0.14), (0.3, 0.52, 0.2), (0.12, 0.3, 0.12), (0.42, 0.55, 0.22))
-
-
-class Draw:
-    """Random choices of one thing, short to write."""
-
-    def __init__(self, rng: np.random.Generator):
-        self.rng = rng
-
-    def __call__(self, low: float, high: float) -> float:
-        return float(self.rng.uniform(low, high))
-
-    def whole(self, low: int, high: int) -> int:
-        return int(self.rng.integers(low, high + 1))
-
-    def chance(self, share: float) -> bool:
-        return bool(self.rng.random() < share)
-
-    def colour(self, *palettes: tuple) -> tuple[float, float, float]:
-        colours = [colour for palette in palettes for colour in palette]
-        red, green, blue = np.clip(colours[self.rng.integers(len(colours))] + self.rng.normal(0, 0.04, 3), 0, 1)
-        return float(red), float(green), float(blue)
-
-
-# ----------------------------------------------------------------------------------------------------------- the things
-
-
-def _legs(u: Draw, w: float, d: float, h: float, colour, thick: tuple[float, float] = (0.03, 0.08)) -> list[Part]:
-    """What carries a plate of w x d at height h: four legs, two sides, two trestles or a pedestal."""
-    t, kind = u(*thick), u.rng.choice(["square", "round", "sides", "pedestal", "frame"], p=[0.4, 0.25, 0.12, 0.13, 0.1])
-    x, z = w / 2 - t * u(0.5, 1.5), d / 2 - t * u(0.5, 1.5)
-    corners = [(sx * x, sz * z) for sx in (-1, 1) for sz in (-1, 1)]
-    if kind == "sides":
-        return [box(t, h, d * u(0.7, 1), sx * x, 0, 0, colour) for sx in (-1, 1)]
-    if kind == "pedestal":
-        foot = min(w, d) * u(0.5, 0.9)
-        return [cone(t * 1.5, h, t * 1.5, 0, 0, 0, colour), cone(foot, 0.03, foot, 0, 0, 0, colour, u(0.6, 1))]
-    if kind == "round":
-        taper = u(1, 1.8)
-        return [cone(t / taper, h, t / taper, a, 0, b, colour, taper) for a, b in corners]
-    parts = [box(t, h, t, a, 0, b, colour) for a, b in corners]
-    if kind == "frame":
-        low = h * u(0.1, 0.4)
-        parts += [box(t * 0.7, t * 0.7, 2 * z, sx * x, low, 0, colour) for sx in (-1, 1)]
-        parts += [box(2 * x, t * 0.7, t * 0.7, 0, low, sz * z, colour) for sz in (-1, 1)]
-    return parts
+from pointalign.embedded.procedural_parts import (
+    BRIGHT, GREEN, PLAIN, WOOD, Draw, Part, ball, box, case, cone, lean, legs, upholstered,
+)  # fmt: skip
 
 
 def chair(u: Draw) -> list[Part]:
     frame, seat = u.colour(WOOD, PLAIN), u.colour(WOOD, PLAIN, BRIGHT)
     w, d, h, t = u(0.38, 0.55), u(0.38, 0.55), u(0.38, 0.5), u(0.02, 0.09)
     rise, tilt, thick = u(0.3, 0.65), u(0, 0.35), u(0.02, 0.07)
-    parts = [*_legs(u, w, d, h, frame, (0.02, 0.05)), box(w, t, d, 0, h, 0, seat)]
-    kind, back, gap = u.whole(0, 3), h + t, thick / 2 - d / 2
+    parts = [*legs(u, w, d, h, frame, (0.02, 0.05)), box(w, t, d, 0, h, 0, seat)]
+    kind, back, gap = u.integer(0, 3), h + t, thick / 2 - d / 2
     if kind == 0:
         lift = u(0, 0.2)
         parts.append(box(w * u(0.85, 1), rise - lift, thick, 0, back + lift, gap - lift * math.tan(tilt), seat, tilt))
     else:
         parts += [box(0.03, rise, 0.03, side * (w / 2 - 0.02), back, gap, frame, tilt) for side in (-1, 1)]
         if kind == 1:  # bars across
-            for n in range(bars := u.whole(1, 4)):
+            for n in range(bars := u.integer(1, 4)):
                 up = rise * (n + 1) / bars
                 z = gap - up * math.sin(tilt)
                 parts.append(box(w, min(0.1, 0.5 * rise / bars), 0.02, 0, back + 0.85 * up * math.cos(tilt), z, frame))
         else:  # bars upright, under a rail
-            for n in range(bars := u.whole(2, 6)):
+            for n in range(bars := u.integer(2, 6)):
                 x = w * ((n + 0.5) / bars - 0.5)
                 parts.append(box(0.02, rise, 0.015, x, back, gap, frame, tilt))
             parts.append(box(w, 0.07, 0.03, 0, back + rise * math.cos(tilt), gap - rise * math.sin(tilt), frame, tilt))
@@ -95,40 +48,13 @@ def chair(u: Draw) -> list[Part]:
     return parts
 
 
-def _upholstered(u: Draw, w: float, seats: int) -> list[Part]:
-    cloth = u.colour(PLAIN, BRIGHT, WOOD)
-    d, foot, seat = u(0.7, 1), u(0, 0.15), u(0.2, 0.4)
-    arm, rise, thick, tilt = u(0.08, 0.25), u(0.3, 0.6), u(0.12, 0.28), u(0, 0.25)
-    inner = w - 2 * arm
-    parts = [
-        box(w, seat, d, 0, foot, 0, cloth),
-        box(inner, rise, thick, 0, foot + seat, thick / 2 - d / 2, cloth, tilt),
-    ]
-    high = u(0.1, 0.35)
-    for side in (-1, 1):
-        x = side * (w - arm) / 2
-        parts.append(box(arm, seat + high, d * u(0.85, 1), x, foot, 0, cloth))
-        if u.chance(0.3):
-            parts.append(ball(arm * 1.2, arm, d, x, foot + seat + high - arm / 2, 0, cloth))
-    for n in range(seats):
-        x, soft = inner * ((n + 0.5) / seats - 0.5), u(0.06, 0.16)
-        parts.append(box(inner / seats * 0.97, soft, d - thick, x, foot + seat, thick / 2, cloth))
-        if u.chance(0.6):
-            z = thick - d / 2
-            parts.append(ball(inner / seats * 0.95, rise * u(0.8, 1.1), 0.22, x, foot + seat + soft, z, cloth))
-    if foot > 0.03:
-        dark = u.colour(WOOD, PLAIN)
-        parts += [cone(0.05, foot, 0.05, sx * w * 0.45, 0, sz * d * 0.42, dark) for sx in (-1, 1) for sz in (-1, 1)]
-    return parts
-
-
 def armchair(u: Draw) -> list[Part]:
-    return _upholstered(u, u(0.65, 1.05), 1)
+    return upholstered(u, u(0.65, 1.05), 1)
 
 
 def sofa(u: Draw) -> list[Part]:
     w = u(1.4, 2.4)
-    parts = _upholstered(u, w, u.whole(2, 4))
+    parts = upholstered(u, w, u.integer(2, 4))
     if u.chance(0.2):  # a corner
         side, cloth, length = int(u.rng.choice([-1, 1])), parts[0].colour, u(0.5, 1)
         parts.append(box(u(0.6, 0.9), u(0.35, 0.5), length, side * w * 0.35, 0, 0.4 + length / 2, cloth))
@@ -170,7 +96,7 @@ def table(u: Draw) -> list[Part]:
         plate, inner = cone(w, t, d, 0, h, 0, top), 0.7
     else:
         plate = box(w, t, d, 0, h, 0, top)
-    parts = [plate, *_legs(u, w * inner, d * inner, h, wood)]
+    parts = [plate, *legs(u, w * inner, d * inner, h, wood)]
     if u.chance(0.4):
         parts.append(box(w * inner * 0.9, u(0.05, 0.15), d * inner * 0.9, 0, h - 0.1, 0, wood))
     if u.chance(0.2):
@@ -189,7 +115,7 @@ def desk(u: Draw) -> list[Part]:
         if side in drawers:
             low = 0.0 if u.chance(0.7) else h * u(0.2, 0.5)
             parts.append(box(block, h - low, d * 0.95, x, low, 0, wood))
-            for n in range(rows := u.whole(2, 4)):
+            for n in range(rows := u.integer(2, 4)):
                 high = (h - low) / rows
                 y = low + n * high
                 parts.append(box(block * 0.92, high * 0.9, 0.02, x, y, d / 2, wood))
@@ -212,11 +138,11 @@ def desk(u: Draw) -> list[Part]:
 def bench(u: Draw) -> list[Part]:
     wood = u.colour(WOOD, PLAIN)
     w, d, h = u(0.9, 2), u(0.3, 0.5), u(0.38, 0.5)
-    parts = _legs(u, w, d, h, wood)
-    planks = u.whole(1, 5)
+    parts = legs(u, w, d, h, wood)
+    planks = u.integer(1, 5)
     parts += [box(w, 0.04, d / planks * 0.85, 0, h, d * ((n + 0.5) / planks - 0.5), wood) for n in range(planks)]
     if u.chance(0.5):
-        tilt, bars = u(0, 0.3), u.whole(1, 4)
+        tilt, bars = u(0, 0.3), u.integer(1, 4)
         for n in range(bars):
             up = 0.1 + 0.35 * n / bars
             parts.append(box(w, 0.3 / bars, 0.025, 0, h + up, -d / 2 - up * math.tan(tilt), wood, tilt))
@@ -227,39 +153,19 @@ def bench(u: Draw) -> list[Part]:
     return parts
 
 
-def _case(u: Draw, w: float, h: float, d: float, columns: int, rows: int, wood) -> list[Part]:
-    """A closed body whose front is doors or drawers with handles."""
-    foot, metal = u(0, 0.12), u.colour(PLAIN)
-    parts = [box(w, h, d, 0, foot, 0, wood)]
-    if foot > 0.03:
-        parts.append(box(w * 0.9, foot, d * 0.85, 0, 0, 0, wood))
-    front = u.colour(WOOD, PLAIN) if u.chance(0.3) else wood
-    wide, high, knob = w / columns, h / rows, u.chance(0.5)
-    for column in range(columns):
-        for row in range(rows):
-            x, y = wide * (column + 0.5) - w / 2, foot + row * high
-            parts.append(box(wide * 0.95, high * 0.95, u(0.01, 0.03), x, y + 0.02 * high, d / 2 + 0.01, front))
-            edge = 0.0 if rows > columns else wide * (0.38 if column % 2 == 0 else -0.38)
-            size = (0.03, 0.03) if knob else (0.12, 0.02) if rows > columns else (0.02, 0.15)
-            parts.append(box(*size, 0.04, x + edge, y + high / 2, d / 2 + 0.04, metal))
-    if u.chance(0.4):
-        parts.append(box(w * 1.04, 0.03, d * 1.05, 0, foot + h, 0, wood))
-    return parts
-
-
 def cabinet(u: Draw) -> list[Part]:
     wood, w, h, d = u.colour(WOOD, PLAIN), u(0.4, 1.6), u(0.5, 1.3), u(0.3, 0.6)
-    columns, rows = (u.whole(1, 3), 1) if u.chance(0.5) else (u.whole(1, 2), u.whole(2, 5))
-    return _case(u, w, h, d, columns, rows, wood)
+    columns, rows = (u.integer(1, 3), 1) if u.chance(0.5) else (u.integer(1, 2), u.integer(2, 5))
+    return case(u, w, h, d, columns, rows, wood)
 
 
 def wardrobe(u: Draw) -> list[Part]:
-    return _case(u, u(0.8, 2), u(1.75, 2.3), u(0.45, 0.65), u.whole(2, 4), 1, u.colour(WOOD, PLAIN))
+    return case(u, u(0.8, 2), u(1.75, 2.3), u(0.45, 0.65), u.integer(2, 4), 1, u.colour(WOOD, PLAIN))
 
 
 def bookcase(u: Draw) -> list[Part]:
     wood, w, h, d, t = u.colour(WOOD, PLAIN), u(0.5, 1.8), u(0.9, 2.2), u(0.22, 0.4), u(0.015, 0.04)
-    columns, rows = (u.whole(1, 3) if w > 1 else 1), u.whole(3, 6)
+    columns, rows = (u.integer(1, 3) if w > 1 else 1), u.integer(3, 6)
     parts = [box(t, h, d, w * (n / columns - 0.5), 0, 0, wood) for n in range(columns + 1)]
     parts += [box(w, t, d, 0, h * n / rows, 0, wood) for n in range(rows + 1)]
     if u.chance(0.7):
@@ -283,7 +189,7 @@ def door(u: Draw) -> list[Part]:
     leaves = 2 if kind == "double" else 1
     leaf = u(2.2, 3.2) if kind == "garage" else u(0.65, 1)
     w, parts = leaf * leaves, []
-    columns, rows = (u.whole(3, 6), u.whole(3, 5)) if kind == "garage" else (u.whole(1, 2), u.whole(1, 4))
+    columns, rows = (u.integer(3, 6), u.integer(3, 5)) if kind == "garage" else (u.integer(1, 2), u.integer(1, 4))
     style, pane = u.rng.choice(["flat", "panels", "glass"]), u.colour(PLAIN, WOOD)
     for n in range(leaves):
         middle = leaf * (n + 0.5) - w / 2
@@ -315,7 +221,7 @@ def lamp(u: Draw) -> list[Part]:
         parts.append(cone(0.03, h, 0.03, 0, 0, 0, metal))
     else:  # a vase
         parts += [ball(foot * 1.2, h * 0.8, foot * 1.2, 0, 0, 0, metal), cone(0.03, h, 0.03, 0, 0, 0, metal)]
-    kind = u.whole(0, 3)
+    kind = u.integer(0, 3)
     if kind < 2:
         parts.append(cone(r, r * u(0.5, 1), r, 0, h * u(0.85, 1), 0, shade, u(0.4, 1)))
     elif kind == 2:
@@ -336,7 +242,7 @@ def light(u: Draw) -> list[Part]:
         if u.chance(0.5):
             parts += [box(w * 0.95, 0.04, 0.04, 0, 0.08, d * z, shade) for z in (-0.25, 0.25)]
         else:
-            count = u.whole(2, 5)
+            count = u.integer(2, 5)
             parts += [cone(0.08, 0.1, 0.08, w * ((n + 0.5) / count - 0.5), 0, 0, shade, 0.6) for n in range(count)]
         return parts
     r, cord = u(0.2, 0.5), u(0.3, 0.9)
@@ -379,7 +285,7 @@ def plant(u: Draw) -> list[Part]:
     if stem:
         parts.append(cone(0.03, stem, 0.03, 0, base, 0, u.colour(WOOD, GREEN)))
     low, high = (0.0, 0.6) if u.chance(0.5) else (0.4, 1.5)
-    for _ in range(u.whole(12, 40)):
+    for _ in range(u.integer(12, 40)):
         length, wide = r * u(0.8, 2.2), r * u(0.1, 0.4)
         turn, y = lean(u(low, high), u(0, 2 * math.pi)), base + stem * u(0.5, 1)
         parts.append(Part("ball", (wide, length, 0.02), (0, y, 0), leaf, turn=turn))
@@ -390,19 +296,19 @@ def tree(u: Draw) -> list[Part]:
     bark, leaf = u.colour(WOOD[:2]), u.colour(GREEN)
     trunk, thick = u(0.8, 2.5), u(0.12, 0.3)
     parts = [cone(thick, trunk, thick, 0, 0, 0, bark, u(0.5, 1))]
-    kind = u.whole(0, 3)
+    kind = u.integer(0, 3)
     if kind == 0:  # a conifer
-        floors, w, y = u.whole(1, 4), u(1.2, 2), trunk * 0.3
+        floors, w, y = u.integer(1, 4), u(1.2, 2), trunk * 0.3
         for _ in range(floors):
             high = u(0.8, 1.6) * (2 if floors == 1 else 1)
             parts.append(cone(w, high, w, 0, y, 0, leaf, 0.05))
             w, y = w * 0.75, y + high * 0.55
     elif kind == 1:  # a palm
-        for _ in range(u.whole(8, 18)):
+        for _ in range(u.integer(8, 18)):
             turn = lean(u(0.7, 1.9), u(0, 2 * math.pi))
             parts.append(Part("ball", (0.25, u(0.8, 1.4), 0.03), (0, trunk, 0), leaf, turn=turn))
     else:
-        for _ in range(u.whole(4, 14)):
+        for _ in range(u.integer(4, 14)):
             w, spread = u(0.6, 1.4), u(0.2, 0.7)
             x, z = u(-spread, spread), u(-spread, spread)
             parts.append(ball(w, w * u(0.6, 1.1), w, x, trunk * u(0.6, 1.2), z, leaf))
@@ -411,7 +317,7 @@ def tree(u: Draw) -> list[Part]:
 
 def radiator(u: Draw) -> list[Part]:
     metal = u.colour(PLAIN[:2], PLAIN)
-    fins, h, d, gap = u.whole(5, 20), u(0.4, 0.9), u(0.06, 0.2), u(0.05, 0.08)
+    fins, h, d, gap = u.integer(5, 20), u(0.4, 0.9), u(0.06, 0.2), u(0.05, 0.08)
     w, round_ = fins * gap, u.chance(0.4)
     fin = cone if round_ else box
     parts = [fin(gap * 0.7, h, d, gap * (n + 0.5) - w / 2, 0.08, 0, metal) for n in range(fins)]
@@ -427,7 +333,7 @@ def rack(u: Draw) -> list[Part]:
     parts = [box(t, t, d, side * w / 2, 0, 0, metal) for side in (-1, 1)]
     depths = (0.0,) if u.chance(0.5) else (-d / 2, d / 2)
     parts += [box(t, h, t, side * w / 2, 0, z, metal) for side in (-1, 1) for z in depths]
-    for n in range(bars := u.whole(1, 6)):
+    for n in range(bars := u.integer(1, 6)):
         parts += [box(w, t, t, 0, h * (n + 1) / bars - t, z, metal) for z in depths]
     return parts
 
@@ -467,35 +373,18 @@ def stove(u: Draw) -> list[Part]:
 
 
 MAKERS: dict[str, Callable[[Draw], list[Part]]] = {
-    "armchair": armchair,
-    "bed": bed,
-    "bench": bench,
-    "bookcase": bookcase,
-    "bottle": bottle,
-    "cabinet": cabinet,
-    "chair": chair,
-    "box": crate,
-    "desk": desk,
-    "door": door,
-    "lamp": lamp,
-    "light": light,
-    "plant": plant,
-    "rack": rack,
-    "radiator": radiator,
-    "sofa": sofa,
-    "stove": stove,
-    "table": table,
-    "tree": tree,
+    "armchair": armchair, "bed": bed, "bench": bench, "bookcase": bookcase, "bottle": bottle, "cabinet": cabinet,
+    "chair": chair, "box": crate, "desk": desk, "door": door, "lamp": lamp, "light": light, "plant": plant,
+    "rack": rack, "radiator": radiator, "sofa": sofa, "stove": stove, "table": table, "tree": tree,
     "wardrobe": wardrobe,
-}
+}  # fmt: skip
 
 
-def furniture(noun: str, rng: np.random.Generator, points: int = 1024) -> tuple[dict, np.ndarray]:
-    """A thing of that name, one of `MAKERS`.
+def procedural_object(noun: str, rng: np.random.Generator, points: int = 1024) -> tuple[dict, np.ndarray]:
+    """A random object of that noun, which is of `MAKERS`.
 
     Returns:
-        what `captions.facts` reads of it, and its points `[points, 6]` float32: metres, y up, area-weighted, rgb in
-        0..1.
+        what `facts.facts` reads of it, and its points `[points, 6]` float32: metres, y up, area-weighted, rgb in 0..1.
     """
     parts = MAKERS[noun](Draw(rng))
     areas = np.array([part.areas.sum() for part in parts])
@@ -504,5 +393,5 @@ def furniture(noun: str, rng: np.random.Generator, points: int = 1024) -> tuple[
     rgb = np.repeat([part.colour for part in parts], counts, axis=0)
     cloud = np.concatenate([xyz, rgb], axis=1)[rng.permutation(points)].astype(np.float32)
     sides = dict(zip(("width", "height", "depth"), np.ptp(xyz, axis=0).tolist(), strict=True))
-    colours = colour_shares(cloud[:128, 3:])  # it has few
+    colours = colour_shares(cloud[:128, 3:])  # there are few colours, so a sample will do
     return {"head_noun": noun, "colors": colours, "category": "", **sides}, cloud

@@ -1,19 +1,17 @@
-"""Warm-up of a new point encoder, and of Q-Former and modality projector behind it: they learn to say what they see.
+"""Warm-up of a new point branch: encoder, Q-Former and modality projector learn the words for what they see.
 
 A few hundred objects are too few to teach an encoder through a language model. Every object comes with facts, such as
-its noun and its main colour, and a fact is told from the others of its kind by the language model's own input
-embeddings: a token of the modality projector that lies near the embedding of "chair" says chair, and that is where the
-language model will look for it.
+its noun and its main colour. The warm-up compares tokens of the modality projector with the language model's input
+embeddings: a token near the embedding of "chair" is what the language model will read as a chair.
 
-First the encoder learns the facts by a head of its own, and which clouds are alike, because names alone it would learn
-by heart; for the same reason a part of what it sees is procedural furniture. Then the queries, which share out the
-kinds of facts so that they do not all learn the same, learn to say what that head says. They are not shown the facts:
-what they say of an object of the training set is then not much more often right than what they say of another object,
-and the language model learns to read tokens of the kind that it will meet. Last, the final map of the modality
-projector is solved for in closed form, so that tokens which tell words apart come to lie near the words.
+1. The encoder learns the facts through a head that is thrown away, and through a second head which clouds are alike:
+   names alone it would learn by heart. For the same reason a part of every batch is procedural objects.
+2. The queries learn to repeat what the encoder's head predicts. Each query is assigned one kind of facts, so that they
+   do not all learn the same. They do not see the true facts: their errors on training objects then resemble those on
+   new objects, and the language model learns to read tokens of the kind it will meet.
+3. The last linear map of the modality projector is solved in closed form, so that tokens come to lie near the words.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -25,73 +23,34 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 
 from pointalign.data.augment import augment, random_pose
 from pointalign.embedded.facts import facts
-from pointalign.embedded.procedural import MAKERS, furniture
+from pointalign.embedded.neighbours import neighbour_loss
+from pointalign.embedded.procedural import MAKERS, procedural_object
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
-POINTS, TURNS = 64, 8  # of the Chamfer distances: enough to tell who is near whom
-SCALE = 5.0  # Embeddings are so many times as far apart as clouds in the unit sphere
-SHARPNESS = 5.0  # of the nearest neighbours' share, per unit of the embeddings' distance
-
-
-@torch.no_grad()
-def turned_chamfer(points: Tensor, turns: int = TURNS) -> Tensor:
-    """Symmetric Chamfer distances `[B, B]` of clouds `[B, P, 3]`, the least over `turns` turns about the vertical, y.
-
-    As in `evaluation.baselines.chamfer`: the mean distances there and back, added.
-    """
-    angles = torch.arange(turns, device=points.device) * (2 * math.pi / turns)
-    cos, sin, no, one = angles.cos(), angles.sin(), torch.zeros_like(angles), torch.ones_like(angles)
-    turn = torch.stack([cos, no, -sin, no, one, no, sin, no, cos], dim=1).view(turns, 3, 3)
-    turned = torch.einsum("bpi,rij->brpj", points, turn)
-    squares = points.square().sum(dim=-1)
-    distances = points.new_zeros(len(points), len(points))
-    for row in range(len(points) - 1):
-        others = turned[row + 1 :].flatten(0, 1)  # [(B - row - 1) R, P, 3]
-        squared = others @ points[row].T
-        squared = squared.mul_(-2).add_(squares[row]).add_(squares[row + 1 :].repeat_interleave(turns, 0)[..., None])
-        squared.clamp_(min=0)
-        there, back = (squared.amin(dim=dim).sqrt().mean(dim=1) for dim in (1, 2))
-        distances[row, row + 1 :] = (there + back).view(-1, turns).amin(dim=1)
-    return distances + distances.T
-
-
-def neighbour_loss(embeddings: Tensor, points: Tensor) -> Tensor:
-    """How far the distances among embeddings `[B, E]` are from those among their clouds `[B, N, 3]`.
-
-    The mean square of the difference, and the cross-entropy of every cloud's nearest neighbours among the others, since
-    it is the near ones that matter. Points are in random order: the first `POINTS` are a sample of all. A cloud alone
-    has no neighbour, and no loss.
-    """
-    if len(points) < 2:
-        return embeddings.sum() * 0
-    wanted = SCALE * turned_chamfer(points[:, :POINTS].float())
-    found = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
-    other = ~torch.eye(len(points), dtype=torch.bool, device=points.device)
-    shape = (len(points), len(points) - 1)
-    wanted, found = wanted[other].view(shape), found[other].view(shape)
-    share = (-SHARPNESS * wanted).softmax(dim=-1)
-    return functional.mse_loss(found, wanted) + functional.cross_entropy(-SHARPNESS * found, share)
-
-
-TEMPERATURE = 0.05  # of the encoder's comparison with the words
-QUERY_TEMPERATURE = 0.15  # of the queries' comparison while they learn
-SURER = 3.0  # than the encoder's head the tokens shall be in the end: logits so many times as large
-RIDGE = 1e-3  # of the closed form, of the mean square of what it maps
-READINGS = 50  # batches that the closed form is fitted to
-SMOOTHING = 0.1  # of the facts
-DROPOUT = 0.1  # in front of the encoder's own head
+TEMPERATURE = 0.05  # of the encoder's logits over words
+QUERY_TEMPERATURE = 0.15  # of the queries' logits over words
+TARGET_SHARPNESS = 3.0  # the closed form is fitted to the softmax of the head's logits times this
+RIDGE = 1e-3  # regularisation of the closed form, relative to the mean square of its inputs
+FIT_BATCHES = 50  # batches that the closed form is fitted to
+LABEL_SMOOTHING = 0.1
+DROPOUT = 0.1  # before the encoder's head for words
 WEIGHT_DECAY = 0.1
-MUON_RATE = 4.0  # Muon's learning rate, times that of AdamW
-ENCODER_SHARE = 0.7  # of the steps, the rest is for the queries
-METRIC_WIDTH = 256  # of the embedding that says which clouds are alike
-PROCEDURAL = 2000  # things to draw from: to make one takes 3 ms
-PROCEDURAL_SHARE = 0.35  # of every batch: things of `data.procedural` whose nouns occur
-STRETCH = 0.4  # of the views: a table half as wide is a table, and its sides are measured anew
-UNKNOWN = -100  # target where a fact is not clear
+MUON_RATE = 4.0  # Muon's learning rate relative to AdamW's
+ENCODER_SHARE = 0.7  # share of the steps that train the encoder; the others train the queries
+METRIC_WIDTH = 256  # width of the embedding that says which clouds are alike
+PROCEDURAL_POOL = 2000  # procedural objects that are made before they repeat; each takes 3 ms
+PROCEDURAL_SHARE = 0.35  # share of procedural objects in every batch
+STRETCH = 0.4  # of the views: a table half as wide is still a table, and its sides are measured again
+UNKNOWN = -100  # target of a fact that is not clear
+
+Batch = tuple[np.ndarray, dict[str, list[str | None]]]  # clouds `[B, N, 6]`; kind -> fact of each cloud
 
 
-class Kind:
-    """One kind of facts: the words that occur, as the language model embeds them.
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+class FactWords:
+    """The words of one kind of facts, such as all nouns, as the language model embeds them.
 
     Args:
         facts: words in any order, or None.
@@ -100,39 +59,52 @@ class Kind:
 
     def __init__(self, facts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase, embedding: Tensor):
         self.words = sorted({word for word in facts if word is not None})
-        self.places: dict[str | None, int] = {word: place for place, word in enumerate(self.words)}
+        self.indices: dict[str | None, int] = {word: index for index, word in enumerate(self.words)}
         ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in self.words]
-        means = torch.stack([embedding[one].float().mean(dim=0) for one in ids])
+        means = torch.stack([embedding[word_ids].float().mean(dim=0) for word_ids in ids])
         self.embeddings = functional.normalize(means, dim=-1)  # [W, H]
 
     def targets(self, facts: Sequence[str | None]) -> Tensor:
-        """Places `[B]` of the facts among the words; UNKNOWN for None and for words that did not occur."""
-        return torch.tensor([self.places.get(word, UNKNOWN) for word in facts], device=self.embeddings.device)
+        """Indices `[B]` of the facts; UNKNOWN for None and for words that no object had."""
+        return torch.tensor([self.indices.get(word, UNKNOWN) for word in facts], device=self.embeddings.device)
 
     def logits(self, tokens: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-        """`[..., W]` of tokens `[..., H]`."""
+        """`[..., W]` of tokens `[..., H]`: cosine over temperature."""
         return functional.normalize(tokens.float(), dim=-1) @ self.embeddings.T / temperature
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of logits `[B, W]` where the fact is known; 0 where none is."""
         summed = functional.cross_entropy(
-            logits, targets, ignore_index=UNKNOWN, label_smoothing=SMOOTHING, reduction="sum"
+            logits, targets, ignore_index=UNKNOWN, label_smoothing=LABEL_SMOOTHING, reduction="sum"
         )
         return summed / (targets != UNKNOWN).sum().clamp(min=1)
 
-    def reading_loss(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        """Mean cross-entropy of tokens `[B, T, H]` with what logits `[B, W]` say."""
-        wanted = logits.softmax(dim=-1)[:, None].expand(-1, tokens.shape[1], -1)
-        said = self.logits(tokens, QUERY_TEMPERATURE)
-        return functional.cross_entropy(said.flatten(0, 1), wanted.flatten(0, 1))
+    def query_loss(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """Mean cross-entropy of tokens `[B, T, H]` against the encoder's distribution, logits `[B, W]`."""
+        targets = logits.softmax(dim=-1)[:, None].expand(-1, tokens.shape[1], -1)
+        return functional.cross_entropy(self.logits(tokens, QUERY_TEMPERATURE).flatten(0, 1), targets.flatten(0, 1))
 
-    def expected(self, logits: Tensor) -> Tensor:
-        """Embeddings `[B, H]` of the words by logits `[B, W]`: of the likeliest, mostly, see SURER."""
-        return (SURER * logits).softmax(dim=-1) @ self.embeddings
+    def mean_embedding(self, logits: Tensor) -> Tensor:
+        """Mean `[B, H]` of the words' embeddings under the softmax of sharpened logits `[B, W]`."""
+        return (TARGET_SHARPNESS * logits).softmax(dim=-1) @ self.embeddings
+
+
+def words_by_kind(
+    records: Sequence[dict], tokenizer: PreTrainedTokenizerBase, embedding: Tensor
+) -> dict[str, FactWords]:
+    """Kind of facts -> its words, for the kinds that some object has. Raises ValueError if there are none."""
+    known = [facts(record) for record in records]
+    kinds = [kind for kind in known[0] if any(record[kind] is not None for record in known)]
+    if not kinds:
+        raise ValueError("the contrastive warm-up needs a fact of at least one object, but no record has any")
+    return {kind: FactWords([record[kind] for record in known], tokenizer, embedding) for kind in kinds}
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
-    """The point encoder with its head for words and its head for likeness, which are discarded."""
+    """The point encoder with two heads that are thrown away: one for words, one for the distances among clouds."""
 
     def __init__(
         self, point_encoder: nn.Module, width: int, num_kinds: int, word_width: int, precision: torch.autocast
@@ -150,6 +122,96 @@ class Encoder(nn.Module):
         return tokens, self.word_head(pooled).unflatten(-1, (self.num_kinds, -1)), self.metric_head(pooled)
 
 
+class WarmUp:
+    """The parts in training, their target words and the endless batches. Query q learns kind q modulo their number."""
+
+    def __init__(
+        self,
+        model: PointAlignForConditionalGeneration,
+        processor: PointAlignProcessor,
+        clouds: Sequence[np.ndarray],
+        records: Sequence[dict],
+        batch_size: int,
+        device: torch.device | str,
+    ):
+        self.branch, self.device = model.model, torch.device(device)
+        self.embedding = model.get_input_embeddings().weight.detach()
+        self.kinds = words_by_kind(records, processor.tokenizer, self.embedding)
+        point_config = model.config.point_config
+        new_encoder = AutoModel.from_config(point_config)  # an encoder that knows its objects by heart is of no use
+        self.branch.point_encoder.load_state_dict(new_encoder.state_dict())
+        self.bfloat16 = self.branch.language_model.dtype == torch.bfloat16
+        self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        self.encoder = Encoder(
+            self.branch.point_encoder,
+            point_config.hidden_size,
+            len(self.kinds),
+            self.embedding.shape[1],
+            self.precision,
+        ).to(device)
+        self.batches = training_batches(clouds, records, list(self.kinds), batch_size, processor)
+
+    def next_batch(self) -> tuple[Tensor, dict[str, list[str | None]]]:
+        clouds, seen = next(self.batches)
+        return torch.from_numpy(clouds).to(self.device), seen
+
+    def train_encoder(self, steps: int, learning_rate: float) -> list[float]:
+        self.encoder.train()
+        matrices = self.muon_matrices(self.branch.point_encoder)
+        losses = descend([*self.encoder.parameters()], matrices, self.encoder_loss, steps, learning_rate, "encoder")
+        self.encoder.eval()
+        return losses
+
+    def encoder_loss(self) -> Tensor:
+        points, seen = self.next_batch()
+        _, words, embeddings = self.encoder(points)
+        loss = neighbour_loss(embeddings, points[..., :3])
+        for number, (name, kind) in enumerate(self.kinds.items()):
+            loss = loss + kind.loss(kind.logits(words[:, number]), kind.targets(seen[name]))
+        return loss
+
+    def train_queries(self, steps: int, learning_rate: float) -> list[float]:
+        branch = self.branch
+        modules = nn.ModuleList([branch.point_mlp, branch.qformer, branch.modality_projector]).train()
+        parameters = [branch.query_tokens, *modules.parameters()]
+        return descend(parameters, self.muon_matrices(branch.qformer), self.query_loss, steps, learning_rate, "queries")
+
+    def query_loss(self) -> Tensor:
+        points, _ = self.next_batch()
+        with torch.no_grad():
+            tokens, words, _ = self.encoder(points)
+        with self.precision:
+            projected = self.branch.modality_projector(self.branch.query(tokens))
+        loss = projected.new_zeros((), dtype=torch.float32)
+        for number, kind in enumerate(self.kinds.values()):
+            loss = loss + kind.query_loss(projected[:, number :: len(self.kinds)], kind.logits(words[:, number]))
+        return loss
+
+    def fit_last_map(self) -> None:
+        """Solve for the modality projector's last linear map, then scale its tokens to the length of words."""
+        last = self.branch.modality_projector[-1]
+        fit_linear(last, (self.fit_example() for _ in range(FIT_BATCHES)))
+        points, _ = self.next_batch()
+        with torch.no_grad():
+            tokens = self.branch.encode_point_clouds(points).projected
+        scale_like_words(last, tokens, self.embedding)
+
+    def fit_example(self) -> tuple[Tensor, Tensor]:
+        """Inputs `[B, Q, P]` of the projector's last map, and the word embeddings `[B, Q, H]` it should give."""
+        points, _ = self.next_batch()
+        tokens, words, _ = self.encoder(points)
+        with self.precision:
+            inputs = self.branch.modality_projector[:-1](self.branch.query(tokens)).float()
+        targets = inputs.new_empty(*inputs.shape[:2], self.embedding.shape[1])
+        for number, kind in enumerate(self.kinds.values()):
+            targets[:, number :: len(self.kinds)] = kind.mean_embedding(kind.logits(words[:, number]))[:, None]
+        return inputs, targets
+
+    def muon_matrices(self, part: nn.Module) -> list[nn.Parameter]:
+        """Weights of linear layers, for Muon. It computes in bfloat16: where the machine does not, AdamW takes all."""
+        return [m.weight for m in part.modules() if isinstance(m, nn.Linear)] if self.bfloat16 else []
+
+
 def warm_up_point_branch(
     model: PointAlignForConditionalGeneration,
     processor: PointAlignProcessor,
@@ -160,111 +222,54 @@ def warm_up_point_branch(
     learning_rate: float,
     device: torch.device | str = "cpu",
 ) -> list[float]:
-    """Train the whole point branch in place, whichever of its parts train afterwards.
+    """Train the point branch in place, whichever of its parts train afterwards.
 
-    The encoder starts anew: one that knows its objects by heart does not unlearn it. The other parts go on from where
-    they are.
+    The encoder starts from new weights; the other parts continue from theirs.
 
     Args:
         clouds: arrays `[N, 6]`.
-        records: of each cloud, what `captions.facts` reads.
+        records: of each cloud, what `facts.facts` reads.
 
     Returns:
-        The loss of every step: first the encoder's, of words and neighbours, then the queries'.
+        The loss of every step: first the encoder's, then the queries'.
+
+    Raises:
+        ValueError: the model has query experts, or no record has a fact.
     """
     branch = model.model
     if branch.query_tokens is None:
         raise ValueError("the contrastive warm-up is of a new point branch: query experts come in a later stage")
-    embedding = model.get_input_embeddings().weight.detach()
-    known = [facts(record) for record in records]
-    kinds: dict[str, Kind] = {}
-    for name in known[0]:
-        if any(one[name] is not None for one in known):
-            kinds[name] = Kind([one[name] for one in known], processor.tokenizer, embedding)
-    if not kinds:
-        raise ValueError("the contrastive warm-up needs a fact of at least one object")
-
-    branch.point_encoder.load_state_dict(AutoModel.from_config(model.config.point_config).state_dict())
-    width = model.config.point_config.hidden_size
-    half = branch.language_model.dtype == torch.bfloat16
-    precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
-    encoder = Encoder(branch.point_encoder, width, len(kinds), embedding.shape[1], precision).to(device)
-    readers = nn.ModuleList([branch.point_mlp, branch.qformer, branch.modality_projector])
-    batches = _batches(clouds, records, list(kinds), batch_size, processor)
-
-    def encoder_loss() -> Tensor:
-        views, seen = next(batches)
-        points = torch.from_numpy(views).to(device)
-        _, words, embeddings = encoder(points)
-        loss = neighbour_loss(embeddings, points[..., :3])
-        for number, (name, kind) in enumerate(kinds.items()):
-            loss = loss + kind.loss(kind.logits(words[:, number]), kind.targets(seen[name]))
-        return loss
-
-    def query_loss() -> Tensor:
-        points = torch.from_numpy(next(batches)[0]).to(device)
-        with torch.no_grad():
-            tokens, words, _ = encoder(points)
-        with precision:
-            projected = branch.modality_projector(branch.query(tokens))
-        loss = projected.new_zeros((), dtype=torch.float32)
-        for number, kind in enumerate(kinds.values()):
-            loss = loss + kind.reading_loss(projected[:, number :: len(kinds)], kind.logits(words[:, number]))
-        return loss
-
-    def readings() -> Iterator[tuple[Tensor, Tensor]]:
-        """What arrives at the projector's last map `[B, Q, P]`, and the embeddings wanted of it `[B, Q, H]`."""
-        for _ in range(READINGS):
-            points = torch.from_numpy(next(batches)[0]).to(device)
-            tokens, words, _ = encoder(points)
-            with precision:
-                arriving = branch.modality_projector[:-1](branch.query(tokens)).float()
-            wanted = arriving.new_empty(*arriving.shape[:2], embedding.shape[1])
-            for number, kind in enumerate(kinds.values()):
-                wanted[:, number :: len(kinds)] = kind.expected(kind.logits(words[:, number]))[:, None]
-            yield arriving, wanted
-
-    def for_muon(part: nn.Module) -> list[nn.Parameter]:
-        """Its linear layers, if the machine computes in bfloat16, as Muon does: else a step would take seconds."""
-        return [one.weight for one in part.modules() if isinstance(one, nn.Linear)] if half else []
-
-    first = round(ENCODER_SHARE * steps)
+    warm_up = WarmUp(model, processor, clouds, records, batch_size, device)
     trainable = [parameter for parameter in branch.parameters() if parameter.requires_grad]
     branch.requires_grad_(False)
-    encoder.train()
-    whole = [*encoder.parameters()]
-    losses = _descend(whole, for_muon(branch.point_encoder), encoder_loss, first, learning_rate, "encoder")
-    encoder.eval()
-    readers.train()
-    queries = [branch.query_tokens, *readers.parameters()]
-    losses += _descend(queries, for_muon(branch.qformer), query_loss, steps - first, learning_rate, "queries")
+    encoder_steps = round(ENCODER_SHARE * steps)
+    losses = warm_up.train_encoder(encoder_steps, learning_rate)
+    losses += warm_up.train_queries(steps - encoder_steps, learning_rate)
     for parameter in trainable:
         parameter.requires_grad_(True)
     model.eval()
-    _refit(branch.modality_projector[-1], readings())
-    with torch.no_grad():
-        points = torch.from_numpy(next(batches)[0]).to(device)
-        _scale_like_words(branch.modality_projector[-1], model.encode_point_clouds(points).projected, embedding)
+    warm_up.fit_last_map()
     return losses
 
 
-def _descend(
+def descend(
     parameters: list[nn.Parameter],
     matrices: list[nn.Parameter],
     loss_of_batch: Callable[[], Tensor],
     steps: int,
     learning_rate: float,
-    what: str,
+    name: str,
 ) -> list[float]:
     """Minimise a loss that differs from batch to batch, over parameters that are frozen before and after.
 
     Args:
-        matrices: those of the parameters that Muon takes; AdamW takes the rest.
+        matrices: the parameters that Muon takes; AdamW takes the rest.
+        name: of the progress bar.
     """
     if not steps:
         return []
-    apart = {id(one) for one in matrices}
-    others = [one for one in parameters if id(one) not in apart]
+    for_muon = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in parameters if id(parameter) not in for_muon]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(others, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     ]
@@ -273,25 +278,25 @@ def _descend(
         optimizers.append(
             torch.optim.Muon(matrices, lr=muon_rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
         )
-    rising = 0.1 if steps > 10 else 0.3  # of the steps; a rise of one single step is more than OneCycleLR can divide
+    rise = 0.1 if steps > 10 else 0.3  # share of the steps; OneCycleLR divides by zero if it is a single step
     schedules = [
         torch.optim.lr_scheduler.OneCycleLR(
-            one, one.param_groups[0]["lr"], total_steps=steps, pct_start=rising, cycle_momentum=False
+            optimizer, optimizer.param_groups[0]["lr"], total_steps=steps, pct_start=rise, cycle_momentum=False
         )
-        for one in optimizers
+        for optimizer in optimizers
     ]
     for parameter in parameters:
         parameter.requires_grad_(True)
     losses: list[float] = []
-    progress = tqdm(range(steps), desc=f"contrastive warm-up, {what}", unit="step", mininterval=1.0)
+    progress = tqdm(range(steps), desc=f"contrastive warm-up, {name}", unit="step", mininterval=1.0)
     for _ in progress:
         loss = loss_of_batch()
-        for one in optimizers:
-            one.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for one in [*optimizers, *schedules]:
-            one.step()
+        for stepping in [*optimizers, *schedules]:
+            stepping.step()
         losses.append(loss.item())
         progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     for parameter in parameters:
@@ -300,18 +305,18 @@ def _descend(
 
 
 @torch.no_grad()
-def _refit(linear: nn.Linear, examples: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Ridge regression of a map's outputs on its inputs, pairs `[..., P]` and `[..., H]`, in place.
+def fit_linear(linear: nn.Linear, examples: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Ridge regression in place, from pairs of inputs `[..., P]` and outputs `[..., H]`.
 
-    Comparison alone leaves tokens far from any word: it asks which is nearest, not how near. A language model reads a
-    word in a token that lies near it with no training at all.
+    Training by comparison leaves tokens far from any word: it asks which word is nearest, not how near. A language
+    model reads a token that lies near a word without any training.
     """
     rows, device = linear.in_features + 1, linear.weight.device
     gram, moment = (torch.zeros(rows, columns, device=device) for columns in (rows, linear.out_features))
-    for given, wanted in examples:
-        given = functional.pad(given, (0, 1), value=1.0).flatten(0, -2)  # with a column for the bias
-        gram += given.T @ given
-        moment += given.T @ wanted.flatten(0, -2)
+    for inputs, targets in examples:
+        inputs = functional.pad(inputs, (0, 1), value=1.0).flatten(0, -2)  # with a column for the bias
+        gram += inputs.T @ inputs
+        moment += inputs.T @ targets.flatten(0, -2)
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     solution = torch.linalg.solve(gram, moment)
     linear.weight.copy_(solution[:-1].T)
@@ -319,60 +324,65 @@ def _refit(linear: nn.Linear, examples: Iterable[tuple[Tensor, Tensor]]) -> None
 
 
 @torch.no_grad()
-def _scale_like_words(last: nn.Linear, tokens: Tensor, embedding: Tensor) -> None:
-    """Directions were learned; give the tokens `[..., H]` of a projector's last map the length that words have."""
+def scale_like_words(last: nn.Linear, tokens: Tensor, embedding: Tensor) -> None:
+    """Scale a projector's last map until its tokens `[..., H]` are as long as words: training fits directions only."""
     ratio = embedding.float().norm(dim=-1).mean() / tokens.float().norm(dim=-1).mean()
     last.weight *= ratio
     last.bias *= ratio
 
 
-def _batches(
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def training_batches(
     clouds: Sequence[np.ndarray],
     records: Sequence[dict],
     kinds: Sequence[str],
     batch_size: int,
     processor: PointAlignProcessor,
-) -> Iterator[tuple[np.ndarray, dict[str, list[str | None]]]]:
-    """Without end: clouds `[B, N, 6]`, some of them procedural, in random poses, and of each kind their facts there."""
+) -> Iterator[Batch]:
+    """Endless batches of views in random poses, some of procedural objects whose nouns occur in `records`."""
     extractor = processor.feature_extractor
     assert extractor is not None
     rng = np.random.default_rng(int(torch.randint(2**62, (1,))))
     nouns = [noun for noun in MAKERS if any(record["head_noun"] == noun for record in records)]
-    made = _things(nouns, rng)
-    real = batch_size - round(PROCEDURAL_SHARE * batch_size) if nouns else batch_size
+    procedural = procedural_objects(nouns, rng)
+    num_real = batch_size - round(PROCEDURAL_SHARE * batch_size) if nouns else batch_size
     order = np.array([], dtype=int)
     while True:
-        if len(order) < real:
+        if len(order) < num_real:
             order = np.concatenate([order, rng.permutation(len(clouds))])
-        chosen, order = order[:real], order[real:]
+        chosen, order = order[:num_real], order[num_real:]
         batch = [(records[i], clouds[i]) for i in chosen]
-        batch += [next(made) for _ in range(batch_size - real)]
+        batch += [next(procedural) for _ in range(batch_size - num_real)]
         poses = [random_pose(rng, STRETCH) for _ in batch]
-        # no more points than the model reads: the rest would be augmented for nothing
-        parts = [cloud[rng.permutation(len(cloud))[: extractor.num_points]] for _, cloud in batch]
+        # no more points than the model reads: the rest would be augmented in vain
+        samples = [cloud[rng.permutation(len(cloud))[: extractor.num_points]] for _, cloud in batch]
         views = [
-            augment(part, rng, fewest=extractor.num_points, pose=pose) for part, pose in zip(parts, poses, strict=True)
+            augment(sample, rng, fewest=extractor.num_points, pose=pose)
+            for sample, pose in zip(samples, poses, strict=True)
         ]
-        # one random density for all, so that they need no padding
+        # one random density for the batch, so that it needs no padding
         most = min(len(view) for view in views)
         size = max(extractor.min_points, int(most * rng.uniform(0.5, 1.0))) if rng.random() < 0.5 else most
         seen = [facts(posed(record, pose)) for (record, _), pose in zip(batch, poses, strict=True)]
         prepared = np.stack([extractor.prepare(view[:size]) for view in views])
-        yield prepared, {kind: [one[kind] for one in seen] for kind in kinds}
+        yield prepared, {kind: [view_facts[kind] for view_facts in seen] for kind in kinds}
 
 
-def _things(nouns: Sequence[str], rng: np.random.Generator) -> Iterator[tuple[dict, np.ndarray]]:
-    """Without end: procedural things of these nouns, the first `PROCEDURAL` of them new."""
-    things: list[tuple[dict, np.ndarray]] = []
+def procedural_objects(nouns: Sequence[str], rng: np.random.Generator) -> Iterator[tuple[dict, np.ndarray]]:
+    """Endless procedural objects of these nouns: `PROCEDURAL_POOL` new ones, then those again at random."""
+    pool: list[tuple[dict, np.ndarray]] = []
     while True:
-        if len(things) < PROCEDURAL:
-            things.append(furniture(nouns[rng.integers(len(nouns))], rng))
-            yield things[-1]
+        if len(pool) < PROCEDURAL_POOL:
+            pool.append(procedural_object(nouns[rng.integers(len(nouns))], rng))
+            yield pool[-1]
         else:
-            yield things[rng.integers(len(things))]
+            yield pool[rng.integers(len(pool))]
 
 
 def posed(record: dict, pose: np.ndarray) -> dict:
     """The record with its sides as long as they are in another pose `[3, 3]`, see `random_pose`."""
     growth = np.linalg.norm(pose, axis=1).tolist()
-    return record | {side: record[side] * by for side, by in zip(("width", "height", "depth"), growth, strict=True)}
+    sides = ("width", "height", "depth")
+    return record | {side: record[side] * factor for side, factor in zip(sides, growth, strict=True)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pointalign.evaluation.answering import Answers, margins
-from pointalign.evaluation.naming import head_noun
+from pointalign.evaluation.naming import names_object
 from pointalign.evaluation.statistics import cluster_mean
 from pointalign.evaluation.tasks import Task, chosen
 
@@ -92,18 +92,13 @@ def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Sco
 
 
 def naming_scores(answers: Sequence[str], labels: Sequence[str]) -> Scores:
-    """Head noun: the answer's head noun is the label. Exact: the answer says the label and nothing else. Mentioned."""
-    heads = [head_noun(text) for text in answers]
+    """Head noun: the answer's head noun is the label's. Exact: the answer is the label alone. Mentioned."""
     pairs = list(zip(answers, [label.lower() for label in labels], strict=True))
     return {
-        "head noun": [float(_last_words(head, label)) for head, (_, label) in zip(heads, pairs, strict=True)],
+        "head noun": [float(names_object(text, label)) for text, label in pairs],
         "exact": [float(_bare(text) == label) for text, label in pairs],
         "mentioned": [float(f" {label} " in f" {_words(text)} ") for text, label in pairs],
     }
-
-
-def _last_words(head: str, label: str) -> bool:
-    return head == label or (" " in label and head == label.split()[-1])
 
 
 def _words(text: str) -> str:

@@ -15,7 +15,7 @@ from pointalign import storage
 from pointalign.alignment import AlignmentProjector, LayerTap
 from pointalign.evaluation import objects
 from pointalign.evaluation.answering import encode
-from pointalign.evaluation.objects import Material
+from pointalign.evaluation.objects import EncodedObjects
 from pointalign.evaluation.tables import markdown_table
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
@@ -188,7 +188,7 @@ class ProbeOptions:
     against: str | None = None
 
 
-def qformer_probes(train: Material, held_out: Material) -> dict[str, float]:
+def qformer_probes(train: EncodedObjects, held_out: EncodedObjects) -> dict[str, float]:
     """What a linear probe reads from the mean Q-Former token: all that the language model receives of a cloud."""
     return {
         name: probe_property(
@@ -219,8 +219,8 @@ def categorical(values: list) -> bool:
 def probe_layers(
     model: PointAlignForConditionalGeneration,
     processor: PointAlignProcessor,
-    train: Material,
-    held_out: Material,
+    train: EncodedObjects,
+    held_out: EncodedObjects,
     layers: list[int],
     similar: list[int],
 ) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def probe_model(name: str | None, options: ProbeOptions) -> str:
     torch.manual_seed(0)
     model, processor, weights = load(name or shipped())
     folder = Path(options.output)
-    train, held_out = objects.load(model, processor, folder / "features", options.train, options.held_out)
+    train, held_out = objects.load(model, processor, options.train, options.held_out)
     layers = spaced(options.layers, model.config.get_text_config().num_hidden_layers)
     result = {"model": Path(name or shipped()).name, "weights": weights, "data": "furniture", "versions": versions()}
     result |= probe_layers(model, processor, train, held_out, layers, layers)

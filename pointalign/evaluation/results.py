@@ -11,15 +11,9 @@ import numpy as np
 from pointalign import assets, storage
 from pointalign.evaluation import metrics, statistics
 from pointalign.evaluation.answering import Features, Generation, Journal, answer, with_input
+from pointalign.evaluation.objects import ObjectSet, annotated_objects, embedded_objects, modelnet_objects
 from pointalign.evaluation.tables import markdown_table
-from pointalign.evaluation.tasks import (
-    ObjectSet,
-    Task,
-    annotated_objects,
-    build_tasks,
-    furniture_objects,
-    modelnet_objects,
-)
+from pointalign.evaluation.tasks import Task, build_tasks
 
 
 @dataclass
@@ -67,7 +61,7 @@ class EvaluationOptions:
 
 def load_objects(options: EvaluationOptions) -> ObjectSet:
     if options.data == "furniture":
-        objects = furniture_objects(assets.furniture(), options.split)
+        objects = embedded_objects(assets.embedded_objects(), options.split)
     elif "modelnet40" in options.task:
         objects = modelnet_objects(Path(options.data))
     else:

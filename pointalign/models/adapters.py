@@ -1,9 +1,10 @@
-"""LoRA on the language model and the Q-Former: put on, or kept in a file of its own beside the weights.
+"""LoRA on the language model and the Q-Former: added to a model, or stored in a file beside the weights.
 
-The adapters' file is apart so that the weights can be loaded in any precision, 4-bit included, before peft wraps them.
+The file is separate so that the weights can be loaded in any precision, 4-bit included, before peft wraps them.
 Loading is all or nothing: without its adapters a model trained with them answers garbage.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +13,77 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
+from pointalign.models.phi import PointAlignPhiForCausalLM
+
 ADAPTER_FILE = "adapters.safetensors"
+
+LLM = "model.language_model."  # how the names of the language model's weights begin
+QFORMER = "model.qformer."
+
+# The published adapters. The Q-Former's alpha is always twice its rank.
+LLM_TARGETS = ["query_key_value", "dense"]
+QFORMER_TARGETS = ["query", "key", "value"]
+LLM_ALPHA, LLM_DROPOUT, QFORMER_DROPOUT = 16, 0.05, 0.1
+
+QFORMER_NORM = re.compile(r"encoder\.layer\.\d+\.((cross)?attention\.output|output_query)\.LayerNorm\.weight$")
+
+
+def is_llm_norm(name: str) -> bool:
+    """Whether a weight of the model is a norm of the language model that trains beside its adapters."""
+    norms = PointAlignPhiForCausalLM.trained_norms
+    return name.startswith(LLM) and name.endswith(tuple(f"{norm}.weight" for norm in norms))
+
+
+def is_qformer_norm(name: str) -> bool:
+    """Whether a weight is a norm of the Q-Former that trains beside its adapters: 30 in the published size."""
+    return name.startswith(QFORMER) and QFORMER_NORM.search(name) is not None
 
 
 def add(model: nn.Module, part: str, **options: Any) -> None:
-    """Wrap the linear maps of `model.model.<part>` in LoRA, by the arguments of `peft.LoraConfig`."""
+    """Wrap linear layers of `model.model.<part>` in LoRA; `options` are the arguments of `peft.LoraConfig`."""
     from peft import LoraConfig, inject_adapter_in_model
 
     adapted = getattr(model.model, part)
     inject_adapter_in_model(LoraConfig(**options), adapted)
-    adapted.train(adapted.training)  # peft's new layers start in training mode, their dropout on
+    adapted.train(adapted.training)  # peft leaves its new layers in training mode, with dropout
     model.config.adapters = (model.config.adapters or {}) | {part: options}  # pyright: ignore[reportOperatorIssue]
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors alone."""
     return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under the names that they have without adapters."""
+    """All other tensors, under the names that they have in a model without adapters."""
     tensors = model.state_dict().items()
     return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors if ".lora_" not in name}
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    save_file({name: one.contiguous() for name, one in state(model).items()}, Path(folder) / ADAPTER_FILE)
+    """Write the adapters' tensors to `ADAPTER_FILE` in the folder."""
+    save_file({name: tensor.contiguous() for name, tensor in state(model).items()}, Path(folder) / ADAPTER_FILE)
 
 
 def load(model: nn.Module, folder: str | Path) -> None:
-    """Put the adapters of `model.config.adapters` on and fill them from the folder's file, in fp32.
+    """Add the adapters that `model.config.adapters` describes and fill them from the folder's file, in fp32.
 
     Raises:
-        ValueError: a key is missing, unexpected, or of another shape.
-        OSError: there is no such file.
+        ValueError: a tensor is missing, unexpected, or of another shape.
+        OSError: the folder has no such file.
     """
     for part, options in model.config.adapters.items():
         add(model, part, **options)
     path = cached_file(str(folder), ADAPTER_FILE)
-    values, own = load_file(path), {name: one for name, one in model.named_parameters() if ".lora_" in name}
-    wrong = [name for name in own if name in values and own[name].shape != values[name].shape]
-    if values.keys() != own.keys() or wrong:
+    stored = load_file(path)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    misshapen = [name for name in parameters if name in stored and parameters[name].shape != stored[name].shape]
+    if stored.keys() != parameters.keys() or misshapen:
         raise ValueError(
-            f"{path} does not fit this model: missing {sorted(own.keys() - values.keys())[:3]}, "
-            f"unexpected {sorted(values.keys() - own.keys())[:3]}, of another shape {wrong[:3]}"
+            f"{path} does not fit this model: missing {sorted(parameters.keys() - stored.keys())[:3]}, "
+            f"unexpected {sorted(stored.keys() - parameters.keys())[:3]}, of another shape {misshapen[:3]}; "
+            "take the file and config.json from the same folder"
         )
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.data = values[name].to(parameter.device, torch.float32)
+        for name, parameter in parameters.items():
+            parameter.data = stored[name].to(parameter.device, torch.float32)

@@ -1,4 +1,4 @@
-"""Configurations: the point encoder, the whole model, and the two presets."""
+"""Configurations of the point encoder and of the model, and the two presets of their sizes."""
 
 from typing import Any, ClassVar
 
@@ -12,12 +12,14 @@ class PointBertConfig(PreTrainedConfig):
 
     Args:
         in_channels: xyz and features per point.
-        num_points: the most points of a cloud that the encoder is given; larger clouds are subsampled for it.
+        num_points: larger clouds are subsampled to this many points before they are encoded.
         num_groups: G, centres chosen by farthest-point sampling.
-        num_training_groups: of them, the first so many are enough while the encoder itself trains: they lie as far
-            apart as they can, and a step costs less. None for all.
+        num_training_groups: while the encoder trains, use only the first so many centres, which lie as far apart as
+            they can: a step costs less. None for all.
         group_size: k, nearest neighbours per centre.
-        group_dim: width of the mini-PointNet's output per group.
+        group_dim: width of the mini-PointNet's output per group (`encoder_dims` of the published code).
+        pointnet_width: width of the mini-PointNet between its two halves. None for `group_dim`, to which it is equal
+            in the published encoder.
         hidden_size: width of the tokens.
     """
 
@@ -30,6 +32,7 @@ class PointBertConfig(PreTrainedConfig):
     num_training_groups: int | None = None
     group_size: int = 32
     group_dim: int = 256
+    pointnet_width: int | None = None
     hidden_size: int = 384
     num_hidden_layers: int = 12
     num_attention_heads: int = 6
@@ -45,14 +48,14 @@ class PointAlignConfig(PreTrainedConfig):
         text_config: configuration of the language model, of any `model_type` that AutoModelForCausalLM knows.
         point_config: configuration of the point encoder; its `hidden_size` is the width of the tokens.
         qformer_config: `Blip2QFormerConfig`; `encoder_hidden_size` is the output width of the point MLP.
-        point_token_id: the id that fills the places of point tokens. Only `point_mask` says which places those are,
-            so any id of the vocabulary serves and the embedding matrix keeps its size.
+        point_token_id: the id written at the places of point tokens. `point_mask` alone says which places those are,
+            so any id of the vocabulary will do and the embedding matrix stays as large as it is.
         num_query_tokens: Q, point tokens per cloud.
-        projector_hidden_size: width between the two linear maps of the modality projector.
-        num_query_experts: sets of queries in place of one, 0 for none; `query_routing` and `query_top_k` as in
-            `QueryExperts`.
-        adapters: LoRA that is kept apart from the weights it adapts: arguments of `peft.LoraConfig` for
-            `language_model` and `qformer`. None for neither.
+        projector_hidden_size: width between the two linear layers of the modality projector.
+        num_query_experts: sets of queries between which a router chooses, 0 for a single set without a router;
+            `query_routing` and `query_top_k` as in `QueryExperts`.
+        adapters: LoRA stored beside the weights, not in them: arguments of `peft.LoraConfig` by part
+            (`language_model`, `qformer`). None for no adapters.
     """
 
     model_type = "pointalign"
@@ -84,17 +87,22 @@ class PointAlignConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         attention = self.text_config._attn_implementation
         super().__post_init__(**kwargs)
-        # The base class hands its own choice, at first None, to all parts. A language model built before shares this
-        # configuration, and without an attention implementation it would lose its causal mask.
+        # The base class sets its attention implementation, None at this point, in all parts. A language model that
+        # exists already shares `text_config`, and without an attention implementation it would lose its causal mask.
         if "attn_implementation" not in kwargs:
             self.text_config._attn_implementation = attention
 
     @classmethod
     def from_preset(cls, preset: str, text_config: PreTrainedConfig, **overrides: Any) -> "PointAlignConfig":
-        """Sizes of a preset around a language model.
+        """A configuration with the sizes of a preset in front of a language model.
 
         Args:
             preset: `minigpt3d-phi2` (the paper's sizes) or `mini` (the embedded model's).
+            text_config: of the language model.
+            overrides: other values for arguments of this class.
+
+        Raises:
+            ValueError: an unknown preset.
         """
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}")
@@ -116,7 +124,7 @@ def _sub_config(value: dict | PreTrainedConfig | None, default: PreTrainedConfig
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "minigpt3d-phi2": {"model": {}, "point_config": {}, "qformer_config": {}},
     "mini": {
-        # Narrow layers with BERT's initial weights, 0.02, pass on next to nothing; 0.07 keeps the variance.
+        # In layers this narrow BERT's initial standard deviation, 0.02, makes activations vanish; 0.07 keeps them.
         "model": {"projector_hidden_size": 384, "initializer_range": 0.07},
         "point_config": {
             "num_points": 1024,  # 64 groups of 32 then cover the surface twice

@@ -1,7 +1,8 @@
-"""PointAlign: clouds become Q-Former tokens, which stand among the words that a causal language model reads.
+"""PointAlign: clouds become Q-Former tokens, which a causal language model reads among the tokens of the text.
 
-Shape legend: B rows of text, T tokens per row, C clouds in the whole batch (row by row, in reading order), N points,
-Q query tokens per cloud, H width of the language model.
+Shape legend: B rows of text, T tokens per row; C clouds of all rows, row by row in reading order; N points of F
+features beside xyz; T' tokens of width D from the point encoder; Q query tokens per cloud of width Dq from the
+Q-Former; H width of the language model.
 """
 
 from copy import deepcopy
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pointalign.models import adapters
 from pointalign.models.configuration import PointAlignConfig
@@ -24,10 +25,10 @@ POINT_INPUTS = ("point_values", "point_lengths", "point_mask", "query_features",
 
 @dataclass
 class PointFeatures:
-    """What `encode_point_clouds` returns, one entry a stage.
+    """The clouds' tokens after each stage of the point branch.
 
     Attributes:
-        encoder: `[C, T', D]` tokens of the point encoder.
+        encoder: `[C, T', D]` tokens of the point encoder; None where Q-Former features were given in their place.
         qformer: `[C, Q, Dq]` tokens of the Q-Former, the default target of the alignment loss.
         projected: `[C, Q, H]` tokens in the language model's space.
     """
@@ -39,12 +40,14 @@ class PointFeatures:
 
 @dataclass
 class PointAlignOutput(CausalLMOutputWithPast):
-    """A causal language model's output and the point features that went into it."""
+    """A causal language model's output and the point features that it read."""
 
     point_features: PointFeatures | None = None
 
 
 class PointAlignPreTrainedModel(PreTrainedModel):
+    """What both models below declare to transformers."""
+
     config_class = PointAlignConfig
     config: PointAlignConfig
     base_model_prefix = "model"
@@ -56,19 +59,14 @@ class PointAlignPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ("past_key_values",)
-    # Sampling and neighbours are exact in fp32 only, and the alignment target should not move with the LLM's dtype.
+    # Sampling and neighbours are exact in fp32 only, and the alignment target must not depend on the LLM's dtype.
     _keep_in_fp32_modules_strict: ClassVar = {
-        "point_encoder",
-        "point_mlp",
-        "query_tokens",
-        "query_experts",
-        "qformer",
-        "modality_projector",
-    }
+        "point_encoder", "point_mlp", "query_tokens", "query_experts", "qformer", "modality_projector",
+    }  # fmt: skip
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the language model, and so what `save_pretrained` records: the point branch is fp32 beside any."""
+        """The language model's, which `save_pretrained` records; the point branch is always fp32."""
         return self.base_model.language_model.dtype
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -80,7 +78,7 @@ class PointAlignPreTrainedModel(PreTrainedModel):
 
 
 class PointAlignModel(PointAlignPreTrainedModel):
-    """The point branch and the language model; the language model keeps its own head."""
+    """The point branch and a language model with its head."""
 
     def __init__(self, config: PointAlignConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
@@ -103,7 +101,7 @@ class PointAlignModel(PointAlignPreTrainedModel):
         self.post_init()
 
     def add_query_experts(self, num_experts: int, routing: str = "sparse", top_k: int = 2) -> None:
-        """Replace the queries by experts that start as copies of them, and a new router."""
+        """Replace the queries by experts, which start as copies of them, and a new router."""
         width = self.config.point_config.hidden_size
         with self.query_tokens.device:
             self.query_experts = QueryExperts(self.query_tokens, num_experts, width, routing, top_k)
@@ -112,7 +110,7 @@ class PointAlignModel(PointAlignPreTrainedModel):
         self.route_queries(routing, top_k)
 
     def route_queries(self, routing: str, top_k: int) -> None:
-        """Weigh the query experts in another way, see `QueryExperts`."""
+        """Change how the router weighs the query experts, see `QueryExperts`."""
         assert self.query_experts is not None
         self.query_experts.routing, self.query_experts.top_k = routing, top_k
         self.config.query_routing, self.config.query_top_k = routing, top_k
@@ -132,8 +130,8 @@ class PointAlignModel(PointAlignPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any) -> Any:
-        """Also from a folder of the whole model, whose names begin with `model.`."""
-        # Left to itself, transformers takes `model.language_model.model` for an old name and finds no language model.
+        """As in transformers; also from a folder of the class below, whose names begin with `model.`."""
+        # Without the mapping transformers takes `model.language_model.model` for an old name and loses those weights.
         kwargs["key_mapping"] = {r"^model\.": ""} | (kwargs.get("key_mapping") or {})
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -144,9 +142,9 @@ class PointAlignModel(PointAlignPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_encoder_tokens(self, point_values: Tensor, point_lengths: Tensor | None = None) -> Tensor:
-        """Tokens `[C, T', D]` of clouds `[C, N, 3 + F]`; `point_lengths [C]` says how many points of each are real.
+        """Tokens `[C, T', D]` of clouds `[C, N, 3 + F]`, of which `point_lengths [C]` points are real.
 
-        Clouds of unequal size are encoded size by size, so that padding can never be seen by the encoder.
+        Clouds of the same size are encoded together, without their padding.
         """
         weight = next(self.point_encoder.parameters(), None)
         if weight is not None:
@@ -154,17 +152,13 @@ class PointAlignModel(PointAlignPreTrainedModel):
         if point_lengths is None or bool((point_lengths == point_values.shape[1]).all()):
             return self.point_encoder(point_values)
         lengths = point_lengths.tolist()
-        places, tokens = [], []
+        encoded, tokens = [], []
         for length in sorted(set(lengths)):
-            rows = [row for row, other in enumerate(lengths) if other == length]
-            places += rows
-            tokens.append(self.point_encoder(point_values[rows, :length]))
-        order = torch.tensor(places, device=point_values.device).argsort()
+            clouds = [cloud for cloud, other in enumerate(lengths) if other == length]
+            encoded += clouds
+            tokens.append(self.point_encoder(point_values[clouds, :length]))
+        order = torch.tensor(encoded, device=point_values.device).argsort()
         return torch.cat(tokens)[order]
-
-    def get_qformer_features(self, point_values: Tensor, point_lengths: Tensor | None = None) -> Tensor:
-        """Q-Former tokens `[C, Q, Dq]` of clouds `[C, N, 3 + F]`."""
-        return self.query(self.get_encoder_tokens(point_values, point_lengths))
 
     def query(self, tokens: Tensor) -> Tensor:
         """Q-Former tokens `[C, Q, Dq]` of encoder tokens `[C, T', D]`."""
@@ -178,23 +172,16 @@ class PointAlignModel(PointAlignPreTrainedModel):
         return torch.einsum("ckqd,ck->cqd", outputs.unflatten(0, queries.shape[:2]), weights.to(outputs))
 
     def encode_point_clouds(self, points: Tensor, point_lengths: Tensor | None = None) -> PointFeatures:
-        """Every stage of the point branch for clouds `[C, N, 3 + F]`, normalised as the feature extractor does."""
+        """The tokens of clouds `[C, N, 3 + F]`, normalised as the feature extractor does, after each stage."""
         tokens = self.get_encoder_tokens(points, point_lengths)
         qformer = self.query(tokens)
         return PointFeatures(encoder=tokens, qformer=qformer, projected=self.modality_projector(qformer))
 
-    def get_point_features(
-        self, point_values: Tensor, point_lengths: Tensor | None = None
-    ) -> BaseModelOutputWithPooling:
-        """`last_hidden_state [C, Q, Dq]` from the Q-Former, `pooler_output [C, Q, H]` in the LLM's space."""
-        features = self.encode_point_clouds(point_values, point_lengths)
-        return BaseModelOutputWithPooling(last_hidden_state=features.qformer, pooler_output=features.projected)
-
     def get_placeholder_mask(self, input_ids: Tensor, point_mask: Tensor | None, num_clouds: int) -> Tensor:
-        """`point_mask [B, T]`, checked: it must offer exactly Q places per cloud."""
+        """`point_mask [B, T]` as bool. Raises: ValueError: it is missing or has not exactly Q places per cloud."""
         expected = num_clouds * self.config.num_query_tokens
         if point_mask is None:
-            raise ValueError("clouds came without `point_mask`, which says where their tokens belong")
+            raise ValueError("expected `point_mask` beside the clouds: it says where their tokens belong")
         point_mask = point_mask.bool()
         if point_mask.shape != input_ids.shape or int(point_mask.sum()) != expected:
             raise ValueError(
@@ -210,18 +197,23 @@ class PointAlignModel(PointAlignPreTrainedModel):
 
     def embed(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         point_values: Tensor | None = None,
         point_lengths: Tensor | None = None,
         point_mask: Tensor | None = None,
         query_features: Tensor | None = None,
         encoder_tokens: Tensor | None = None,
     ) -> tuple[Tensor, PointFeatures | None]:
-        """Input embeddings `[B, T, H]` with the clouds' tokens in place, and the features they were made of."""
+        """Input embeddings `[B, T, H]` with the clouds' tokens at their places, and the clouds' features.
+
+        Arguments of `PointAlignForConditionalGeneration`. Raises: ValueError: clouds and places do not match.
+        """
+        if input_ids is None:
+            raise ValueError("expected either input_ids or inputs_embeds, got neither")
         inputs_embeds = self.get_input_embeddings()(input_ids)
         if point_values is None and query_features is None:
             if point_mask is not None and bool(point_mask.any()):
-                raise ValueError("`point_mask` marks places for point tokens, but no clouds were given")
+                raise ValueError("`point_mask` has places for point tokens: expected point_values or query_features")
             return inputs_embeds, None
         if query_features is not None:
             query_features = query_features.to(self.modality_projector[0].weight.dtype)
@@ -246,7 +238,6 @@ class PointAlignModel(PointAlignPreTrainedModel):
     ):
         """Hidden states of the language model, without its head; arguments of `PointAlignForConditionalGeneration`."""
         if inputs_embeds is None:
-            assert input_ids is not None, "either `input_ids` or `inputs_embeds` is needed"
             inputs_embeds, _ = self.embed(input_ids, point_values, point_lengths, point_mask, query_features)
         return self.language_model.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
@@ -256,10 +247,10 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
 
     Inputs beside those of the language model:
         point_values: `[C, N, 3 + F]` clouds, centred and scaled to the unit sphere, colours in 0..1.
-        point_lengths: `[C]` real points per cloud, where they differ.
+        point_lengths: `[C]` real points of each cloud; None where all are.
         point_mask: `[B, T]`, true at the Q places of every cloud.
-        query_features: `[C, Q, Dq]` Q-Former outputs computed earlier, in place of `point_values`.
-        encoder_tokens: `[C, T', D]` beside them, where the alignment loss compares with the encoder.
+        query_features: `[C, Q, Dq]` outputs of the Q-Former that replace `point_values`.
+        encoder_tokens: `[C, T', D]` beside `query_features`, where the alignment loss compares with the encoder.
     """
 
     def __init__(self, config: PointAlignConfig, language_model: PreTrainedModel | None = None):
@@ -269,8 +260,8 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
 
     @classmethod
     def from_language_model(cls, language_model: PreTrainedModel, preset: str, **overrides: Any):
-        """A new point branch, drawn from the global generator, in front of a language model that is kept as it is."""
-        # A copy: a new outer configuration resets what its parts had chosen, the attention implementation among it.
+        """A new point branch with a preset's sizes, drawn from torch's global generator, for an existing LLM."""
+        # A copy: a new outer configuration resets choices of its parts, such as the attention implementation.
         config = PointAlignConfig.from_preset(preset, deepcopy(language_model.config), **overrides)
         model = cls(config, language_model)
         if language_model.can_generate():
@@ -279,11 +270,12 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but all or nothing; adapters that the folder keeps apart are put on.
+        """As in transformers, but all weights or an error; the folder's adapters are added.
 
-        Raises: ValueError: weights are missing, unexpected or of another shape.
+        Raises:
+            ValueError: weights are missing, unexpected or of another shape.
         """
-        wanted = kwargs.pop("output_loading_info", False)
+        with_info = kwargs.pop("output_loading_info", False)
         folder = pretrained_model_name_or_path
         model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         problems = [
@@ -293,9 +285,10 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
             raise ValueError(f"{folder} does not fit its model ({len(problems)} problems): {', '.join(problems[:5])}")
         if model.config.adapters:
             adapters.load(model, folder)
-        return (model, info) if wanted else model
+        return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; adapters are written to a separate file."""
         if self.config.adapters:
             kwargs["state_dict"] = adapters.base_state(self)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -317,11 +310,9 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
     def encode_point_clouds(self, points: Tensor, point_lengths: Tensor | None = None) -> PointFeatures:
         return self.model.encode_point_clouds(points, point_lengths)
 
-    def get_point_features(self, point_values: Tensor, point_lengths: Tensor | None = None):
-        return self.model.get_point_features(point_values, point_lengths)
-
     def get_qformer_features(self, point_values: Tensor, point_lengths: Tensor | None = None) -> Tensor:
-        return self.model.get_qformer_features(point_values, point_lengths)
+        """Q-Former tokens `[C, Q, Dq]` of clouds `[C, N, 3 + F]`."""
+        return self.model.query(self.model.get_encoder_tokens(point_values, point_lengths))
 
     def forward(
         self,
@@ -338,7 +329,6 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
     ) -> PointAlignOutput:
         features = None
         if inputs_embeds is None:
-            assert input_ids is not None, "either `input_ids` or `inputs_embeds` is needed"
             inputs_embeds, features = self.model.embed(
                 input_ids, point_values, point_lengths, point_mask, query_features, encoder_tokens
             )
@@ -372,7 +362,7 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Next-token loss from the rows that carry a label only: most places of a sample are cloud or question."""
+        """Next-token loss; scores only the rows with a label, since most places are cloud or question."""
         decoder = self.model.language_model.get_decoder()
         hidden = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs).last_hidden_state
         following = labels[:, 1:]
@@ -388,15 +378,15 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
     def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in POINT_INPUTS:  # the cache already holds the clouds
+            for name in POINT_INPUTS:  # the clouds are in the cache
                 inputs.pop(name, None)
         elif inputs.get("point_mask") is not None:
-            grown = input_ids.shape[1] - inputs["point_mask"].shape[1]  # without a cache the text is read again
-            inputs["point_mask"] = nn.functional.pad(inputs["point_mask"], (0, grown))
+            new_tokens = input_ids.shape[1] - inputs["point_mask"].shape[1]  # without a cache all text is read again
+            inputs["point_mask"] = nn.functional.pad(inputs["point_mask"], (0, new_tokens))
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids: Tensor | None = None, **kwargs: Any):
-        """Beams copy a row of text, so they must copy exactly that row's clouds, next to it."""
+        """Beams copy each row of text; the copies of a row's clouds must follow in the same order."""
         clouds = {name: kwargs.pop(name) for name in POINT_INPUTS if name != "point_mask" and name in kwargs}
         if expand_size > 1 and kwargs.get("point_mask") is not None:
             counts = kwargs["point_mask"].sum(dim=1).div(self.config.num_query_tokens, rounding_mode="floor").tolist()

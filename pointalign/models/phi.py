@@ -1,8 +1,8 @@
-"""Phi-2 as the published checkpoints know it: a fused query-key-value projection and three more norms.
+"""Phi-2 as the published checkpoints use it: a single query-key-value projection and three more norms.
 
-Beside stock Phi, q and k pass a LayerNorm per head before the rotary embedding, and the attention output passes an
-RMSNorm before it joins the residual: `h = x + RMS(Attn(LN x)) + MLP(LN x)` (TinyGPT-V, MiniGPT-3D). One linear map
-makes q, k and v, so that an adapter on it has one A for all three, as the published adapters have.
+Other than in stock Phi, q and k pass a LayerNorm per head before the rotary embedding, and the attention output passes
+an RMSNorm before it is added to the residual: `h = x + RMS(Attn(LN x)) + MLP(LN x)` (TinyGPT-V, MiniGPT-3D). A single
+linear layer computes q, k and v, so that an adapter on it has one A for all three, as the published adapters have.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class PointAlignPhiConfig(PhiConfig):
 
 
 class Fp32LayerNorm(nn.LayerNorm):
-    """Computed in fp32, returned in the input's dtype: its weights train, half precision would round their steps."""
+    """Computes in fp32, returns the dtype of the input: its weights train, half precision would round updates away."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
@@ -47,22 +47,22 @@ class Fp32LayerNorm(nn.LayerNorm):
 
 
 class Fp32RMSNorm(nn.RMSNorm):
-    """As `Fp32LayerNorm`."""
+    """Computes in fp32 and returns the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-class FusedPhiAttention(PhiAttention):
-    """Rows of `query_key_value` lie as published: per head, q then k then v (`[heads, 3, head_dim]`)."""
+class JoinedPhiAttention(PhiAttention):
+    """Phi's attention with the layer `query_key_value`, whose rows are ordered as published: `[heads, 3, head_dim]`."""
 
     def __init__(self, config: PointAlignPhiConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         del self.q_proj, self.k_proj, self.v_proj
         if config.num_key_value_heads != config.num_attention_heads:
             raise ValueError(
-                f"the fused projection has as many key-value heads as heads, got {config.num_key_value_heads} "
-                f"of {config.num_attention_heads}"
+                f"query_key_value needs as many key-value heads as heads: expected {config.num_attention_heads} "
+                f"num_key_value_heads, got {config.num_key_value_heads}"
             )
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.num_attention_heads * self.head_dim)
         self.q_layernorm = Fp32LayerNorm(self.head_dim, eps=config.layer_norm_eps)
@@ -77,14 +77,14 @@ class FusedPhiAttention(PhiAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        fused = self.query_key_value(hidden_states).unflatten(-1, (-1, 3, self.head_dim))
-        query, key, value = (one.transpose(1, 2) for one in fused.unbind(dim=-2))  # [B, heads, T, head_dim]
+        joined = self.query_key_value(hidden_states).unflatten(-1, (-1, 3, self.head_dim))
+        query, key, value = (part.transpose(1, 2) for part in joined.unbind(dim=-2))  # [B, heads, T, head_dim]
         query, key = self.q_layernorm(query), self.k_layernorm(key)
         cos, sin = position_embeddings
-        size = self.rotary_ndims
-        rotated = apply_rotary_pos_emb(query[..., :size], key[..., :size], cos, sin)
-        query = torch.cat((rotated[0], query[..., size:]), dim=-1)
-        key = torch.cat((rotated[1], key[..., size:]), dim=-1)
+        turned = self.rotary_ndims  # the first dimensions of a head turn, the others stay
+        rotated = apply_rotary_pos_emb(query[..., :turned], key[..., :turned], cos, sin)
+        query = torch.cat((rotated[0], query[..., turned:]), dim=-1)
+        key = torch.cat((rotated[1], key[..., turned:]), dim=-1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -99,17 +99,17 @@ class FusedPhiAttention(PhiAttention):
 
 
 class PointAlignPhiForCausalLM(PhiForCausalLM):
-    """Stock Phi with another attention module in every layer."""
+    """Stock Phi with `JoinedPhiAttention` in every layer and norms that compute in fp32."""
 
     config_class = PointAlignPhiConfig
-    # The weights (not the biases) of these train beside the adapters, so a stage hands them on.
+    # The weights (not the biases) of these norms train beside the adapters, so a stage file holds them.
     trained_norms = ("q_layernorm", "k_layernorm", "post_layernorm", "input_layernorm", "final_layernorm")
     _keep_in_fp32_modules_strict: ClassVar = set(trained_norms)
 
     def __init__(self, config: PointAlignPhiConfig):
         super().__init__(config)
         for index, layer in enumerate(self.model.layers):
-            layer.self_attn = FusedPhiAttention(config, index)
+            layer.self_attn = JoinedPhiAttention(config, index)
             layer.input_layernorm = Fp32LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.model.final_layernorm = Fp32LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()

@@ -16,13 +16,16 @@ from pointalign_kernels import farthest_point_sample, group_points
 
 
 class FoldedPointNet(NamedTuple):
-    """Weights of a mini-PointNet in eval mode; `forward` maps groups `[B, G, k, C]` to `[B, G, d]`."""
+    """Weights of a mini-PointNet in evaluation mode, BatchNorms folded into them; w is its inner width.
 
-    first: tuple[Tensor, Tensor]  # C -> d/2 with its BatchNorm
-    lift: tuple[Tensor, Tensor]  # d/2 -> d
-    shared: tuple[Tensor, Tensor]  # d -> 2d, once per group: the global half, with the bias and the BatchNorm
-    local: Tensor  # [2d, d], once per point
-    last: tuple[Tensor, Tensor]  # 2d -> d
+    Every pair is the weight `[out, in]` and the bias `[out]` of a linear layer.
+    """
+
+    first: tuple[Tensor, Tensor]  # C -> w/2 with its BatchNorm
+    lift: tuple[Tensor, Tensor]  # w/2 -> w
+    shared: tuple[Tensor, Tensor]  # w -> 2w, once per group: the global half, with the bias and the BatchNorm
+    local: Tensor  # [2w, w], once per point
+    last: tuple[Tensor, Tensor]  # 2w -> d
 
     def forward(self, groups: Tensor) -> Tensor:
         """Per-group features.
@@ -37,14 +40,15 @@ class FoldedPointNet(NamedTuple):
         points = groups.reshape(-1, channels)  # [B * G * k, C]
         features = functional.linear(functional.linear(points, *self.first).relu_(), *self.lift)
         features = features.view(batch * num_groups, neighbours, features.shape[-1])
-        shared = functional.linear(features.amax(dim=1), *self.shared)  # [B * G, 2d]
+        shared = functional.linear(features.amax(dim=1), *self.shared)  # [B * G, 2w]
         hidden = functional.linear(features, self.local).add_(shared[:, None]).relu_()
         # The maximum commutes with the bias: it is added once per group.
         weight, bias = self.last
         return (functional.linear(hidden, weight).amax(dim=1) + bias).view(batch, num_groups, len(bias))
 
 
-def _linear(convolution: nn.Conv1d) -> tuple[Tensor, Tensor]:
+def _as_linear(convolution: nn.Conv1d) -> tuple[Tensor, Tensor]:
+    """Weight `[out, in]` and bias of a 1x1 convolution, copied."""
     weight = convolution.weight[..., 0].clone()
     return weight, torch.zeros_like(weight[:, 0]) if convolution.bias is None else convolution.bias.clone()
 
@@ -52,8 +56,8 @@ def _linear(convolution: nn.Conv1d) -> tuple[Tensor, Tensor]:
 def _folded(convolution: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     """The weight `[out, in]` and bias of a 1x1 convolution followed by a BatchNorm in eval mode, folded in fp64."""
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("the BatchNorm keeps no running statistics: there is nothing to fold")
-    weight, bias = (tensor.double() for tensor in _linear(convolution))
+        raise ValueError("a BatchNorm with no running statistics cannot be folded: expected track_running_stats")
+    weight, bias = (tensor.double() for tensor in _as_linear(convolution))
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     shift = torch.zeros_like(scale)
     if norm.affine:
@@ -62,76 +66,91 @@ def _folded(convolution: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tenso
     return (weight * scale[:, None]).to(dtype), ((bias - norm.running_mean.double()) * scale + shift).to(dtype)
 
 
-def _parts(name: str, block: nn.Sequential) -> tuple[nn.Conv1d, nn.BatchNorm1d, nn.Conv1d]:
+def _checked_layers(name: str, block: nn.Sequential) -> tuple[nn.Conv1d, nn.BatchNorm1d, nn.Conv1d]:
+    """The layers of `first_conv` or `second_conv` but for the activation. Raises: ValueError: built otherwise."""
     if len(block) == 4:
         first, norm, activation, last = block
         if isinstance(first, nn.Conv1d) and isinstance(norm, nn.BatchNorm1d) and isinstance(last, nn.Conv1d):
             if isinstance(activation, nn.ReLU):
                 if block.training or norm.training:
-                    raise ValueError(f"{name} is in training mode: call eval() before folding")
+                    raise ValueError(f"{name}: expected a module in evaluation mode, call eval() before folding")
                 return first, norm, last
     raise ValueError(f"{name}: expected Conv1d, BatchNorm1d, ReLU, Conv1d, got {block}")
 
 
 @torch.no_grad()
 def fold_pointnet(first_conv: nn.Sequential, second_conv: nn.Sequential) -> FoldedPointNet:
-    """Folds a mini-PointNet that is frozen and in eval mode.
+    """Folds the BatchNorms of a frozen mini-PointNet into its weights; w is its inner width, d its output width.
 
     Args:
-        first_conv: `Conv1d(C, d/2, 1), BatchNorm1d, ReLU, Conv1d(d/2, d, 1)`.
-        second_conv: `Conv1d(2d, 2d, 1), BatchNorm1d, ReLU, Conv1d(2d, d, 1)`, applied to `[global, local]`.
+        first_conv: `Conv1d(C, w/2, 1), BatchNorm1d, ReLU, Conv1d(w/2, w, 1)`, in evaluation mode.
+        second_conv: `Conv1d(2w, 2w, 1), BatchNorm1d, ReLU, Conv1d(2w, d, 1)`, applied to `[global, local]`.
 
     Returns:
         Weights of the same dtype and device, equal to the plain module within fp32 rounding. They are copies: fold
         again after the module changes or moves.
 
     Raises:
-        ValueError: a module is built otherwise, is in training mode (its BatchNorm would use the batch) or keeps no
-            statistics.
+        ValueError: a module is built otherwise, is in training mode (its BatchNorm would use the batch) or has no
+            running statistics.
     """
-    first, first_norm, lift = _parts("first_conv", first_conv)
-    second, second_norm, last = _parts("second_conv", second_conv)
+    first, first_norm, lift = _checked_layers("first_conv", first_conv)
+    second, second_norm, last = _checked_layers("second_conv", second_conv)
     weight, bias = _folded(second, second_norm)
     width = weight.shape[1] // 2
     return FoldedPointNet(
         first=_folded(first, first_norm),
-        lift=_linear(lift),
+        lift=_as_linear(lift),
         shared=(weight[:, :width].contiguous(), bias),
         local=weight[:, width:].contiguous(),
-        last=_linear(last),
+        last=_as_linear(last),
     )
 
 
 class MiniPointNet(nn.Module):
-    """One vector per group: shared point-wise convolutions and two maxima. `[B, G, k, C] -> [B, G, dim]`"""
+    """A vector per group, `[B, G, k, C] -> [B, G, d]`, by point-wise convolutions and two maxima over the points.
 
-    def __init__(self, in_channels: int, dim: int):
+    Args:
+        in_channels: C.
+        width: w, between the two halves.
+        out_channels: d; None for w.
+    """
+
+    def __init__(self, in_channels: int, width: int, out_channels: int | None = None):
         super().__init__()
+        half, double = width // 2, 2 * width
         self.first_conv = nn.Sequential(
-            nn.Conv1d(in_channels, dim // 2, 1), nn.BatchNorm1d(dim // 2), nn.ReLU(), nn.Conv1d(dim // 2, dim, 1)
+            nn.Conv1d(in_channels, half, 1), nn.BatchNorm1d(half), nn.ReLU(), nn.Conv1d(half, width, 1)
         )
         self.second_conv = nn.Sequential(
-            nn.Conv1d(2 * dim, 2 * dim, 1), nn.BatchNorm1d(2 * dim), nn.ReLU(), nn.Conv1d(2 * dim, dim, 1)
+            nn.Conv1d(double, double, 1),
+            nn.BatchNorm1d(double),
+            nn.ReLU(),
+            nn.Conv1d(double, out_channels or width, 1),
         )
 
     def forward(self, groups: Tensor) -> Tensor:
-        """The convolutions as matrix products over all points at once; the second one splits `[global, local]` in two,
-        so that its global half runs once per group and nothing is concatenated. All biases but the first are added once
-        per group too, so that their gradients are sums over groups and not over points. A frozen one is folded further.
+        """`[B, G, k, C] -> [B, G, d]`.
+
+        The convolutions are matrix products over all points at once. The published module concatenates the group's
+        maximum to every point before `second_conv`; here the global half of that product runs once per group and
+        nothing is concatenated. All biases but the first are added once per group too, so that their gradients are
+        sums over groups, not over points. A frozen module in evaluation mode runs with its BatchNorms folded.
         """
-        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
-        if not self.training and not learns:
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        if not self.training and not trains:
             return fold_pointnet(self.first_conv, self.second_conv).forward(groups)
         batch, num_groups, size, channels = groups.shape
         first, norm, act, second = self.first_conv
         x = act(norm(functional.linear(groups.reshape(-1, channels), first.weight[..., 0], first.bias)))
-        local = functional.linear(x, second.weight[..., 0])  # [B G k, dim], without its bias
+        local = functional.linear(x, second.weight[..., 0])  # [B G k, w], without its bias
         bias: Tensor = second.bias  # type: ignore[assignment]
-        whole = local.view(batch * num_groups, size, -1).amax(dim=1) + bias  # [B G, dim]
+        maximum = local.view(batch * num_groups, size, -1).amax(dim=1) + bias  # [B G, w]
         first, norm, act, second = self.second_conv
-        for_whole, for_local = first.weight[..., 0].chunk(2, dim=1)
-        x = functional.linear(local, for_local).view(batch * num_groups, size, -1)
-        x = x + (functional.linear(whole, for_whole, first.bias) + functional.linear(bias, for_local))[:, None]
+        global_weight, local_weight = first.weight[..., 0].chunk(2, dim=1)
+        x = functional.linear(local, local_weight).view(batch * num_groups, size, -1)
+        per_group = functional.linear(maximum, global_weight, first.bias) + functional.linear(bias, local_weight)
+        x = x + per_group[:, None]
         x = act(norm(x.flatten(0, 1)))
         features = functional.linear(x, second.weight[..., 0])
         bias = second.bias  # type: ignore[assignment]
@@ -139,6 +158,8 @@ class MiniPointNet(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention over tokens `[B, T, D]`."""
+
     def __init__(self, config: PointBertConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
@@ -153,6 +174,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """The two linear layers of a block with GELU between them."""
+
     def __init__(self, config: PointBertConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -163,6 +186,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block."""
+
     def __init__(self, config: PointBertConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -191,8 +216,8 @@ class Transformer(nn.Module):
 class PointBertModel(PreTrainedModel):
     """`points [B, N, C] -> tokens [B, 1 + G, D]`, the contract of every point encoder of this package.
 
-    Another encoder takes its place by configuration: register a config and a model that keep this contract with
-    AutoConfig and AutoModel, and give the config as `point_config`.
+    To use another encoder, register its configuration and a model with this contract with AutoConfig and AutoModel,
+    and pass the configuration as `point_config`.
     """
 
     config_class = PointBertConfig
@@ -203,7 +228,7 @@ class PointBertModel(PreTrainedModel):
     def __init__(self, config: PointBertConfig):
         super().__init__(config)
         width = config.hidden_size
-        self.encoder = MiniPointNet(config.in_channels, config.group_dim)
+        self.encoder = MiniPointNet(config.in_channels, config.pointnet_width or config.group_dim, config.group_dim)
         self.reduce_dim = nn.Linear(config.group_dim, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.cls_pos = nn.Parameter(torch.zeros(1, 1, width))
@@ -219,12 +244,16 @@ class PointBertModel(PreTrainedModel):
             nn.init.trunc_normal_(module.cls_pos, std=self.config.initializer_range)
 
     def group(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Neighbourhoods `[B, G, k, C]` and their centres `[B, G, 3]`, in fp32, starting at point 0."""
+        """Neighbourhoods `[B, G, k, C]` and their centres `[B, G, 3]`, in fp32; the first centre is point 0.
+
+        Raises:
+            ValueError: the clouds have fewer points than groups or than neighbours per group.
+        """
         minimum = max(self.config.num_groups, self.config.group_size)
         if points.shape[1] < minimum:
             raise ValueError(
-                f"a cloud of {points.shape[1]} points is too small: this encoder makes {self.config.num_groups} groups "
-                f"of {self.config.group_size} and needs at least {minimum} points"
+                f"expected clouds of at least {minimum} points (this encoder makes {self.config.num_groups} groups of "
+                f"{self.config.group_size}), got {points.shape[1]}: sample more points"
             )
         points = points.float()
         count = self.config.num_groups
@@ -235,7 +264,8 @@ class PointBertModel(PreTrainedModel):
         return group_points(points, index, self.config.group_size), centres
 
     def forward(self, points: Tensor) -> Tensor:
-        with torch.no_grad():  # nothing upstream of the groups is learned
+        """`[B, N, C] -> [B, 1 + G, D]`, cls token first."""
+        with torch.no_grad():  # nothing before the groups has parameters
             groups, centres = self.group(points)
         dtype = self.reduce_dim.weight.dtype
         tokens = self.reduce_dim(self.encoder(groups.to(dtype)))  # [B, G, D]

@@ -1,8 +1,8 @@
 """From files and chat messages to tensors: the feature extractor for clouds and the processor for both.
 
-Which places of a text belong to clouds is tracked as `point_mask`, from the message to the model. A chat template
-only ever sees a marker that occurs nowhere in the user's own text, so a typed `<point>` stays plain text, and so does a
-typed control token such as `<|im_end|>`.
+`point_mask` says which places of a text belong to clouds, from the message to the model. A chat template sees a marker
+in a cloud's place that occurs nowhere in the typed text, so a typed `<point>` is plain text, and so is a typed control
+token such as `<|im_end|>`.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from pointalign.data.point_cloud import PointCloudError, load_point_cloud, norma
 
 IGNORED = -100  # label of a token that carries no loss
 POINT_MARKER = "<point>"
+SEAM = "\ue000"  # of the private use area: where the text is cut before it is tokenized
 
 END_MARK = "###"  # of an answer in the published layout
 
-# For language models without a chat template, the layout that the published weights were trained with: every question
-# opens with BOS and stands in [INST] brackets, an answer follows without a space and ends in ###. Of the two spaces one
-# ends the question, the other belongs to the bracket.
-# Source: the released code of MiniGPT-3D and PointAlign. All stages set `chat_template: True`, which puts the question
-# of a sample with one turn into brackets too, not those of dialogues alone. MiniGPT-3D's evaluation asks in another
-# layout than it trained (`<s>` spelled out, which is no mark of Phi-2's, in place of BOS, and a second [INST] after the
-# cloud); here a model is asked as it was trained.
+# For language models without a chat template: the layout with which the published weights were trained. Every question
+# follows BOS in [INST] brackets, its answer follows without a space and ends in ###. The first of the two spaces ends
+# the question, the second belongs to the bracket.
+# Source: the released code of MiniGPT-3D and PointAlign. All stages set `chat_template: True`, which brackets the
+# question of single-turn samples too. MiniGPT-3D's evaluation uses another layout than its training (`<s>` as text in
+# place of BOS, and a second [INST] after the cloud); here a model is asked in the layout of its training.
 PLAIN_CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}{{ m['content'] }}"
@@ -39,9 +39,9 @@ class PointAlignFeatureExtractor(FeatureExtractionMixin):
     """Clouds of any size become one tensor: subsampled, centred, scaled to the unit sphere, padded to the longest.
 
     Args:
-        num_points: the most points kept of a cloud; fewer are used as they are.
-        min_points: the fewest that the point encoder can group.
-        up_axis: the vertical axis of the files given by path; clouds leave with y up.
+        num_points: larger clouds are subsampled to this many points.
+        min_points: the fewest points that the point encoder can group.
+        up_axis: the vertical axis of clouds that are read from files; prepared clouds have y up.
         num_channels: 6, xyz and rgb in 0..1.
     """
 
@@ -57,7 +57,14 @@ class PointAlignFeatureExtractor(FeatureExtractionMixin):
         self.num_channels = num_channels
 
     def prepare(self, cloud: Any) -> np.ndarray:
-        """One cloud, a path or `[N, 3 + F]` values, as the model reads it: `[min(N, num_points), num_channels]`."""
+        """A cloud as the model reads it, `[min(N, num_points), num_channels]`.
+
+        Args:
+            cloud: a path, or an array `[N, 3 + F]` with colours in 0..1.
+
+        Raises:
+            PointCloudError: another shape, values that are not finite, colours out of range, or too few points.
+        """
         points = load_point_cloud(cloud, up_axis=self.up_axis) if isinstance(cloud, (str, Path)) else cloud
         points = np.asarray(points, dtype=np.float32)
         if points.ndim != 2 or points.shape[1] != self.num_channels:
@@ -72,11 +79,12 @@ class PointAlignFeatureExtractor(FeatureExtractionMixin):
             raise PointCloudError(f"expected colours in 0..1, got {low:g} to {high:g}: divide 8-bit colours by 255")
         if len(points) < self.min_points:
             raise PointCloudError(
-                f"the cloud has {len(points)} points, the point encoder needs at least {self.min_points}"
+                f"expected a cloud of at least {self.min_points} points for the point encoder, got {len(points)}"
             )
         return normalise(subsample(points, self.num_points))
 
     def __call__(self, points: Sequence[Any], return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
+        """`point_values [C, N, num_channels]`, padded with zeros, and `point_lengths [C]`, the real points of each."""
         clouds = [self.prepare(cloud) for cloud in points]
         lengths = [len(cloud) for cloud in clouds]
         values = np.zeros((len(clouds), max(lengths), self.num_channels), dtype=np.float32)
@@ -93,9 +101,9 @@ class PointAlignProcessor(ProcessorMixin):
         feature_extractor: `PointAlignFeatureExtractor`.
         tokenizer: the language model's.
         num_query_tokens: Q, places in the text per cloud.
-        point_token_id: the id written into those places.
+        point_token_id: the id written at those places.
         point_prefix, point_suffix: text around every cloud.
-        chat_template: by default the tokenizer's own; without one, the layout of the published training runs:
+        chat_template: by default the tokenizer's, or the layout of the published training runs where it has none:
             `BOS [INST] <PC>...</PC> question  [/INST]answer###`, and so on for every turn.
     """
 
@@ -131,25 +139,24 @@ class PointAlignProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Tensors for texts in which every `<point>` stands for the next cloud.
 
-        Every `<point>` counts as a placeholder here; text of users belongs in `apply_chat_template`, where it cannot
-        be one.
+        Text that users type belongs in `apply_chat_template`, where a typed `<point>` is no placeholder.
 
         Args:
-            text: one text or several.
+            text: a text or several.
             points: the clouds of all texts in reading order, as paths or `[N, 6]` arrays.
 
         Raises:
             ValueError: markers and clouds differ in number, or truncation would cut a cloud.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        rows = [self._encode([(part, False) for part in _split(one, POINT_MARKER)]) for one in texts]
+        rows = [self._encode([(part, False) for part in _split_at(text, POINT_MARKER)]) for text in texts]
         return self._batch(
             rows, [] if points is None else list(points), padding, truncation, max_length, return_tensors, labels=False
         )
 
     # -- chat messages -----------------------------------------------------------------------------------------------
 
-    def apply_chat_template(  # type: ignore[override]  # one function of our own in place of the image-keyed one
+    def apply_chat_template(  # type: ignore[override]  # the inherited function knows images and audio only
         self,
         conversation: list[dict] | list[list[dict]],
         chat_template: str | None = None,
@@ -167,25 +174,28 @@ class PointAlignProcessor(ProcessorMixin):
         """Chat messages, with `{"type": "point", "path" | "point": ...}` items, as text or tensors.
 
         Args:
-            conversation: one conversation or a batch, in the usual message format.
+            conversation: a conversation or a batch of them, in the usual message format.
             add_generation_prompt: end with the opening of an answer.
-            tokenize: return tensors; else the rendered text, `<point>` at the clouds' places.
+            tokenize: return tensors; else the rendered text with `<point>` at the clouds' places.
+            return_dict: return all tensors; else `input_ids` alone.
             return_labels: add `labels`: the tokens of the assistant's turns with their end mark, -100 elsewhere.
             truncation, max_length: cut each row at the right.
-            read_clouds: add the clouds' tensors; without, features computed earlier take their places.
+            read_clouds: add the clouds' tensors; off where features that were computed before replace them.
+            kwargs: passed on to the tokenizer's chat template.
 
         Raises:
-            ValueError: a cut would go through a cloud, or leave nothing to learn from.
+            ValueError: content other than text and clouds, a template that changes earlier turns or loses a cloud, or
+                a row whose cut would go through a cloud or leave nothing to learn from.
         """
         batched = bool(conversation) and isinstance(conversation[0], list)
         conversations: list[list[dict]] = conversation if batched else [conversation]  # type: ignore[assignment]
         template = chat_template or self.chat_template
-        rendered = [self._render(one, template, add_generation_prompt, kwargs) for one in conversations]
+        rendered = [self._render(messages, template, add_generation_prompt, kwargs) for messages in conversations]
         if not tokenize:
             texts = ["".join(POINT_MARKER if text is None else text for text, _ in parts) for parts, _ in rendered]
             return texts if batched else texts[0]
         rows = [self._encode(parts) for parts, _ in rendered]
-        clouds = [cloud for _, found in rendered for cloud in found]
+        clouds = [cloud for _, clouds in rendered for cloud in clouds]
         batch = self._batch(rows, clouds, padding, truncation, max_length, return_tensors, return_labels, read_clouds)
         return batch if return_dict else batch["input_ids"]
 
@@ -195,32 +205,20 @@ class PointAlignProcessor(ProcessorMixin):
         """Parts `(text, is_answer)` with `None` in the place of each cloud, and the clouds."""
         assert self.tokenizer is not None
         typed = "".join(_texts(messages))
-        marker, seam = _unused(POINT_MARKER, typed), _unused("<seam>", typed)
-        controls = [token for token in self.tokenizer.all_special_tokens if token in typed]
+        marker, seam = _unused(POINT_MARKER, typed), _unused(SEAM, typed)
+        controls = [token for token in self._control_tokens(template) if token in typed]
         plain, clouds = [], []
         for message in messages:
-            content = message["content"]
-            if not isinstance(content, str):
-                pieces = []
-                for item in content:
-                    if item["type"] == "point":
-                        clouds.append(item["path"] if "path" in item else item["point"])
-                        pieces.append(f"{self.point_prefix}{marker}{self.point_suffix}")
-                    elif item["type"] == "text":
-                        pieces.append(item["text"])
-                    else:
-                        raise ValueError(f"content of type {item['type']!r}: this model reads 'text' and 'point'")
-                content = "".join(pieces)
-            for token in controls:  # tokenized in two pieces, it is none
-                content = content.replace(token, token[:1] + seam + token[1:])
-            plain.append(message | {"content": content})
+            text, clouds_of_message = self._flat_content(message["content"], marker)
+            plain.append(message | {"content": _cut_inside(text, controls, seam)})
+            clouds += clouds_of_message
 
-        def render(upto: int, prompt: bool) -> str:
+        def render(turns: int, prompt: bool) -> str:
             return self.tokenizer.apply_chat_template(
-                plain[:upto], chat_template=template, tokenize=False, add_generation_prompt=prompt, **kwargs
+                plain[:turns], chat_template=template, tokenize=False, add_generation_prompt=prompt, **kwargs
             )
 
-        whole = render(len(plain), add_generation_prompt)
+        complete = render(len(plain), add_generation_prompt)
         parts: list[tuple[str, bool]] = []
         done = 0
         for turn, message in enumerate(plain):
@@ -228,21 +226,50 @@ class PointAlignProcessor(ProcessorMixin):
                 continue
             before, after = render(turn, True), render(turn + 1, False)
             answer = after[len(before) :].rstrip()
-            if not whole.startswith(before + answer):
-                raise ValueError("the chat template rewrites earlier turns, so its answers cannot be told apart")
-            parts += [(whole[done : len(before)], False), (answer, True)]
+            if not complete.startswith(before + answer):
+                raise ValueError(
+                    "the chat template rewrites earlier turns, which hides where an answer begins: use another template"
+                )
+            parts += [(complete[done : len(before)], False), (answer, True)]
             done = len(before) + len(answer)
-        parts.append((whole[done:], False))
-        split: list[tuple[str | None, bool]] = []
+        parts.append((complete[done:], False))
+        pieces: list[tuple[str | None, bool]] = []
         for text, is_answer in parts:
-            for piece in _split(text, marker):
-                split += [(one, is_answer) for one in ([None] if piece is None else piece.split(seam))]
-        if sum(piece is None for piece, _ in split) != len(clouds):
-            raise ValueError("the chat template dropped or repeated a point cloud")
-        return split, clouds
+            for piece in _split_at(text, marker):
+                pieces += [(cut, is_answer) for cut in ([None] if piece is None else piece.split(seam))]
+        places = sum(piece is None for piece, _ in pieces)
+        if places != len(clouds):
+            raise ValueError(f"the chat template dropped or repeated a point cloud: {places} places of {len(clouds)}")
+        return pieces, clouds
+
+    def _control_tokens(self, template: str) -> list[str]:
+        """Tokens that are plain text where a user types them: special tokens, and added ones that the template writes.
+
+        `all_special_tokens` lacks some: Llama 3's `<|start_header_id|>` is in the list of added tokens only.
+        """
+        assert self.tokenizer is not None
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = {token.content for token in added if token.special or token.content in template}
+        tokens |= set(self.tokenizer.all_special_tokens)
+        return [token for token in tokens if len(token.strip()) > 1]  # added tokens of spaces are ordinary text
+
+    def _flat_content(self, content: str | list[dict], marker: str) -> tuple[str, list[Any]]:
+        """A message's content as text, with the marker in the place of each cloud, and the clouds."""
+        if isinstance(content, str):
+            return content, []
+        pieces, clouds = [], []
+        for item in content:
+            if item["type"] == "point":
+                clouds.append(item["path"] if "path" in item else item["point"])
+                pieces.append(f"{self.point_prefix}{marker}{self.point_suffix}")
+            elif item["type"] == "text":
+                pieces.append(item["text"])
+            else:
+                raise ValueError(f"content of type {item['type']!r}: this model reads 'text' and 'point'")
+        return "".join(pieces), clouds
 
     def _encode(self, parts: Sequence[tuple[str | None, bool]]) -> dict[str, list]:
-        """Token ids, point mask and labels of one row, unpadded."""
+        """Token ids, point mask and labels of a row, unpadded; each part is tokenized by itself."""
         assert self.tokenizer is not None
         row: dict[str, list] = {"input_ids": [], "point_mask": [], "labels": []}
         for text, is_answer in parts:
@@ -266,17 +293,18 @@ class PointAlignProcessor(ProcessorMixin):
         labels: bool,
         read_clouds: bool = True,
     ) -> BatchFeature:
+        """Pad the rows and add the clouds' tensors."""
         assert self.tokenizer is not None and self.feature_extractor is not None
         spans = sum(sum(row["point_mask"]) for row in rows) // self.num_query_tokens
         if spans != len(clouds):
-            raise ValueError(f"the text has {spans} places for clouds, {len(clouds)} clouds were given")
+            raise ValueError(f"expected a cloud for each of the {spans} places in the text, got {len(clouds)} clouds")
         if truncation and max_length is not None:
             for number, row in enumerate(rows):
                 self._truncate(row, max_length, number, labels)
         names = ["input_ids", "point_mask"] + (["labels"] if labels else [])
         filler = {"input_ids": self.tokenizer.pad_token_id or 0, "point_mask": False, "labels": IGNORED}
         longest = max(len(row["input_ids"]) for row in rows) if padding else None
-        left = not labels  # text that an answer will be appended to
+        left = not labels  # an answer will be appended on the right
         data: dict[str, Any] = {name: [] for name in [*names, "attention_mask"]}
         for row in rows:
             missing = (longest or len(row["input_ids"])) - len(row["input_ids"])
@@ -290,6 +318,7 @@ class PointAlignProcessor(ProcessorMixin):
         return batch
 
     def _truncate(self, row: dict[str, list], max_length: int, number: int, labels: bool) -> None:
+        """Cut a row at `max_length` tokens, in place. Raises: ValueError, see `apply_chat_template`."""
         if any(row["point_mask"][max_length:]):
             raise ValueError(
                 f"row {number} has {len(row['input_ids'])} tokens; cutting it at max_length={max_length} would cut "
@@ -298,7 +327,7 @@ class PointAlignProcessor(ProcessorMixin):
         if labels and all(label == IGNORED for label in row["labels"][:max_length]):
             raise ValueError(
                 f"row {number} has {len(row['input_ids'])} tokens; cutting it at max_length={max_length} leaves no "
-                f"answer to learn from"
+                f"answer to learn from: allow more tokens or shorten the question"
             )
         for name in row:
             row[name] = row[name][:max_length]
@@ -306,7 +335,15 @@ class PointAlignProcessor(ProcessorMixin):
     # -- back to text ------------------------------------------------------------------------------------------------
 
     def answers(self, generated: Tensor, prompt_length: int) -> list[str]:
-        """The new text of `generate`'s output `[B, T]`, without special tokens and whatever follows an end mark."""
+        """The texts that `generate` appended to the prompts.
+
+        Args:
+            generated: `[B, T]`, its output.
+            prompt_length: tokens of the padded prompts.
+
+        Returns:
+            B texts without special tokens and without what follows an end mark.
+        """
         texts = self.tokenizer.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)
         if self.ends_in_mark:
             texts = [text.partition(END_MARK)[0] for text in texts]
@@ -314,15 +351,15 @@ class PointAlignProcessor(ProcessorMixin):
 
     @property
     def ends_in_mark(self) -> bool:
+        """Whether answers end in `END_MARK`, as in the published layout."""
         return self.chat_template == PLAIN_CHAT_TEMPLATE
 
     def end_token_ids(self) -> list[int]:
-        """Ids that end an answer, for `generation_config.eos_token_id`: EOS, and tokens that hold the end mark."""
-        assert self.tokenizer is not None
+        """Ids that end an answer, for `generation_config.eos_token_id`: EOS, and tokens that contain the end mark."""
         ends = [self.tokenizer.eos_token_id]
         if self.ends_in_mark:
             ends += sorted(id for token, id in self.tokenizer.get_vocab().items() if END_MARK in token)
-        return [one for one in ends if one is not None]
+        return [token_id for token_id in ends if token_id is not None]
 
     @property
     def model_input_names(self) -> list[str]:
@@ -330,11 +367,12 @@ class PointAlignProcessor(ProcessorMixin):
 
 
 def _texts(messages: list[dict]) -> list[str]:
-    found = []
+    """Everything that was typed."""
+    texts = []
     for message in messages:
         content = message["content"]
-        found += [content] if isinstance(content, str) else [item["text"] for item in content if item["type"] == "text"]
-    return found
+        texts += [content] if isinstance(content, str) else [item["text"] for item in content if item["type"] == "text"]
+    return texts
 
 
 def _unused(marker: str, text: str) -> str:
@@ -344,7 +382,15 @@ def _unused(marker: str, text: str) -> str:
     return marker
 
 
-def _split(text: str, marker: str) -> list[str | None]:
+def _cut_inside(text: str, tokens: list[str], seam: str) -> str:
+    """`text` with a seam inside each occurrence of a token: tokenized in two pieces, it is not that token."""
+    for token in tokens:
+        while token in text:  # again for occurrences that overlap
+            text = text.replace(token, token[:1] + seam + token[1:])
+    return text
+
+
+def _split_at(text: str, marker: str) -> list[str | None]:
     """`a<point>b` -> `["a", None, "b"]`"""
     parts: list[str | None] = []
     for piece in text.split(marker):

@@ -1,6 +1,6 @@
-"""A mixture of query experts (MiniGPT-3D, stage 4): a router weighs several sets of queries for one Q-Former.
+"""A mixture of query experts (MiniGPT-3D, stage 4): a router weighs several sets of queries of the Q-Former.
 
-Shape legend: C clouds, E experts, K experts in use, Q query tokens per cloud, D width of the Q-Former.
+Shape legend: C clouds, E experts, K experts in use, Q query tokens per cloud, D width of the Q-Former, G groups.
 """
 
 import torch
@@ -11,15 +11,18 @@ ROUTER_WIDTH = 256
 
 
 class QueryExperts(nn.Module):
-    """Queries `[E, Q, D]` and a router on what the encoder saw.
+    """Queries `[E, Q, D]` and a router that reads the point encoder's tokens.
 
     Args:
-        queries: `[1, Q, D]`, what every expert starts from.
+        queries: `[1, Q, D]`, with which every expert starts.
         num_experts: E.
         token_width: width of the encoder's tokens.
-        routing: `sparse` takes the `top_k` likeliest experts, their probabilities not renormalised; `soft` all of them
-            by probability; `constant` all alike.
+        routing: `sparse` weighs the `top_k` most probable experts by their probabilities, which then sum to less than
+            1; `soft` weighs all experts by probability; `constant` weighs all alike.
         top_k: K of `sparse`.
+
+    Raises:
+        ValueError: an unknown routing, or `top_k` out of range.
     """
 
     def __init__(self, queries: Tensor, num_experts: int, token_width: int, routing: str = "sparse", top_k: int = 2):
@@ -35,7 +38,7 @@ class QueryExperts(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries `[C, K, Q, D]` and weights `[C, K]` for encoder tokens `[C, 1 + G, width]`, cls first."""
+        """Queries `[C, K, Q, D]` and weights `[C, K]` for encoder tokens `[C, 1 + G, token_width]`, cls first."""
         if self.routing == "constant":
             weights = tokens.new_full((len(tokens), len(self.queries)), 1 / len(self.queries))
         else:

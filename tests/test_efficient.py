@@ -1,6 +1,7 @@
 """Through the real command line: what saves memory and time changes no loss."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from test_train import TINY
 from transformers import AutoModelForCausalLM
 
 from pointalign import build, feature_cache, train
+from pointalign.data.collator import token_counts
+from pointalign.data.dataset import ConversationDataset, make_datasets
 from pointalign.efficient import memory
 from pointalign.models import (
     PointAlignFeatureExtractor,
@@ -20,7 +23,8 @@ from pointalign.models import (
     PointAlignProcessor,
     configuration,
 )
-from pointalign.options import ModelOptions
+from pointalign.options import DataOptions, MixturePart, ModelOptions, Options, TrainingOptions
+from pointalign.trainer import AlignedModel
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +73,7 @@ def test_packed_and_fused_runs_equal_the_plain_one(run, capsys):
     assert "memory of a training step" in capsys.readouterr().out
     assert_same(run("packed", "--data.packing", "true"), plain)
     assert_same(run("fused", "--data.packing", "true", "--fused"), plain)
-    assert "fused: lora (24), merged (4), residual (4), gelu (4)" in capsys.readouterr().out
+    assert "fused: lora (24), merged (4), gelu (4)" in capsys.readouterr().out
     assert_same(run("parts", "--fused", "--fused_parts", "[gelu,norms]"), plain)
     assert "fused: gelu (4), norms (5)\n" in capsys.readouterr().out
     assert_same(run("checkpointed", "--fused", "--training.gradient_checkpointing", "true"), plain)
@@ -77,24 +81,113 @@ def test_packed_and_fused_runs_equal_the_plain_one(run, capsys):
 
 def test_auto_batch_splits_the_batch_and_keeps_the_training(run, capsys, monkeypatch):
     plain = run("plain")
-    found = []
+    budgets = []
     budget = memory.budget
 
     def small(*arguments):
-        found.append(budget(*arguments))
-        found[-1].limit = round(found[-1].of(1).total / memory.MARGIN)  # room for the two samples that were measured
-        return found[-1]
+        budgets.append(budget(*arguments))
+        budgets[-1].limit = round(
+            budgets[-1].of(1).total / memory.MARGIN
+        )  # room for the two samples that were measured
+        return budgets[-1]
 
     monkeypatch.setattr(memory, "budget", small)
     split = run("split", "--training.auto_batch", "true")
     assert "auto_batch: 2 samples at a time, 2 times for a step" in capsys.readouterr().out
     assert_same(split, plain)
-    assert found[0].activations > 0 and found[0].trained > 0
+    assert budgets[0].activations > 0 and budgets[0].trained > 0
 
 
-def test_token_budget_through_the_command_line(run):
-    log = run("tokens", "--data.packing", "true", "--data.pack_tokens", "300")
-    assert np.isfinite(log["loss"])
+def test_token_budget_through_the_command_line(run, monkeypatch):
+    """Batches are filled by tokens: none exceeds the budget, and they hold unequal numbers of samples."""
+    shapes = []
+    forward = AlignedModel.forward
+
+    def spy(self, point_mask, **inputs):
+        if inputs.get("num_point_rows") is not None:  # of a step, not of the memory plan
+            shapes.append((tuple(point_mask.shape), len(inputs["cu_seq_lens_q"]) - 1))
+        return forward(self, point_mask, **inputs)
+
+    monkeypatch.setattr(AlignedModel, "forward", spy)
+    log = run("tokens", "--data.packing", "true", "--data.pack_tokens", "300", "--training.max_steps", "6")
+    assert np.isfinite(log["loss"]) and len(shapes) == 6
+    assert all(rows == 1 and tokens <= 300 for (rows, tokens), _ in shapes)
+    assert max(tokens for (_, tokens), _ in shapes) > 150 and len({samples for _, samples in shapes}) > 1
+
+
+def test_the_plan_holds_for_a_long_sample_after_short_ones(run, tmp_path, monkeypatch):
+    """Counted bytes of the largest micro-batch: within the plan, by which `auto_batch` chose its size."""
+    entries = json.loads((CLOUDS / "annotations.json").read_text())
+    short = next(entry for entry in entries if isinstance(entry["object_id"], str))
+    turns = short["conversations"]
+    short = short | {"conversations": [turns[0], {"from": "gpt", "value": "A bed."}]}
+    long = short | {"conversations": [turns[0], {"from": "gpt", "value": "A very long bed. " * 24}]}
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps([short] * 12 + [long] * 2 + [short] * 2))
+    planned = {}
+    plan = memory.plan_memory
+
+    def spy(aligned, samples, collator, options):
+        first = collator([train_set[index] for index in range(4)])
+        planned["short"] = memory.saved_bytes(lambda: aligned.train()(**first)["loss"])
+        result = plan(aligned, samples, collator, options)
+        batch = collator(samples[:1] * options.training.per_device_train_batch_size)
+        planned["long"] = memory.saved_bytes(lambda: aligned.train()(**batch)["loss"])
+        planned["plan"], planned["size"] = result, options.training.per_device_train_batch_size
+        return result
+
+    train_set = ConversationDataset(path, CLOUDS)
+    budget = memory.budget
+
+    def limited(*arguments):
+        measured = budget(*arguments)
+        # room for four short samples, or one of the two long ones
+        measured.limit = round(measured.of(0.6).total / memory.MARGIN)
+        return measured
+
+    monkeypatch.setattr(memory, "plan_memory", spy)
+    monkeypatch.setattr(memory, "budget", limited)
+    run("long", "--data.annotations", str(path), "--training.auto_batch", "true")
+    room = planned["plan"].limit - (planned["plan"].total - planned["plan"].activations)  # for activations
+    assert planned["size"] == 1
+    assert planned["long"] <= room < 2 * planned["long"]
+    assert planned["short"] <= room, "measured on the first samples, four would have been taken to fit"
+
+
+def test_the_longest_samples_are_those_with_the_most_tokens(tmp_path, processor):
+    """Also where the entry with the most bytes has not the most tokens: clouds count, and identifiers do not."""
+
+    def entry(ids, answer):
+        question = "<point>" * len(ids) + "\nWhat?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        return {"object_id": ids if len(ids) > 1 else ids[0], "conversations": turns}
+
+    entries = [entry(["a"], "x"), entry(["a" * 300], "x" * 20), entry(["a"], "x" * 60), entry(["a"] * 30, "x")]
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(entries))
+    dataset = ConversationDataset(path, [], read_clouds=False)
+    assert memory.longest_samples(dataset, processor, 512, 3) == [3, 2, 1]
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_the_plan_measures_the_longest_batch(mixture, tmp_path, processor):
+    entries = json.loads((CLOUDS / "annotations.json").read_text())
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(entries))
+    options = Options(
+        data=DataOptions(annotations=str(path), clouds=str(CLOUDS)), training=TrainingOptions(use_cpu=True)
+    )
+    if mixture:
+        options.data.mixture = [MixturePart(types=["simple_description"], batch_size=2), MixturePart(batch_size=40)]
+    datasets = make_datasets(options)
+    batch = memory.largest_batch(datasets, processor, options)
+    assert len(batch) == (40 if mixture else 2)
+    counts = token_counts(processor, datasets[-1].conversations, 512)
+    longest = datasets[-1][counts.index(max(counts))]
+    assert (
+        batch[0]["object_ids"] == longest["object_ids"]
+        and batch[0]["conversation_type"] == longest["conversation_type"]
+    )
 
 
 def test_cached_features_stand_for_the_clouds(run, tmp_path, capsys, monkeypatch):
@@ -114,9 +207,6 @@ def test_cached_features_stand_for_the_clouds(run, tmp_path, capsys, monkeypatch
     assert "other weights or preprocessing" in capsys.readouterr().err
     assert train.main([run.recipe, *cache, "--model.seed", "1", "--training.output_dir", str(tmp_path / "y")]) == 1
     assert "other weights or preprocessing" in capsys.readouterr().err
-    trains = ["--model.train", "[qformer,lora]", "--training.output_dir", str(tmp_path / "z")]
-    assert train.main([run.recipe, *cache, *trains]) == 1
-    assert "model.train has qformer" in capsys.readouterr().err
 
 
 def test_cached_encoder_tokens(run, tmp_path):
@@ -127,6 +217,9 @@ def test_cached_encoder_tokens(run, tmp_path):
 
 def test_impossible_options_are_named(run, tmp_path, capsys):
     folder = ["--training.output_dir", str(tmp_path / "x")]
+    with pytest.raises(SystemExit):
+        train.main([run.recipe, *folder, "--fused_parts", "[gelu]"])
+    assert "add --fused" in capsys.readouterr().err
     for options, named in [
         (["--model.attention", "flash_attention_2", "--data.packing", "true"], "flash-attn"),
         (["--model.attention", "varlen"], "data.packing"),
@@ -136,6 +229,24 @@ def test_impossible_options_are_named(run, tmp_path, capsys):
     ]:
         assert train.main([run.recipe, *folder, *options]) == 1
         assert named in capsys.readouterr().err
+
+
+def test_the_memory_cap_takes_a_device_without_an_index(monkeypatch):
+    """PyTorch's own function runs, down to its call of the driver; it refuses `torch.device("cuda")`."""
+    fractions = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: fractions.append(given), raising=False)
+    total = SimpleNamespace(total_memory=round(80 * memory.GB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    with pytest.raises(ValueError, match="with a specified index"):
+        torch.cuda.set_per_process_memory_fraction(0.5, torch.device("cuda"))
+    memory.cap_memory(20, torch.device("cuda"))
+    memory.cap_memory(40, torch.device("cuda", 0))
+    memory.cap_memory(None, torch.device("cuda"))
+    assert fractions == [(0.25, 1), (0.5, 0), (1.0, 1)]
+    with pytest.raises(ValueError, match=r"memory_limit_gb=100: the device has 80\.0 GB"):
+        memory.cap_memory(100, torch.device("cuda"))
 
 
 def test_the_recipe_for_24_gb_trains_the_published_phi(tmp_path, tokenizer, capsys):
@@ -181,7 +292,7 @@ def test_the_recipe_for_24_gb_trains_the_published_phi(tmp_path, tokenizer, caps
         logs[name] = json.loads((folder / "stage.json").read_text())["last_log"]
     assert_same(logs["fused"], logs["plain"])
     assert_same(logs["once"], logs["plain"])
-    assert "fused: lora (8), merged (0), residual (0), gelu (4), swiglu (0), norms (0)" in capsys.readouterr().out
+    assert "fused: lora (8), merged (0), gelu (4), swiglu (0), norms (0)" in capsys.readouterr().out
     state = load_file(tmp_path / "fused" / "stage.safetensors")
     before = model.state_dict()
     norms = [name for name in state if ".language_model." in name and name.endswith("layernorm.weight")]

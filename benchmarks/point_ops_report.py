@@ -1,0 +1,170 @@
+"""The sections point_ops, encoder and chat of benchmarks/report.py: tables and plots from the result files."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from tables import stamp, table
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+RESULTS = Path(__file__).parent / "results"
+CARDS = ("H100", "H200", "RTX 4090", "RTX 3090")
+# Microseconds of a native op on 16 clouds of 8192 points on an H100: what its design aimed at, and what counted
+# instructions, bytes and launches of the finished kernels predict.
+GOALS = {"sampling": "215-250", "grouping": "40"}
+PREDICTED = {"sampling": "270-300", "grouping": "90-115"}
+PREDICTED_BATCH = 16
+TITLES = {"sampling": "Sampling", "grouping": "Grouping", "pointnet": "Mini-PointNet", "encoder": "Point encoder"}
+
+
+def _results(name: str) -> list[dict[str, Any]]:
+    """Contents of every device's file of a benchmark, with the stem of the `file`."""
+    paths = sorted(RESULTS.glob(f"{name}_*.json"))
+    return [{**json.loads(path.read_text()), "file": path.stem} for path in paths]
+
+
+def _number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _times(row: dict[str, Any], title: str) -> str:
+    """One race: milliseconds of every contender, and how many times the first contender is faster."""
+    contenders = row["contenders"]
+    first = next(iter(contenders))
+    lines = []
+    for name, result in sorted(contenders.items(), key=lambda item: item[1]["seconds"]["p50"]):
+        p20, p50, p80 = (result["seconds"][quantile] * 1e3 for quantile in ("p20", "p50", "p80"))
+        ratio = result["seconds"]["p50"] / contenders[first]["seconds"]["p50"]
+        lines.append(
+            [name, _number(p50), f"{_number(p20)} to {_number(p80)}", str(result["turns"]), f"{_number(ratio)} x"]
+        )
+    lines += [[name, "out of memory", "", "", ""] for name in row.get("out_of_memory", [])]
+    return table([title, "median ms", "p20 to p80", "turns", f"{first} is faster by"], lines)
+
+
+def _clouds(row: dict[str, Any]) -> str:
+    return f"{row['batch']} cloud{'' if row['batch'] == 1 else 's'} of {row['points']} points"
+
+
+def _ceilings(result: dict[str, Any]) -> str:
+    """The measured ceilings in words; empty where the file has none."""
+    if not result["ceilings"]:
+        return ""
+    bf16, fp32, moved = (result["ceilings"][name] for name in ("flops", "flops_fp32", "bytes"))
+    return (
+        f" Measured ceilings: {_number(bf16 / 1e12)} TFLOP/s in bf16, {_number(fp32 / 1e12)} in fp32, "
+        f"{_number(moved / 1e9)} GB/s (copy)."
+    )
+
+
+def _measured(result: dict[str, Any]) -> str:
+    """One device: a table for every race but the scaling."""
+    parts = [f"{stamp(result['provenance'])}{_ceilings(result)} Timed in turns: {result['rows'][0]['timing']}.\n"]
+    for name in ("sampling", "grouping", "pointnet"):
+        for row in (row for row in result["rows"] if row["race"] == name):
+            of = f", {row['samples']} samples" if name == "sampling" else ""
+            if name != "sampling":
+                of = f", {row['samples']} groups of {row['neighbours']}"
+            parts.append(_times(row, f"{TITLES[name]}, {_clouds(row)}{of}"))
+    return "\n".join(parts)
+
+
+def _predictions(results: list[dict[str, Any]]) -> str:
+    """Goals and predictions of the native ops beside what was measured, if anything was."""
+    lines = []
+    for name in PREDICTED:
+        line = [f"{TITLES[name]}, {PREDICTED_BATCH} clouds of 8192 points", GOALS[name], PREDICTED[name]]
+        for card in CARDS:
+            medians = [
+                row["contenders"]["native"]["seconds"]["p50"] * 1e6
+                for result in results
+                for row in result["rows"]
+                if card in result["provenance"]["device"] and not result["provenance"].get("rehearsal")
+                if (row["race"], row["batch"], row["points"]) == (name, PREDICTED_BATCH, 8192)
+            ]
+            line.append(_number(medians[0]) if medians else "not measured")
+        lines.append(line)
+    header = ["native op, us", "goal, H100", "predicted, H100", *(f"measured, {card}" for card in CARDS)]
+    return table(header, lines)
+
+
+def _plot_scaling(result: dict[str, Any]) -> None:
+    """Milliseconds of one cloud over its points and over its samples, the best exact mode of every package."""
+    rows = [row for row in result["rows"] if row["race"] == "scaling"]
+    if not rows:
+        return
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, varied, fixed in ((axes[0], "points", "samples"), (axes[1], "samples", "points")):
+        values = [row[fixed] for row in rows]
+        common = max(set(values), key=values.count)
+        chosen = {row[varied]: row["contenders"] for row in rows if row[fixed] == common}
+        for package in ("native", "fpsample", "torch-quickfps", "torch-fps"):
+            best = {}
+            for size, contenders in sorted(chosen.items()):
+                medians = [one["seconds"]["p50"] for name, one in contenders.items() if name.startswith(package)]
+                if medians:
+                    best[size] = min(medians) * 1e3
+            if best:
+                modes = package in ("fpsample", "torch-quickfps")
+                label = f"{package}, best exact mode" if modes else package
+                axis.loglog(list(best), list(best.values()), marker="o", label=label)
+        axis.set_xlabel(f"{varied} ({common} {fixed})")
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0].set_ylabel("ms per cloud")
+    axes[0].legend()
+    origin = result["provenance"]
+    title = f"Farthest-point sampling, one cloud: {origin['device']}, {origin['commit']}, {origin['date']}"
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{result['file']}.svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def point_ops() -> str:
+    """Sampling, grouping and the mini-PointNet on every device measured; goals and predictions of the others."""
+    results = _results("point_ops")
+    for result in results:
+        _plot_scaling(result)
+    return "\n".join([*(_measured(result) for result in results), _predictions(results)])
+
+
+def _required(name: str) -> list[dict[str, Any]]:
+    """As `_results`. Raises FileNotFoundError where nothing was measured."""
+    results = _results(name)
+    if not results:
+        raise FileNotFoundError(errno.ENOENT, "not measured", str(RESULTS / f"{name}_cpu.json"))
+    return results
+
+
+def encoder() -> str:
+    """The point encoder end to end on every device measured."""
+    parts = []
+    for result in _required("encoder"):
+        parts.append(f"{stamp(result['provenance'])}{_ceilings(result)}\n")
+        for row in result["rows"]:
+            dtype = row["dtype"].removeprefix("torch.")
+            parts.append(_times(row, f"{TITLES['encoder']}, {_clouds(row)}, {row['groups']} groups, {dtype}"))
+    return "\n".join(parts)
+
+
+def chat() -> str:
+    """First token of an answer about one cloud with the shipped model, on every device measured."""
+    parts = []
+    for result in _required("chat"):
+        parts.append(f"{stamp(result['provenance'])}{_ceilings(result)}\n")
+        for row in result["rows"]:
+            if "steps" not in row:
+                parts.append(_times(row, f"first token, {row['model']} loaded"))
+                continue
+            lines = []
+            for name, seconds in row["steps"].items():
+                lines.append([name, *(_number(seconds[quantile]) for quantile in ("p50", "min"))])
+            peak = f"{row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else "not measured"
+            parts.append(table([f"`python -m pointalign.chat`, {row['model']}", "median s", "least s"], lines))
+            parts.append(f"Peak host memory of the process, over {row['rounds']} runs: {peak}.\n")
+    return "\n".join(parts)

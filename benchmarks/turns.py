@@ -1,0 +1,103 @@
+"""Contenders take turns, so that whatever else the machine does falls on all of them alike.
+
+A turn is one call by the wall clock on a CPU, and ten calls back to back between two events on a GPU, where a single
+call between events would count the launch, 15 to 25 us, as time of the kernels.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+MINIMUM_TURNS = 3
+
+
+class Timer(NamedTuple):
+    """How a turn is timed.
+
+    Attributes:
+        method: in words, for the result file.
+        seconds: `seconds(call)` runs `call` and returns the seconds of one call.
+        calls: how often a turn runs the call.
+        budget: seconds that a contender may take in a race; a slower one gets fewer turns.
+    """
+
+    method: str
+    seconds: Callable[[Callable[[], object]], float]
+    calls: int
+    budget: float
+
+
+def wall_timer(budget: float = 6.0) -> Timer:
+    def seconds(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return Timer("wall clock of one call", seconds, 1, budget)
+
+
+def event_timer(new_event: Callable[[], Any], calls: int = 10, budget: float = 0.4) -> Timer:
+    """Times with device events.
+
+    Args:
+        new_event: makes an event with `record()`, `synchronize()` and `elapsed_time(end)` in milliseconds.
+    """
+
+    def seconds(call: Callable[[], object]) -> float:
+        start, end = new_event(), new_event()
+        call()  # keeps the device busy until the first timed call is enqueued
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+    return Timer(f"{calls} calls back to back between two CUDA events, after one untimed call", seconds, calls, budget)
+
+
+def timer_of(device: torch.device) -> Timer:
+    if device.type == "cuda":
+        return event_timer(lambda: torch.cuda.Event(enable_timing=True))
+    return wall_timer()
+
+
+def turns_of(seconds: float, timer: Timer, rounds: int) -> set[int]:
+    """The rounds in which a contender takes its turn: all of them, or fewer, evenly spread, where it is slow."""
+    affordable = int(timer.budget / max(seconds * timer.calls, 1e-9))
+    turns = min(rounds, max(MINIMUM_TURNS, affordable))
+    return {number * rounds // turns for number in range(turns)}
+
+
+class Race:
+    """Contenders by name, timed in turns: call `start` once, then `round` as many times as there are rounds."""
+
+    def __init__(self, contenders: Mapping[str, Callable[[], object]], timer: Timer, rounds: int):
+        self.contenders, self.timer, self.rounds = contenders, timer, rounds
+        self.times: dict[str, list[float]] = {name: [] for name in contenders}
+        self.turns = {name: set(range(rounds)) for name in contenders}
+        self.number = 0
+
+    def start(self) -> None:
+        """Warms every contender up and decides how many turns it can have."""
+        for name, call in self.contenders.items():
+            call()
+            self.turns[name] = turns_of(self.timer.seconds(call), self.timer, self.rounds)
+
+    def round(self) -> None:
+        for name, call in self.contenders.items():
+            if self.number in self.turns[name]:
+                self.times[name].append(self.timer.seconds(call))
+        self.number += 1
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Per contender, the `seconds` of one call (min, p20, p50, p80) and the number of `turns`."""
+        return {name: {"seconds": quantiles(times), "turns": len(times)} for name, times in self.times.items()}
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    shares = {"min": 0.0, "p20": 0.2, "p50": 0.5, "p80": 0.8}
+    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()}

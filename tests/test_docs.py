@@ -1,0 +1,164 @@
+"""README and docs name what exists: links, paths, modules, options, make targets; their Python runs."""
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("README.md", "CONTRIBUTING.md", "docs/*.md", "examples/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+ROOMS = ("pointalign", "kernels", "csrc", "benchmarks", "experiments", "tests", "docs", "examples")
+COMMAND = re.compile(r"(?:^|torchrun .*?)(?:python )?-m ((?:pointalign|experiments)[\w.]*)\b(.*)")
+
+
+def read(document: str) -> str:
+    return (ROOT / document).read_text()
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """Fenced blocks of a language, "" for those without one; a block inside a list may be indented."""
+    fenced = re.findall(r"^( *)```(\w*)\n(.*?)^ *```$", read(document), re.DOTALL | re.MULTILINE)
+    return [text for _, name, text in fenced if name == language]
+
+
+def command_lines() -> list[tuple[str, str, list[str]]]:
+    """(document, module, arguments) of every `python -m` line in blocks and in backticks."""
+    lines = []
+    for document in DOCUMENTS:
+        code = [line for block in blocks(document, "") for line in block.replace("\\\n", " ").splitlines()]
+        code += re.findall(r"`(python -m [^`]+)`", read(document).replace("\n", " "))
+        for line in code:
+            if match := COMMAND.search(line.strip()):
+                lines.append((document, match[1], shlex.split(match[2], comments=True)))
+    return lines
+
+
+def help_text(module: str, arguments: list[str]) -> str:
+    """What a command prints for --help, under the subcommand that the arguments name."""
+    program = importlib.import_module(f"{module}.__main__" if _is_package(module) else module)
+    subcommand = arguments[:1] if arguments[:1] and arguments[0] in getattr(program, "COMMANDS", ()) else []
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
+        program.main([*subcommand, "--help"])
+    assert stopped.value.code in (0, None)
+    return printed.getvalue()
+
+
+def _is_package(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"no module {module}"
+    return spec.submodule_search_locations is not None
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)]+)\)", read(document)):
+        if not target.startswith(("http", "#")):
+            assert ((ROOT / document).parent / target.partition("#")[0]).exists(), f"{document}: {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_paths_exist(document):
+    text = re.sub(r"<!-- \w+:begin -->.*?<!-- \w+:end -->", "", read(document), flags=re.DOTALL)
+    words = re.findall(rf"(?<![\w./-])(?:{'|'.join(ROOMS)})/[\w./*-]*", text)
+    for word in {word.rstrip(".") for word in words}:
+        assert list(ROOT.glob(word)), f"{document} names {word}, which does not exist"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_make_targets_exist(document):
+    targets = set(re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE))
+    code = "\n".join(blocks(document, "")) + "\n".join(re.findall(r"`[^`]+`", read(document)))
+    assert set(re.findall(r"(?:^|`|&& )make ([\w-]+)", code, re.MULTILINE)) <= targets
+
+
+def test_command_lines_are_found():
+    modules = {module for _, module, _ in command_lines()}
+    assert {"pointalign.train", "pointalign.chat", "pointalign.convert", "experiments.ablation"} <= modules
+
+
+@pytest.mark.parametrize(
+    ("document", "module", "arguments"),
+    [pytest.param(*line, id=f"{line[0]}:{line[1]}:{number}") for number, line in enumerate(command_lines())],
+)
+def test_command_lines_parse(document, module, arguments, tmp_path):
+    if module in ("pointalign.train", "pointalign.feature_cache"):
+        from pointalign.options import parse
+
+        if "--help" in arguments or (not arguments and module != "pointalign.train"):
+            return
+        if arguments and arguments[0].endswith(".yaml"):  # a recipe of the reader's own
+            (tmp_path / arguments[0]).write_text("training: {max_steps: 1}\n")
+            arguments = [str(tmp_path / arguments[0]), *arguments[1:]]
+        parse(arguments)
+        return
+    if not [argument for argument in arguments if argument.startswith("-")]:
+        _is_package(module)  # the module exists
+        return
+    printed = help_text(module, arguments)
+    for option in [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]:
+        assert re.search(rf"{re.escape(option)}\b", printed), f"{document}: {module} has no {option}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_imports_of_examples_exist(document):
+    for block in blocks(document, "python"):
+        for module, names in re.findall(r"^from ([\w.]+) import (.+)$", block, re.MULTILINE):
+            for name in names.split(", "):
+                assert hasattr(importlib.import_module(module), name), f"{document}: {module} has no {name}"
+
+
+def test_the_loss_attaches_to_a_model_as_the_readme_says():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    (example,) = [block for block in blocks("README.md", "python") if "LayerTap" in block]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes))
+    mask = torch.tensor([[True, True, False, False, False], [False, True, True, True, False]])
+    variables = {
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
+        "mask": mask,
+        "embeddings": torch.randn(2, 5, 16),
+        "labels": torch.randint(11, (2, 5)),
+        "targets": torch.randn(int(mask.sum()), 6),
+    }
+    exec(example, variables)
+    variables["loss"].backward()
+    projector = next(iter(variables["alignment"].parameters()))
+    layer = variables["aligned"][0]
+    assert projector.grad.abs().sum() > 0 and model.model.layers[layer - 1].mlp.up_proj.weight.grad.abs().sum() > 0
+    assert any(projector is weight for group in variables["optimizer"].param_groups for weight in group["params"])
+    assert variables["loss"] > variables["output"].loss
+
+
+def test_the_python_example_of_the_readme_answers(processor, monkeypatch):
+    """The example as written, but with a small model in the place of the shipped one."""
+    import pointalign.build
+
+    (example,) = [block for block in blocks("README.md", "python") if "load_for_inference" in block]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pointalign.build, "load_for_inference", lambda name: (tiny_model().eval(), processor))
+    variables: dict = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(example, variables)
+    assert len(ast.literal_eval(printed.getvalue())) == 1
+    assert variables["inputs"]["point_mask"].sum() == processor.num_query_tokens
+
+
+def test_the_readme_is_short():
+    assert len(read("README.md").splitlines()) <= 200
