@@ -18,7 +18,7 @@ ARMS = {"LoRA trains": ["lora"], "LoRA frozen": []}
 
 
 def measure(aligned, processor, clouds: list, batch_size: int = 16) -> dict[str, float]:
-    """Mean cosine of the first aligned layer to own and to other objects' targets, over objects and query tokens."""
+    """Mean cosine over objects and query tokens of the first aligned layer to the object's target and to others."""
     from pointalign.evaluation.naming import QUESTION
 
     projected, targets = [], []
@@ -38,8 +38,9 @@ def measure(aligned, processor, clouds: list, batch_size: int = 16) -> dict[str,
             projected.append(projector(hidden[layer].float()))
             targets.append(target.float())
     queries = aligned.config.num_query_tokens
-    seen, wanted = (torch.cat(one).view(len(clouds), queries, -1) for one in (projected, targets))  # [N, Q, D]
-    raw, centred = _own_and_other(seen, wanted), _own_and_other(seen - seen.mean(0), wanted - wanted.mean(0))
+    states, tokens = (torch.cat(parts).view(len(clouds), queries, -1) for parts in (projected, targets))  # [N, Q, D]
+    raw = _compare(states, tokens)
+    centred = _compare(states - states.mean(0), tokens - tokens.mean(0))
     return {
         "own": raw[0],
         "others": raw[1],
@@ -49,14 +50,15 @@ def measure(aligned, processor, clouds: list, batch_size: int = 16) -> dict[str,
     }
 
 
-def _own_and_other(seen: Tensor, wanted: Tensor) -> tuple[float, float, float]:
-    similarity = torch.einsum("nqd,mqd->nm", functional.normalize(seen, dim=-1), functional.normalize(wanted, dim=-1))
-    similarity /= seen.shape[1]  # mean over query tokens
-    count = len(seen)
-    own = similarity.diagonal().mean()
+def _compare(states: Tensor, targets: Tensor) -> tuple[float, float, float]:
+    """Mean cosine to the object's target and to others, and the share of objects nearest to their target."""
+    unit_states, unit_targets = (functional.normalize(rows, dim=-1) for rows in (states, targets))
+    similarity = torch.einsum("nqd,mqd->nm", unit_states, unit_targets) / states.shape[1]  # mean over query tokens
+    count = len(states)
+    same = similarity.diagonal().mean()
     others = (similarity.sum() - similarity.diagonal().sum()) / (count * (count - 1))
-    found = (similarity.argmax(dim=1).cpu() == torch.arange(count)).float().mean()
-    return float(own), float(others), float(found)
+    nearest = (similarity.argmax(dim=1).cpu() == torch.arange(count)).float().mean()
+    return float(same), float(others), float(nearest)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--output", type=Path, default=Path("runs/alignment-check"), help="folder (default: %(default)s)"
     )
     parser.add_argument("options", nargs="*", help="further options of pointalign.train, after --")
-    chosen = parser.parse_args(arguments)
+    settings = parser.parse_args(arguments)
 
     from pointalign import assets, storage
     from pointalign.evaluation.objects import embedded_objects
@@ -75,14 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
     from pointalign.train import describe, keep_freed_memory, make_trainer
 
     keep_freed_memory()
-    objects = embedded_objects(assets.embedded_objects(), chosen.split)
+    objects = embedded_objects(assets.embedded_objects(), settings.split)
     results: dict[str, dict[str, float]] = {}
     options = None
     for name, parts in ARMS.items():
-        folder = chosen.output / name.replace(" ", "-").lower()
-        options = parse(["demo", f"--training.max_steps={chosen.steps}", "--training.save_strategy=no",
+        folder = settings.output / name.replace(" ", "-").lower()
+        options = parse(["demo", f"--training.max_steps={settings.steps}", "--training.save_strategy=no",
                          f"--training.output_dir={folder}", f"--model.train={parts}",
-                         "--training.contrastive_steps=0", *chosen.options])  # fmt: skip
+                         "--training.contrastive_steps=0", *settings.options])  # fmt: skip
         trainer, _, processor = make_trainer(options)
         if not results:
             results["before training"] = measure(trainer.model, processor, objects.clouds)
@@ -90,16 +92,16 @@ def main(arguments: list[str] | None = None) -> int:
         results[name] = measure(trainer.model, processor, objects.clouds)
     assert options is not None
     storage.write_json(
-        chosen.output / "alignment.json",
-        {"results": results, "steps": chosen.steps, "split": chosen.split, "objects": len(objects.clouds)}
+        settings.output / "alignment.json",
+        {"results": results, "steps": settings.steps, "split": settings.split, "objects": len(objects.clouds)}
         | {"run": describe(options)},
     )
     columns = list(results["before training"])
-    print(f"\ncosine of projected hidden states and Q-Former targets, {len(objects.clouds)} {chosen.split} objects")
+    print(f"\ncosine of projected hidden states and Q-Former targets, {len(objects.clouds)} {settings.split} objects")
     print(f"{'':16}" + "".join(f"{column:>17}" for column in columns))
     for name, row in results.items():
         print(f"{name:16}" + "".join(f"{row[column]:17.3f}" for column in columns))
-    print(f"written: {chosen.output / 'alignment.json'}")
+    print(f"written: {settings.output / 'alignment.json'}")
     return 0
 
 

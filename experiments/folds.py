@@ -27,6 +27,8 @@ from pointalign import stage_file, storage, train
 from pointalign.embedded import catalogue
 from pointalign.trainer import checkpoints
 
+DIFFERENT = ("fold", "weights")  # keys of `recipe.json` that differ between folds: each has its stage 1
+
 
 def fold_parser(program: str, description: str | None, output: str) -> argparse.ArgumentParser:
     """A parser with the options that every study in folds has."""
@@ -124,9 +126,7 @@ def pool(recipe: Recipe, folder: Path) -> str:
     """
     folders = fold_folders(folder)
     recipes = [json.loads((fold / "recipe.json").read_text()) for fold in folders]
-    require_agreement(
-        folders, [{key: value for key, value in kept.items() if key not in DIFFERENT} for kept in recipes]
-    )
+    require_agreement(folders, [{key: fold[key] for key in fold if key not in DIFFERENT} for fold in recipes])
     counts: list[int] = []
     for arm, seed in recipe.plan():
         parts = [json.loads(run_file(fold, arm, seed).read_text()) for fold in folders]
@@ -137,9 +137,6 @@ def pool(recipe: Recipe, folder: Path) -> str:
     described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "fold")}
     storage.write_json(folder / "recipe.json", described | {"folds": catalogue.FOLDS})
     return summarise(folder, recipe)
-
-
-DIFFERENT = ("fold", "model", "weights")  # the keys of `recipe.json` in which folds may differ: each has its stage 1
 
 
 def join_runs(parts: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:

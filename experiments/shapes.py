@@ -1,14 +1,14 @@
-"""Procedural stools: coloured clouds whose every property is known, for tests of what a model keeps of them.
+"""Procedural stools: coloured clouds with known properties, for tests of what a model retains of a cloud.
 
     python -m experiments.shapes --count 50000 --output FOLDER
 
 writes `clouds/{object_id}.npy`, `annotations/{train,test}.json` in the PointLLM schema and `objects.json`, from a seed
-alone. Captions state the factors of set A and never those of set B, so that B is what language does not use:
+alone. Captions state the factors of set A and never those of set B, so that the captions do not need B:
 
     A  colour of the top, shape of the top, number of legs
     B  taper of the legs, holes in the top, aspect (height over width), roughness of the surface, a lopsided leg
 
-Some combinations of A never occur in training: every value does, these triples do not.
+Some combinations of A never occur in training, although each value does.
 """
 
 import argparse
@@ -37,12 +37,12 @@ HOLES = (0, 1, 2, 3)
 NUMBERS = {3: "three", 4: "four", 5: "five", 6: "six"}
 FACTORS_A = ("colour", "top", "legs")
 FACTORS_B = ("taper", "holes", "aspect", "roughness", "lopsided")
-HELD_OUT = 4  # one combination of A in so many is kept from training
+HELD_OUT = 4  # a combination of A in this many is held out of training
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The factors of one stool.
+    """The factors of a stool.
 
     Attributes:
         colour, top, legs: set A.
@@ -50,7 +50,7 @@ class Shape:
         holes: round holes in the top.
         aspect: height over the top's diameter, 0.6 to 1.8.
         roughness: standard deviation of the surface noise over the top's diameter, 0 to 0.03.
-        lopsided: one leg stands outside of the circle of the others.
+        lopsided: a leg stands outside the circle of the others.
     """
 
     colour: str
@@ -64,7 +64,7 @@ class Shape:
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination of A is kept from training."""
+        """Whether this combination of A never occurs in training."""
         place = list(COLOURS).index(self.colour) + list(TOPS).index(self.top) + LEGS.index(self.legs)
         return place % HELD_OUT == 0
 
@@ -124,8 +124,8 @@ def _top(shape: Shape, count: int, thickness: float, rng: np.random.Generator) -
     """`[count, 3]` points of a regular prism with holes, its lower face at height 0."""
     corners = TOPS[shape.top]
     holes = [(0.22 * np.cos(a), 0.22 * np.sin(a)) for a in 2 * np.pi * np.arange(shape.holes) / max(shape.holes, 1)]
-    kept = np.empty((0, 3))
-    while len(kept) < count:
+    points = np.empty((0, 3))
+    while len(points) < count:
         x, z = rng.uniform(-0.5, 0.5, (2, 4 * count + 8))
         sector = np.pi / corners
         angle = np.mod(np.arctan2(z, x), 2 * sector) - sector
@@ -133,8 +133,8 @@ def _top(shape: Shape, count: int, thickness: float, rng: np.random.Generator) -
         for hole_x, hole_z in holes:
             inside &= np.hypot(x - hole_x, z - hole_z) > 0.12
         face = np.stack([x, rng.integers(0, 2, len(x)) * thickness, z], axis=1)[inside]
-        kept = np.concatenate([kept, face])
-    kept = kept[:count]
+        points = np.concatenate([points, face])
+    points = points[:count]
     side = rng.random(count) < thickness / (thickness + 0.5)  # side over faces, by area
     place = rng.random(int(side.sum())) * corners
     first, share = place.astype(int), place % 1
@@ -143,14 +143,14 @@ def _top(shape: Shape, count: int, thickness: float, rng: np.random.Generator) -
         for n in (first, first + 1)
     ]
     border = ends[0] * (1 - share[:, None]) + ends[1] * share[:, None]
-    kept[side] = np.stack([border[:, 0], rng.random(len(border)) * thickness, border[:, 1]], axis=1)
-    return kept
+    points[side] = np.stack([border[:, 0], rng.random(len(border)) * thickness, border[:, 1]], axis=1)
+    return points
 
 
 def generate(
     count: int, seed: int = 0, held_out: bool = False, points: int = 2048
 ) -> Iterator[tuple[str, Shape, np.ndarray]]:
-    """`count` triples (id, factors, cloud); object n depends on the seed and n alone."""
+    """`count` triples (id, factors, cloud); object n depends only on the seed and n."""
     split = "test" if held_out else "train"
     for number in range(count):
         rng = np.random.default_rng([seed, int(held_out), number])
@@ -164,9 +164,9 @@ def objects(
     split: str,
     limit: int | None,
 ) -> EncodedObjects:
-    """Procedural shapes: training combinations of set A, or those held out; captions name A alone."""
-    made = list(generate(limit or 2000, held_out=split != "train"))
-    drawn = [shape for _, shape, _ in made]
+    """Stools with the training combinations of set A, or with those held out; at most `limit` (2000)."""
+    triples = list(generate(limit or 2000, held_out=split != "train"))
+    drawn = [shape for _, shape, _ in triples]
     names = [*FACTORS_A, *FACTORS_B]
     properties = {
         f"{'A' if name in FACTORS_A else 'B'}: {name}": [getattr(shape, name) for shape in drawn] for name in names
@@ -183,8 +183,8 @@ def objects(
     )
     true_captions = [shape.caption() for shape in drawn]
     shapes = ObjectSet(
-        [name for name, _, _ in made],
-        {name: cloud for name, _, cloud in made}.__getitem__,
+        [name for name, _, _ in triples],
+        {name: cloud for name, _, cloud in triples}.__getitem__,
         true_captions,
         true_captions,
         candidates={caption: caption for caption in captions},
@@ -208,9 +208,9 @@ def main(arguments: list[str] | None = None) -> None:
     (options.output / "annotations").mkdir(exist_ok=True)
     records = []
     for split, count in (("train", options.count), ("test", max(1, options.count // 10))):
-        made = generate(count, options.seed, split == "test", options.points)
+        triples = generate(count, options.seed, split == "test", options.points)
         annotations = []
-        for name, shape, cloud in tqdm(made, total=count, desc=split, unit="object", disable=None):
+        for name, shape, cloud in tqdm(triples, total=count, desc=split, unit="object", disable=None):
             np.save(options.output / "clouds" / f"{name}.npy", cloud)
             records.append({"object_id": name, "split": split} | asdict(shape))
             turns = [{"from": "human", "value": "<point>\nWhat is this?"}, {"from": "gpt", "value": shape.caption()}]

@@ -1,18 +1,24 @@
-"""`python -m pointalign.evaluate [MODEL] [--task ...]`: held-out questions, metrics with intervals, and a report.
+"""Ask a model held-out questions: metrics with intervals, and a report.
 
 python -m pointalign.evaluate                                  the shipped model on the embedded test objects
 python -m pointalign.evaluate MODEL --task captioning --data val_200_GT.json --clouds 8192_npy
-python -m pointalign.evaluate compare A/evaluation.json B/evaluation.json
-python -m pointalign.evaluate judge ANSWERS.json --judge.base_url http://localhost:8000/v1 --judge.model M
-python -m pointalign.evaluate probe MODEL                      what the layers still know about the clouds
-python -m pointalign.evaluate report FOLDER                    the HTML report again, from the files
+
+Subcommands, each with --help:
+  compare OURS/evaluation.json THEIRS/evaluation.json          paired differences of two evaluations
+  judge ANSWERS.json --judge.model M --judge.base_url URL      judge a file of answers
+  probe [MODEL]                                                what can be read about a cloud from each layer
+  report FOLDER                                                write the HTML report again, from the files
 """
 
+import argparse
+import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-COMMANDS = ("compare", "judge", "probe", "report")
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,22 +28,28 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments and arguments[0] in COMMANDS else "evaluate"
-    run = {"compare": compare, "judge": judge, "probe": probe, "report": report}.get(command, evaluate)
+    run = COMMANDS.get(command, evaluate)
     try:
         run(arguments[1:] if command != "evaluate" else arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it stopped", file=sys.stderr)
+        print("\nstopped; the same command continues where it stopped", file=sys.stderr)
         return 130
     return 0
 
 
-def _parser(usage: str):
-    from jsonargparse import ArgumentParser
+def _parser(usage: str, description: str | None = None) -> "ArgumentParser":
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-    return ArgumentParser(prog="python -m pointalign.evaluate", usage=f"python -m pointalign.evaluate {usage}")
+    class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the lines of the description as they are."""
+
+    program = "python -m pointalign.evaluate"
+    return ArgumentParser(
+        prog=program, usage=f"{program} {usage}", description=description, formatter_class=HelpFormatter
+    )
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -46,7 +58,7 @@ def evaluate(arguments: list[str]) -> None:
     from pointalign.evaluation.judge import JudgeOptions, judge_tasks
     from pointalign.evaluation.report import write_report
 
-    parser = _parser("[MODEL] [--task T [T ...]] [--data D] [--generation.*] [--judge.*]")
+    parser = _parser("[MODEL] [--task T [T ...]] [--data D] [--generation.*] [--judge.*]", __doc__)
     parser.add_argument("model", nargs="?", default=None, help="a model's folder, a run's folder, or a stage file")
     parser.add_class_arguments(results.EvaluationOptions)
     parser.add_class_arguments(Generation, "generation")
@@ -89,7 +101,7 @@ def judge(arguments: list[str]) -> None:
     parser = _parser("judge ANSWERS.json --kind object|class|caption --judge.*")
     parser.add_argument("answers", type=str, help="a file in PointLLM's format, of this program or another")
     parser.add_argument(
-        "--kind", type=str, default="caption", help="object (same object?), class (ModelNet40) or caption"
+        "--kind", type=str, default="caption", help="object (same object?), class (ModelNet40) or caption (0 to 100)"
     )
     parser.add_class_arguments(JudgeOptions, "judge")
     built = parser.instantiate(parser.parse_args(arguments))
@@ -116,25 +128,25 @@ def report(arguments: list[str]) -> None:
 
 
 def _lists(arguments: list[str], names: tuple[str, ...]) -> list[str]:
-    """`--task a b` as `--task=["a","b"]`: lists of words are given as words."""
-    import json
-
-    kept: list[str] = []
+    """Rewrites `--task a b` as `--task=["a","b"]` for the options `names`, whose values are lists."""
+    rewritten: list[str] = []
     values: list[str] | None = None
     name = ""
     for argument in [*arguments, "--"]:
         if values is not None and argument.startswith("--"):
-            parsed = [int(one) if one.isdigit() else one for one in values]
-            kept.append(f"--{name}={json.dumps(parsed)}")
+            parsed = [int(value) if value.isdigit() else value for value in values]
+            rewritten.append(f"--{name}={json.dumps(parsed)}")
             values = None
         if values is not None:
             values.append(argument)
         elif argument.removeprefix("--") in names and argument.startswith("--"):
             name, values = argument.removeprefix("--"), []
         elif argument != "--":
-            kept.append(argument)
-    return kept
+            rewritten.append(argument)
+    return rewritten
 
+
+COMMANDS = {"compare": compare, "judge": judge, "probe": probe, "report": report}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -289,11 +289,23 @@ def test_the_release_sampling_is_an_option():
     )
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"]])
+def test_help_names_the_subcommands(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(arguments)
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    if len(arguments) == 1:
+        listed = text.split("Subcommands")[1].split("\n\n")[0]
+        assert [line.split()[0] for line in listed.splitlines()[1:] if line.strip()] == list(evaluate.COMMANDS)
+    assert f"python -m pointalign.evaluate {'compare OURS' if len(arguments) == 2 else '[MODEL]'}" in text
+
+
 def test_mistakes_are_named(saved, tmp_path, capsys):
     assert evaluate.main(["no-such-model", "--sentence_models", "none", "--task", "captioning"]) == 1
     assert "no-such-model" in capsys.readouterr().err
     assert evaluate.main([str(saved), "--task", "segmentation"]) == 1
-    assert "--task segmentation: expected of classification" in capsys.readouterr().err
+    assert "--task segmentation: expected one of classification" in capsys.readouterr().err
 
 
 def test_chat_and_evaluate_load_the_same_weights_of_a_run(tmp_path, tokenizer, monkeypatch):

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence_tables
 
 from experiments import held_out_naming
+from pointalign.embedded import catalogue
 
 
 def estimate(mean: float, **more) -> dict:
@@ -51,7 +52,7 @@ def test_an_ablation_is_shown_with_what_it_says(results):
     row = {"seeds": [0, 1], "metrics": {"likelihood margin": estimate(0.2), "generated accuracy": estimate(0.3)},
            "layer": 3, "centred cosine": 0.1, "retrieval@1": 0.2, "CKA": 0.3, "retention": None, "few_shot": {},
            "probes at the Q-Former": {"noun": 0.4}, "probes at the last layer": {"noun": 0.25}}  # fmt: skip
-    difference = {"likelihood margin": estimate(0.07, p=0.5, p_holm=0.5, detectable=0.3)}
+    difference = {"seeds": [0, 1], "likelihood margin": estimate(0.07, p=0.5, p_holm=0.5, detectable=0.3)}
     arms = [row | {"arm": "no alignment"}, row | {"arm": "alignment", "differences": difference}]
     recipe = {"schedule": {"steps": 7, "batch_size": 2}, "weight": 0.1, "baseline": "no alignment"}
     content = {
@@ -65,7 +66,7 @@ def test_an_ablation_is_shown_with_what_it_says(results):
     text = evidence_tables.ablation("ablation_objects")
     assert "Nothing is shown." in text and "7 steps of 2 samples, lambda 0.1" in text
     assert "commit abc, 2026-11-25" in text
-    assert "| alignment | +0.070 [-0.030, +0.170] | 0.500 | 0.300 |" in text
+    assert "| alignment | 0-1 | +0.070 [-0.030, +0.170] | 0.500 | 0.300 |" in text
     assert "| noun | 0.400 | 0.250 | 0.250 |" in text
     assert "](../benchmarks/results/ablation_objects/layers.png)" in text and "differences.png" not in text
 
@@ -129,7 +130,7 @@ def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tm
     def train(command):
         commands.append(command)
         folder = Path(command[-1].removeprefix("--training.output_dir="))
-        assert not folder.exists(), "what was stopped halfway is in the way"
+        assert not folder.exists(), "a run that was stopped halfway must be removed"
         shutil.copytree(finished_folds[int(folder.name[-1])], folder)
         return subprocess.CompletedProcess(command, 0)
 
@@ -137,12 +138,11 @@ def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tm
     (out / "fold-0").mkdir(parents=True)
     (out / "fold-0" / "options.json").write_text("{}")
     monkeypatch.setattr(held_out_naming.subprocess, "run", train)
-    monkeypatch.setattr(held_out_naming, "provenance", lambda device: {"date": "today"})
-    monkeypatch.setattr(held_out_naming, "FOLDS", 2)
+    monkeypatch.setattr(held_out_naming.storage, "provenance", lambda device: {"date": "today"})
+    monkeypatch.setattr(catalogue, "FOLDS", 2)
     monkeypatch.setattr(held_out_naming, "RESULT", result)
     for folds, unfinished in ((["1"], True), (["0", "1"], False)):
-        monkeypatch.setattr(sys, "argv", ["held_out_naming.py", "--output", str(out), "--folds", *folds])
-        assert held_out_naming.main() == 0
+        assert held_out_naming.main(["--output", str(out), "--folds", *folds]) == 0
         assert ("not finished: fold-0" in capsys.readouterr().out) == unfinished == (not result.exists())
     folds = [command[-2] for command in commands]
     assert folds == ["--data.fold=1", "--data.fold=0"], "a finished fold is not run again"

@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from experiments import folds, held_out_naming
 from experiments.ablation import __main__ as ablation_command
 from experiments.ablation import ablation
+from experiments.ablation.measure import PRIMARY
+from experiments.ablation.recipe import read_recipe
 from pointalign import assets, stage_file, train
 from pointalign.embedded import catalogue, warm_up
 from pointalign.evaluation import probe, statistics
@@ -163,7 +165,7 @@ def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, 
         }
     result = json.loads((out / "ablation.json").read_text())
     [plain, aligned] = result["arms"]
-    difference = aligned["differences"][ablation.PRIMARY]
+    difference = aligned["differences"][PRIMARY]
     assert difference["count"] == 8 and len(difference["per_seed"]) == 2 and 0 < difference["p_holm"] <= 1
     kept = [json.loads((out / f"fold-{fold}" / "ablation.json").read_text())["arms"] for fold in (0, 1)]
     for metric in plain["metrics"]:
@@ -186,8 +188,37 @@ def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, 
     assert stage([*again, "--training.output_dir", str(tmp_path / "again")]) == 1
     assert "was trained under fold 0" in capsys.readouterr().err
 
-    recipe = ablation.read_recipe(recipes[1])
+    stored = json.loads((out / "fold-1" / "recipe.json").read_text())
+    (out / "fold-1" / "recipe.json").write_text(json.dumps(stored | {"weight": 0.7}))
+    recipe = read_recipe(recipes[1])
     recipe.seeds = 2
-    (out / "fold-1" / "runs" / "alignment-1.json").unlink()
-    with pytest.raises(ValueError, match=r"alignment-1\.json is missing: another process"):
+    with pytest.raises(ValueError, match=r"fold-1 differs from .*fold-0 in weight: remove one"):
         folds.pool(recipe, out)
+
+
+def test_the_driver_waits_for_all_folds_and_reports_failures(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(catalogue, "FOLDS", 3)
+    pooled: list[list[Path]] = []
+
+    def run(fold: int, folder: Path) -> int:
+        if fold == 2 and not pooled:
+            return 7
+        folder.mkdir(parents=True, exist_ok=True)
+        return 0
+
+    def study(*numbers: int, run=run, pool=pooled.append) -> int:
+        return folds.run_folds(tmp_path, numbers, run, Path.exists, pool)
+
+    assert study(1) == 0 and "not finished: fold-0, fold-2" in capsys.readouterr().out
+    assert study(0, 1, 2) == 7 and not pooled
+    (tmp_path / "fold-2").mkdir()  # by another process
+    assert study(0) == 0 and pooled == [[tmp_path / f"fold-{fold}" for fold in range(3)]]
+
+    def stop(_fold: int, _folder: Path) -> int:
+        raise KeyboardInterrupt
+
+    def refuse(_folders: list[Path]) -> None:
+        raise ValueError("these differ")
+
+    assert study(0, run=stop) == 130 and "the same command continues" in capsys.readouterr().err
+    assert study(0, pool=refuse) == 1 and "error: these differ" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Asking a model many questions: batches in a fixed order, seeded, kept one by one, resumed where they stopped."""
+"""Asks a model many questions: batches in a fixed order, seeded, stored one by one, and resumed after a stop."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from pointalign.models import PointAlignForConditionalGeneration, PointAlignProc
 
 
 class AnswerTree:
-    """Tokenised answers with common beginnings merged.
+    """Tokenised answers as a tree in which common beginnings are shared.
 
     Args:
         answers: token ids of each answer, in order.
@@ -28,7 +28,7 @@ class AnswerTree:
     def __init__(self, answers: Sequence[Sequence[int]]):
         nodes: dict[tuple[int, ...], int] = {}
         self.tokens: list[int] = []
-        self.parents: list[int] = []  # -1 is the prompt's last token
+        self.parents: list[int] = []  # -1 stands for the prompt's last token
         self.paths: list[list[int]] = []
         for answer in answers:
             path: list[int] = []
@@ -40,7 +40,7 @@ class AnswerTree:
                     self.parents.append(path[-1] if path else -1)
                 path.append(nodes[key])
             self.paths.append(path)
-        self.visible = np.eye(len(self.tokens), dtype=bool)  # [K, K] a node sees its ancestors and itself
+        self.visible = np.eye(len(self.tokens), dtype=bool)  # [K, K]: a node attends to its ancestors and itself
         self.depth = np.zeros(len(self.tokens), dtype=np.int64)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
@@ -56,7 +56,7 @@ class AnswerTree:
         allowed[:, width:, width:] = torch.from_numpy(self.visible).to(device)
         real = torch.arange(width, device=device)[None] >= width - prompt_lengths[:, None]
         allowed[:, :, :width] &= real[:, None]
-        allowed |= torch.eye(width + nodes, dtype=torch.bool, device=device)  # padding sees itself: no empty row
+        allowed |= torch.eye(width + nodes, dtype=torch.bool, device=device)  # padding attends to itself: no empty row
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
@@ -92,7 +92,7 @@ def answer_likelihoods(
         attention_mask=tree.mask(lengths, width, prompt.dtype),
         position_ids=positions,
         use_cache=False,
-    ).last_hidden_state[:, width - 1 :]  # place 0 is the prompt's last token, place n + 1 is node n
+    ).last_hidden_state[:, width - 1 :]  # [B, 1 + K, H]: the prompt's last token, then the nodes
     parents = torch.tensor(tree.parents, device=input_ids.device) + 1
     scores = []
     for row in hidden:
@@ -104,7 +104,7 @@ def answer_likelihoods(
 
 
 def margins(likelihoods: np.ndarray, truths: Sequence[int]) -> np.ndarray:
-    """`[B]` log-likelihood of the true answer less that of the best wrong one: positive where the true one wins."""
+    """`[B]` log-likelihood of the true answer less that of the best wrong answer."""
     rows = np.arange(len(likelihoods))
     others = likelihoods.copy()
     others[rows, truths] = -np.inf
@@ -112,8 +112,8 @@ def margins(likelihoods: np.ndarray, truths: Sequence[int]) -> np.ndarray:
 
 
 INPUTS = ("true", "shuffled", "zeroed", "blind")
-END = "###"  # closes an answer of the published checkpoints
-_ZERO = "\0zero"
+END = "###"  # ends an answer of the published checkpoints
+_ZERO = "\0zero"  # the name of an object whose point tokens are zeros
 
 
 @dataclass
@@ -121,10 +121,11 @@ class Generation:
     """How answers are generated (`--generation.*`).
 
     Attributes:
-        sample: the published release's way: 2 beams with sampling, top_p 0.7, temperature 0.2, at least 10 new tokens.
-            By default greedy.
-        batch_size: questions answered together. Padding can move the last bits, so it is part of what defines a run.
-        seed: of sampling, the same for a batch whether the run was interrupted or not.
+        sample: decode as the published release does: 2 beams with sampling, top_p 0.7, temperature 0.2, at least 10 new
+            tokens. By default greedy.
+        batch_size: questions answered together. It belongs to the definition of a run, because padding can change the
+            last bits.
+        seed: of sampling; a batch is seeded in the same way whether or not the run was interrupted.
         max_new_tokens: by default 32 for names, 96 for captions, 16 for geometry.
     """
 
@@ -141,14 +142,14 @@ class Generation:
 
 
 class Journal:
-    """What a run has computed so far: one JSON line per batch, so that an interrupted run goes on behind the last.
+    """The results of a run so far, a JSON line for each batch, so that an interrupted run continues after the last.
 
     Args:
-        path: the file; made with its first line.
-        run: what defines the run, the file's first line.
+        path: the file, created if missing.
+        run: the definition of the run, which is the first line of the file.
 
     Raises:
-        ValueError: the file belongs to a run that is defined otherwise.
+        ValueError: the file belongs to a run with another definition.
     """
 
     def __init__(self, path: Path, run: dict[str, Any]):
@@ -156,7 +157,7 @@ class Journal:
         self.done: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         known = path.read_text() if path.exists() else ""
-        *complete, _torn = known.split("\n")  # a line that was cut short has no end
+        *complete, _torn = known.split("\n")  # the part behind the last newline is an incomplete line
         if complete:
             if (other := json.loads(complete[0])) != json.loads(json.dumps(run)):
                 different = sorted(key for key in run.keys() | other.keys() if run.get(key) != other.get(key))
@@ -172,7 +173,7 @@ class Journal:
                 temporary.write_text(text)
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The value of `key` (JSON values only), computed and written down if it is not there yet."""
+        """The value of `key` (JSON values only), computed and appended to the file if it is not there."""
         if key not in self.done:
             value = compute()
             with self.path.open("a") as file:
@@ -182,7 +183,7 @@ class Journal:
 
 
 class Features:
-    """Q-Former tokens `[Q, Dq]` of objects, computed once each, in the order they were given."""
+    """Q-Former tokens `[Q, Dq]` of objects by name, each computed once."""
 
     def __init__(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor):
         self.model, self.processor = model, processor
@@ -238,28 +239,28 @@ def _names(questions: Sequence[Question]) -> list[str]:
 
 
 def with_input(task: Task, kind: str, seed: int = 0) -> Task:
-    """The same questions about other clouds: `shuffled` (another object's), `zeroed` tokens, or none (`blind`)."""
+    """The same questions with another object's cloud (`shuffled`), `zeroed` tokens, or no cloud (`blind`)."""
     if kind == "true":
         return task
     if kind not in INPUTS:
-        raise ValueError(f"--inputs {kind}: expected of {', '.join(INPUTS)}")
+        raise ValueError(f"--inputs {kind}: expected one of {', '.join(INPUTS)}")
     from pointalign.evaluation.naming import shuffled
 
     others = shuffled(len(task.questions), seed)
     questions = []
     for question, other in zip(task.questions, others, strict=True):
-        given = {
+        object_ids = {
             "shuffled": task.questions[other].object_ids,
             "zeroed": (_ZERO,) * len(question.object_ids),
             "blind": (),
         }[kind]
-        questions.append(replace(question, object_ids=given))
+        questions.append(replace(question, object_ids=object_ids))
     return replace(task, name=f"{task.name}-{kind}", questions=questions)
 
 
 @dataclass
 class Answers:
-    """Per question of a task: the text, and where there is a closed set the log-likelihoods `[N, A]` of its answers.
+    """For each question of a task the text and, if there is a closed set, the log-likelihoods `[N, A]` of its answers.
 
     Rows of questions whose label is not in the set are NaN.
     """
@@ -277,7 +278,7 @@ def answer(
     generation: Generation,
     journal: Journal,
 ) -> Answers:
-    """Generate, and score the closed set, batch by batch through the journal."""
+    """Answers to a task's questions, and scores of its closed set, batch by batch through the journal."""
     if any(f"{task.name}/{start}" not in journal.done for start, _ in _batches(task, generation.batch_size)):
         features.compute([name for name in _names(task.questions) if name != _ZERO], objects.cloud)
     tree = None
@@ -294,26 +295,26 @@ def answer(
             with torch.inference_mode(), torch.random.fork_rng():
                 torch.manual_seed(generation.seed * 1_000_003 + start)
                 generated = model.generate(**batch, **generation.arguments(task.kind))  # type: ignore[operator]
-            found = processor.answers(generated, batch["input_ids"].shape[1])
-            return [text.split(END)[0].strip() for text in found]
+            answers = processor.answers(generated, batch["input_ids"].shape[1])
+            return [text.split(END)[0].strip() for text in answers]
 
         texts += journal.get(f"{task.name}/{start}", generate)
         if tree is not None:
 
             def score(questions=questions) -> list[list[float] | None]:
-                asked = [question for question in questions if question.label in task.candidates]
-                if not asked:
+                scorable = [question for question in questions if question.label in task.candidates]
+                if not scorable:
                     return [None] * len(questions)
-                batch = _to(prompt_batch(processor, features, asked), model)
+                batch = _to(prompt_batch(processor, features, scorable), model)
                 parts = [answer_likelihoods(model, part, tree) for part in _rows(batch, model.config.num_query_tokens)]
-                found = iter(np.concatenate(parts).tolist())
-                return [next(found) if question.label in task.candidates else None for question in questions]
+                rows = iter(np.concatenate(parts).tolist())
+                return [next(rows) if question.label in task.candidates else None for question in questions]
 
             likelihoods += journal.get(f"{task.name}/{start}/likelihoods", score)
     if tree is None:
         return Answers(texts, None)
-    unasked = [float("nan")] * len(task.candidates)
-    return Answers(texts, np.array([row or unasked for row in likelihoods]))
+    unknown = [float("nan")] * len(task.candidates)
+    return Answers(texts, np.array([row or unknown for row in likelihoods]))
 
 
 def _batches(task: Task, size: int) -> Iterator[tuple[int, list[Question]]]:
@@ -322,10 +323,10 @@ def _batches(task: Task, size: int) -> Iterator[tuple[int, list[Question]]]:
 
 
 def _rows(batch: dict[str, Tensor], queries: int, size: int = 8) -> Iterator[dict[str, Tensor]]:
-    """A batch cut into pieces of `size` rows: the tree of answers makes every row long."""
+    """Parts of a batch with at most `size` rows: the tree of answers makes every row long."""
     first = 0
     for start in range(0, len(batch["input_ids"]), size):
-        part = {name: one[start : start + size] for name, one in batch.items() if name != "query_features"}
+        part = {name: tensor[start : start + size] for name, tensor in batch.items() if name != "query_features"}
         if "query_features" in batch:
             clouds = int(part["point_mask"].sum()) // queries
             part["query_features"] = batch["query_features"][first : first + clouds]
@@ -334,4 +335,4 @@ def _rows(batch: dict[str, Tensor], queries: int, size: int = 8) -> Iterator[dic
 
 
 def _to(batch: dict[str, Tensor], model: PointAlignForConditionalGeneration) -> dict[str, Tensor]:
-    return {name: one.to(model.device) for name, one in batch.items()}
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -1,4 +1,4 @@
-"""From answers to numbers: one value in 0..1 per question and metric, then means with intervals.
+"""Metrics of answers: a value in 0..1 for each question and metric, then means with intervals.
 
 BLEU, ROUGE and METEOR follow PointLLM's protocol (Xu et al., ECCV 2024): words split at spaces, BLEU with smoothing
 method 1 of Chen and Cherry (2014), means over objects.
@@ -20,24 +20,22 @@ from pointalign.evaluation.naming import names_object
 from pointalign.evaluation.statistics import cluster_mean
 from pointalign.evaluation.tasks import Task, chosen
 
-POOLINGS = ("mean", "cls", "pooler")
-
 
 def pooling_of(folder: Path) -> str:
     """`mean` or `cls` as sentence-transformers' `1_Pooling/config.json` says; else `mean`, or `pooler` for SimCSE."""
-    described = folder / "1_Pooling" / "config.json"
-    if described.exists():
-        return "cls" if json.loads(described.read_text()).get("pooling_mode_cls_token") else "mean"
+    config = folder / "1_Pooling" / "config.json"
+    if config.exists():
+        return "cls" if json.loads(config.read_text()).get("pooling_mode_cls_token") else "mean"
     return "pooler" if "simcse" in folder.name.lower() else "mean"
 
 
-@torch.no_grad()  # not inference mode: training compares with these
+@torch.no_grad()  # not inference mode: these embeddings are also used in training
 def embed(folder: Path, sentences: Sequence[str], pooling: str | None = None) -> Tensor:
     """Unit embeddings `[S, D]` of sentences by the encoder in `folder`.
 
     Args:
         pooling: `mean` over tokens, `cls` token, or `pooler` (the encoder's head on it, as SimCSE's supervised models);
-            by default what `pooling_of` finds.
+            by default what `pooling_of` returns.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -80,13 +78,13 @@ def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Sco
     if answers.likelihoods is not None:
         scores |= closed_set_scores(answers.likelihoods, [q.label for q in task.questions], list(task.candidates))
         scores["head noun, closed set"] = [
-            one if question.label in task.candidates else None
-            for one, question in zip(scores["head noun"], task.questions, strict=True)
-        ]  # the same objects, by generated text
+            value if question.label in task.candidates else None
+            for value, question in zip(scores["head noun"], task.questions, strict=True)
+        ]  # generated text, over the objects of the closed set
     if task.kind == "captioning":
         scores.pop("exact", None)  # a caption says more than the name
         scores |= caption_scores(answers.texts, truths)
-    # a name is short: its sentence embedding is compared with the name where there is one, with the caption where not
+    # The sentence embedding of a short answer is compared with the name of the object, where it has a name.
     references = truths if task.kind == "captioning" else [q.label or q.truth for q in task.questions]
     for name, folder in sentence_models.items():
         scores[f"{name} cosine"] = sentence_cosine(answers.texts, references, folder)
@@ -117,10 +115,10 @@ def _bare(text: str) -> str:
 def closed_set_scores(likelihoods: np.ndarray, labels: Sequence[str], candidates: Sequence[str]) -> Scores:
     """Accuracy and margin among the candidates by likelihood `[N, A]`; None for a label outside of the set."""
     known = [i for i, label in enumerate(labels) if label in candidates]
-    wanted = [candidates.index(labels[i]) for i in known]
+    truths = [candidates.index(labels[i]) for i in known]
     accuracy: list[float | None] = [None] * len(labels)
     margin: list[float | None] = [None] * len(labels)
-    for i, value in zip(known, margins(likelihoods[known], wanted), strict=True):
+    for i, value in zip(known, margins(likelihoods[known], truths), strict=True):
         accuracy[i], margin[i] = float(value > 0), float(value)
     return {"closed-set accuracy": accuracy, "likelihood margin": margin}
 
@@ -130,7 +128,7 @@ def caption_scores(answers: Sequence[str], truths: Sequence[str]) -> Scores:
     scores: Scores = {f"BLEU-{n}": [bleu(a, t, n) for a, t in zip(answers, truths, strict=True)] for n in (1, 2, 3, 4)}
     rouges = [_rouge().score(truth, text) for text, truth in zip(answers, truths, strict=True)]
     for name, key in (("ROUGE-1", "rouge1"), ("ROUGE-2", "rouge2"), ("ROUGE-L", "rougeL")):
-        scores[name] = [float(one[key].fmeasure) for one in rouges]
+        scores[name] = [float(rouge[key].fmeasure) for rouge in rouges]
     scores["METEOR"] = [meteor(a, t) for a, t in zip(answers, truths, strict=True)]
     return scores
 
@@ -147,7 +145,7 @@ def bleu(answer: str, truth: str, order: int) -> float:
 
 
 def corpus_bleu(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """sacreBLEU's corpus BLEU in 0..100, with its own tokenisation, as other papers report it."""
+    """sacreBLEU's corpus BLEU in 0..100, with sacreBLEU's tokenisation, as other papers report it."""
     import sacrebleu
 
     return float(sacrebleu.corpus_bleu(list(answers), [list(truths)]).score)
@@ -175,35 +173,34 @@ def _wordnet():
     from pointalign import assets
 
     folder = assets.wordnet()
-    nltk.data.path.append(str(folder.parent.parent))  # nltk reads below folders on its path only
+    nltk.data.path.append(str(folder.parent.parent))  # nltk reads only from folders on its path
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The multilingual functions")
         return WordNetCorpusReader(str(folder), None)
 
 
 def sentence_cosine(answers: Sequence[str], truths: Sequence[str], folder: Path) -> list[float | None]:
-    """Cosine of the sentence embeddings; the pooling is the folder's own, mean where it names none."""
-    from pointalign.evaluation.metrics import embed
-
+    """Cosine of the sentence embeddings; the pooling is that of `pooling_of`."""
     ours, theirs = embed(folder, answers), embed(folder, truths)
     return [float(value) for value in (ours * theirs).sum(dim=1)]
 
 
 def summarise(task: Task, scores: Scores) -> dict[str, dict[str, float]]:
-    """Mean and 95 % interval of every metric, clustered by family; for geometry also per kind, beside the majority."""
+    """Mean and 95 % interval of every metric, clustered by family; for geometry also by kind,
+    with the share of the most frequent answer."""
     families = [question.family for question in task.questions]
-    applied = {name: values for name, values in scores.items() if any(value is not None for value in values)}
-    summary = {name: _estimate(values, families) for name, values in applied.items()}
+    applicable = {name: values for name, values in scores.items() if any(value is not None for value in values)}
+    summary = {name: _estimate(values, families) for name, values in applicable.items()}
     if task.kind == "geometry":
         for kind in dict.fromkeys(question.kind for question in task.questions):
             rows = [i for i, question in enumerate(task.questions) if question.kind == kind]
             labels = [task.questions[i].label for i in rows]
             estimate = _estimate([scores["accuracy"][i] for i in rows], [families[i] for i in rows])
-            most = max(labels.count(label) for label in set(labels)) / len(labels)
-            summary[f"accuracy, {kind}"] = estimate | {"majority": most}
+            majority = max(labels.count(label) for label in set(labels)) / len(labels)
+            summary[f"accuracy, {kind}"] = estimate | {"majority": majority}
     return summary
 
 
 def _estimate(values: Sequence[float | None], families: Sequence[str]) -> dict[str, float]:
-    kept = [(value, family) for value, family in zip(values, families, strict=True) if value is not None]
-    return cluster_mean([value for value, _ in kept], [family for _, family in kept]).as_dict()
+    pairs = [(value, family) for value, family in zip(values, families, strict=True) if value is not None]
+    return cluster_mean([value for value, _ in pairs], [family for _, family in pairs]).as_dict()

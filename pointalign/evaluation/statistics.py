@@ -76,7 +76,7 @@ def minimum_detectable_effect(differences: np.ndarray, clusters: Sequence[str], 
 
 
 def _crossed_bootstrap(differences: np.ndarray, clusters: Sequence[str], seed: int) -> np.ndarray:
-    """Means of `differences [S, N]` with runs and clusters drawn anew, `[RESAMPLES]`."""
+    """Means of `differences [S, N]` with resampled runs and clusters, `[RESAMPLES]`."""
     sums = np.stack([_by_cluster(row, clusters)[0] for row in differences])  # [S, K]
     counts = _by_cluster(differences[0], clusters)[1]
     rng = np.random.default_rng(seed)
@@ -90,7 +90,7 @@ def _crossed_bootstrap(differences: np.ndarray, clusters: Sequence[str], seed: i
 def paired_runs(differences: np.ndarray, clusters: Sequence[str], seed: int = 0) -> tuple[Estimate, float]:
     """Mean of paired differences `[S, N]` over S runs and N objects, and a two-sided p-value.
 
-    The interval resamples runs and clusters of objects alike. The p-value is a sign-flip test over clusters of the
+    The interval resamples both runs and clusters of objects. The p-value is a sign-flip test over clusters of the
     mean over runs: it generalises to other objects, for these runs.
     """
     means = _crossed_bootstrap(differences, clusters, seed)
