@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from pointalign import build, evaluate, train
 from pointalign.build import load
+from pointalign.data.dataset import make_datasets
 from pointalign.convert import __main__ as convert
 from pointalign.efficient import quantization
 from pointalign.options import DataOptions, parse
@@ -127,7 +128,7 @@ def test_newer_annotations_load_by_flags(files, tmp_path, capsys):
     assert capsys.readouterr().out.count(f"{len(objects)} objects checked") == 2
     options = parse(["stage3_instruct", "--model.llm", str(files / "converted"), *flags])
     _, processor = build.build_model(options.model, options.data)
-    _, reasons = train.make_datasets(options)
+    _, reasons = make_datasets(options)
     batch = processor.apply_chat_template(reasons[0]["messages"], tokenize=True, return_labels=True)
     supervised = batch["input_ids"][batch["labels"] != -100]
     assert processor.tokenizer.decode(supervised) == f"{reasoning}###"
