@@ -155,7 +155,7 @@ class PointAlignTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As in transformers, but no vector decays, batch norms included: as in the published recipe."""
         dimensions = {name: parameter.ndim for name, parameter in model.named_parameters()}
-        return [name for name in super().get_decay_parameter_names(model) if dimensions[name] > 1]
+        return [name for name in super().get_decay_parameter_names(model) if dimensions.get(name, 0) > 1]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.point_learning_rate is None or self.optimizer is not None:

@@ -1,6 +1,7 @@
 """Through the real command line: what saves memory and time changes no loss."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,9 +87,8 @@ def test_auto_batch_splits_the_batch_and_keeps_the_training(run, capsys, monkeyp
 
     def small(*arguments):
         budgets.append(budget(*arguments))
-        budgets[-1].limit = round(
-            budgets[-1].of(1).total / memory.MARGIN
-        )  # room for the two samples that were measured
+        # room for the two samples that were measured
+        budgets[-1].limit = math.ceil(budgets[-1].total / memory.MARGIN) + 1
         return budgets[-1]
 
     monkeypatch.setattr(memory, "budget", small)

@@ -16,7 +16,8 @@ from test_trainer import Samples, make_model
 
 from pointalign import train
 from pointalign.data.collator import ConversationCollator
-from pointalign.efficient import fused_parts, varlen_attention  # noqa: F401 (registers the attention varlen)
+from pointalign.efficient import fused_parts
+from pointalign.efficient.varlen_attention import choose_attention
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +53,7 @@ def train_and_keep(processor, clouds, out, sharded=False):
     parts = [part for part in fused_parts.PARTS if part != "merged"]
     with fused_parts.applied(aligned.model, parts) if sharded else nullcontext():
         if sharded:
-            aligned.model.model.language_model.set_attn_implementation("varlen")
+            aligned.model.model.language_model.set_attn_implementation(choose_attention("varlen", True, "cpu"))
             for layer in decoder.layers:
                 fully_shard(layer)
             fully_shard(aligned)
