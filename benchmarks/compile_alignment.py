@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import triton
-from provenance import provenance
+from pointalign.storage import provenance
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from provenance import device_name, load_average, provenance
+from pointalign.storage import device_name, load_average, provenance
 from turns import Race, quantiles, timer_of
 
 

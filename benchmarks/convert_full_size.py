@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import torch
-from provenance import ROOT, provenance
+from pointalign.storage import ROOT, provenance
 from safetensors.torch import save_file
 
-from pointalign.convert import tensors
+from pointalign.convert import files
 from pointalign.models import PointAlignConfig, PointAlignForConditionalGeneration, PointAlignPhiConfig
 
 LIMIT_SECONDS, LIMIT_BYTES = 180, 8e9
@@ -45,7 +45,7 @@ def make_files(folder: Path) -> None:
 
     phi: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        name = name.removeprefix(tensors.LLM)
+        name = name.removeprefix(files.LLM)
         if name in shapes or any(f"{one}_layernorm" in name for one in ("q", "k", "post")):
             continue
         if "query_key_value" in name:
@@ -69,7 +69,7 @@ def make_files(folder: Path) -> None:
     )  # fmt: skip
 
     def old_name(name: str) -> str:
-        name = name.replace(tensors.QFORMER, "Qformer.bert.").replace("bert.layernorm", "bert.embeddings.LayerNorm")
+        name = name.replace(files.QFORMER, "Qformer.bert.").replace("bert.layernorm", "bert.embeddings.LayerNorm")
         return name.replace("attention.attention.", "attention.self.")
 
     def of(prefix: str) -> dict[str, torch.Tensor]:
@@ -77,12 +77,12 @@ def make_files(folder: Path) -> None:
             name: weights(shape, name, torch.float32, pool) for name, shape in shapes.items() if name.startswith(prefix)
         }
 
-    blip = {old_name(name): one for name, one in of(tensors.QFORMER).items()}
+    blip = {old_name(name): one for name, one in of(files.QFORMER).items()}
     torch.save(
         {"model": blip | {"query_tokens": weights(shapes["model.query_tokens"], "", torch.float32, pool)}},
         folder / "blip2.pth",
     )
-    encoder = {name.removeprefix(tensors.ENCODER): one for name, one in of(tensors.ENCODER).items()}
+    encoder = {name.removeprefix(files.ENCODER): one for name, one in of(files.ENCODER).items()}
     encoder = {name: one.half() if one.is_floating_point() else one for name, one in encoder.items()}
     torch.save({"base_model": encoder}, folder / "point_model.pth")
     stage = {"query_tokens": weights(shapes["model.query_tokens"], "", torch.float32, pool)}
@@ -91,20 +91,20 @@ def make_files(folder: Path) -> None:
     for ours, theirs in renamed.items():
         stage |= {name.replace(ours, theirs): one for name, one in of(ours).items()}
     for prefix, targets, rank in (
-        (tensors.LLM, tensors.LLM_TARGETS, 64),
-        (tensors.QFORMER, tensors.QFORMER_TARGETS, 8),
+        (files.LLM, files.LLM_TARGETS, 64),
+        (files.QFORMER, files.QFORMER_TARGETS, 8),
     ):
-        start = "llama_model.base_model.model." if prefix == tensors.LLM else tensors.QFORMER
-        for name in tensors.lora_names(shapes, prefix, targets):
+        start = "llama_model.base_model.model." if prefix == files.LLM else files.QFORMER
+        for name in files.lora_names(shapes, prefix, targets):
             module, factor = name.split(".lora_")
             rows, columns = shapes[f"{module}.weight"]
             shape = (rank, columns) if factor[0] == "A" else (rows, rank)
             stage[old_name(name.replace(prefix, start))] = weights(shape, name, torch.float32, pool)
     for name, shape in shapes.items():
-        if tensors.is_llm_norm(name):
-            theirs = name.replace(tensors.LLM, "llama_model.base_model.model.").replace("self_attn.post_", "post_")
+        if files.is_llm_norm(name):
+            theirs = name.replace(files.LLM, "llama_model.base_model.model.").replace("self_attn.post_", "post_")
             stage[theirs] = torch.ones(shape)
-        elif tensors.is_qformer_norm(name):
+        elif files.is_qformer_norm(name):
             stage[old_name(name)] = torch.ones(shape)
     torch.save({"model": stage, "optimizer": {}, "config": {}, "scaler": {}, "epoch": 0}, folder / "stage3.pth")
 

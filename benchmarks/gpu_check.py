@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from gpu_probe import CARD, DEVICE, measured_ceilings
-from provenance import device_name, provenance
+from pointalign.storage import device_name, provenance
 
 from pointalign_kernels import farthest_point_sample, group_points, knn, point_ops
 

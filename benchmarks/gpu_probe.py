@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import device_name, provenance
+from pointalign.storage import device_name, provenance
 from torch import Tensor
 
 from pointalign_kernels import alignment_triton as kernels

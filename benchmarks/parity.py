@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import ROOT, device_name, provenance
+from pointalign.storage import ROOT, device_name, provenance
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -40,7 +40,7 @@ def draw_cloud(axis: plt.Axes, cloud: np.ndarray, azimuth: float = 0.6, elevatio
 
 def gallery(accuracy: dict, path: Path, count: int = 8, seed: int = 1) -> None:
     from pointalign import assets
-    from pointalign.evaluation.objects import embedded_objects
+    from pointalign.evaluation.tasks import embedded_objects
 
     objects = embedded_objects(assets.embedded_objects(), accuracy["split"])
     answers = {row["object_id"]: row for row in accuracy["objects"]}

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from point_op_contenders import ops_replaced, surfaces
-from provenance import ROOT
+from pointalign.storage import ROOT
 from turns import quantiles
 
 from pointalign import assets, chat

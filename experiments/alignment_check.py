@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = parser.parse_args(arguments)
 
     from pointalign import assets, storage
-    from pointalign.evaluation.objects import embedded_objects
+    from pointalign.evaluation.tasks import embedded_objects
     from pointalign.options import parse
     from pointalign.train import describe, keep_freed_memory, make_trainer
 

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pointalign.evaluation.objects import EncodedObjects, ObjectSet, encode_objects
-from pointalign.evaluation.tasks import PROMPTS
+from pointalign.evaluation.tasks import PROMPTS, EncodedObjects, ObjectSet, encode_objects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 COLOURS = {
@@ -92,8 +91,7 @@ def draw(rng: np.random.Generator, held_out: bool) -> Shape:
 
 def sample(shape: Shape, rng: np.random.Generator, points: int = 2048) -> np.ndarray:
     """A cloud `[points, 6]` float32 of a shape: area-weighted, y up, turned at random, in the unit sphere."""
-    from pointalign.data.augment import turn
-    from pointalign.data.point_cloud import normalise
+    from pointalign.data.point_cloud import normalise, turn
 
     thickness, radius = 0.08, 0.055  # of the top and of a leg; the top's diameter is 1
     length = shape.aspect - thickness

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pointalign import storage
 from pointalign.data.dataset import find_cloud, make_datasets
-from pointalign.efficient.training_form import frozen_parts
+from pointalign.efficient import frozen_parts
 from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration
 from pointalign.options import Options, parse
 

@@ -129,6 +129,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         **{name: version_of(name) for name in ("torch", "transformers", "triton", "numpy")},
         "packages": {name: version for name in PACKAGES if (version := version_of(name))},
         "python": platform.python_version(),

@@ -53,7 +53,7 @@ def keep_freed_memory() -> None:
 def run(options: "Options") -> int:
     """Train as the options say. Returns the exit status: 0, or 130 after Ctrl-C."""
     from pointalign import storage
-    from pointalign.efficient.training_form import training_form
+    from pointalign.efficient import training_form
     from pointalign.evaluation.naming import HeldOutNaming
 
     folder = run_folder(options)
@@ -138,8 +138,7 @@ def make_trainer(
     from pointalign import build, stage_file
     from pointalign.data.collator import ConversationCollator, TokenBudgetSampler, token_counts
     from pointalign.data.dataset import MixtureCollator, make_datasets
-    from pointalign.efficient import memory
-    from pointalign.efficient.training_form import training_form
+    from pointalign.efficient import memory, training_form
     from pointalign.feature_cache import open_cache
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
@@ -274,7 +273,7 @@ def load_warm_up(
 def warm_up(model: "PointAlignForConditionalGeneration", processor: "PointAlignProcessor", options: "Options") -> None:
     from pointalign import assets
     from pointalign.embedded import warm_up
-    from pointalign.evaluation.objects import embedded_objects
+    from pointalign.evaluation.tasks import embedded_objects
 
     objects = embedded_objects(assets.embedded_objects(options.data.fold), "train")
     warm_up.warm_up_point_branch(

@@ -15,9 +15,9 @@ from experiments.ablation.measure import PRIMARY, SECOND, measure
 from experiments.ablation.train_arm import Arm, Schedule, aligned_model, target_table, train_arm, training_batch
 from pointalign import build
 from pointalign.alignment import AlignmentConfig, LayerTap, release_span
-from pointalign.evaluation import objects, probe, statistics
-from pointalign.evaluation.objects import EncodedObjects
+from pointalign.evaluation import probe, statistics, tasks
 from pointalign.evaluation.probe import linear_cka, point_states, ridge_probe, similarity
+from pointalign.evaluation.tasks import EncodedObjects
 from pointalign.options import ModelOptions
 from pointalign.trainer import AlignedModel
 
@@ -235,7 +235,7 @@ def test_an_ablation_resumes_and_compares_pairs(processor, tmp_path, monkeypatch
     monkeypatch.setattr(probe, "FIT_STEPS", 5)
     monkeypatch.setattr(statistics, "RESAMPLES", 500)
     monkeypatch.setattr(build, "build_model", lambda options, data: (adapted(), processor))
-    monkeypatch.setattr(objects, "load", lambda *_: (colour_objects(20), colour_objects(9, seed=1)))
+    monkeypatch.setattr(tasks, "load", lambda *_: (colour_objects(20), colour_objects(9, seed=1)))
     arguments = [str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")]
     original, runs = ablation.run_arm, []
 
@@ -270,7 +270,7 @@ def test_an_ablation_resumes_and_compares_pairs(processor, tmp_path, monkeypatch
 def test_processes_share_the_runs_of_an_ablation(processor, tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     monkeypatch.setattr(build, "build_model", lambda options, data: (adapted(), processor))
-    monkeypatch.setattr(objects, "load", lambda *_: (colour_objects(20), colour_objects(9, seed=1)))
+    monkeypatch.setattr(tasks, "load", lambda *_: (colour_objects(20), colour_objects(9, seed=1)))
     monkeypatch.setattr(ablation, "summarise", lambda folder, recipe: "")
     runs: list[tuple[str, int]] = []
 
@@ -475,4 +475,4 @@ def test_an_arm_that_differs_is_named_even_where_alignment_does_not(monkeypatch)
 
 
 def test_probes_are_fitted_on_objects_from_everywhere():
-    assert objects.evenly(10, 4) == [0, 3, 6, 9] and objects.evenly(3, None) == objects.evenly(3, 9) == [0, 1, 2]
+    assert tasks.evenly(10, 4) == [0, 3, 6, 9] and tasks.evenly(3, None) == tasks.evenly(3, 9) == [0, 1, 2]

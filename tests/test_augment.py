@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pointalign.data.augment import augment, random_pose, turn
+from pointalign.data.point_cloud import augment, random_pose, turn
 
 
 def test_turning_is_a_rotation_about_the_vertical(clouds):

@@ -14,9 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import point_op_contenders as contenders
 import point_ops_report
-import provenance
 import turns
 
+from pointalign import storage
 from pointalign_kernels import point_ops, reference
 
 ROOT = Path(__file__).parents[1]
@@ -131,19 +131,19 @@ def test_the_release_s_way_samples_and_groups_the_same_points(clouds):
 def test_provenance_without_git_or_driver_and_with_a_named_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("POINTALIGN_COMMIT", raising=False)
-    bare = provenance.provenance(torch.device("cpu"))
+    bare = storage.provenance(torch.device("cpu"))
     assert bare["commit"] is None and bare["driver"] is None and bare["uncommitted_changes"] is None
     assert bare["torch"] == torch.__version__ and bare["device"].endswith(f"threads: {torch.get_num_threads()}")
     monkeypatch.setenv("POINTALIGN_COMMIT", "abc123")
-    assert provenance.provenance(torch.device("cpu"))["commit"] == "abc123"
+    assert storage.provenance(torch.device("cpu"))["commit"] == "abc123"
 
 
 def test_versions_are_found_by_import_name(monkeypatch):
     installed = {"torch_quickfps": ["torch-quickfps-cu130"]}
-    monkeypatch.setattr(provenance, "_distributions", lambda: installed)
-    monkeypatch.setattr(provenance.importlib.metadata, "version", {"torch-quickfps-cu130": "2.1.0"}.__getitem__)
-    assert provenance.version_of("torch_quickfps") == "2.1.0"
-    assert provenance.version_of("torch_fps") is None
+    monkeypatch.setattr(storage, "_distributions", lambda: installed)
+    monkeypatch.setattr(storage.importlib.metadata, "version", {"torch-quickfps-cu130": "2.1.0"}.__getitem__)
+    assert storage.version_of("torch_quickfps") == "2.1.0"
+    assert storage.version_of("torch_fps") is None
 
 
 def run_benchmarks(*arguments: str) -> str:

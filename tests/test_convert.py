@@ -249,7 +249,7 @@ def test_a_tensor_that_a_checkpoint_lacks_is_named(files, tmp_path, capsys, raw,
     path = made.save_container(tmp_path / "s.pth", {n: one for n, one in raw["stage"].items() if n != name})
     error = refused(files, tmp_path, capsys, path)
     assert "is missing" in error
-    from pointalign.convert.tensors import translate
+    from pointalign.convert.files import translate
 
     assert translate("checkpoint", name)[0] in error
 

@@ -10,7 +10,7 @@ import torch
 from conftest import CLOUDS, tiny_model
 
 from pointalign import evaluate
-from pointalign.data.modelnet import CLASSES, load_modelnet40
+from pointalign.data.dataset import CLASSES, load_modelnet40
 from pointalign.evaluation import answering, report, results
 from pointalign.evaluation.answering import (
     AnswerTree,
@@ -21,12 +21,12 @@ from pointalign.evaluation.answering import (
     prompt_batch,
     with_input,
 )
-from pointalign.evaluation.objects import annotated_objects
 from pointalign.evaluation.tasks import (
     PER_KIND,
     PROMPTS,
     Question,
     Task,
+    annotated_objects,
     build_tasks,
     chosen,
     geometry_questions,

@@ -12,7 +12,7 @@ from made_catalogue import make_catalogue, quarters
 from experiments import families
 from pointalign import assets
 from pointalign.embedded import catalogue, facts
-from pointalign.evaluation import metrics, naming, objects
+from pointalign.evaluation import metrics, naming, tasks
 
 TILT = "1 0 0 0 0 1 0 -1 0"  # z up -> y up
 CLOUDS = Path(__file__).parent / "clouds"
@@ -209,12 +209,12 @@ def test_reference_answers_of_all_objects_are_right():
         assert answers[0] == facts.name_sentence(name.phrase, name.plural)
         scores = metrics.naming_scores(answers, [name.head] * 3)["head noun"]
         assert scores == [1.0] * 3, (object_id, answers)
-        assert naming.correct(answers[:1], objects.ObjectSet([object_id], dict.get, answers[:1], [name.head])) == 1
+        assert naming.correct(answers[:1], tasks.ObjectSet([object_id], dict.get, answers[:1], [name.head])) == 1
 
 
 def test_the_closed_set_names_its_nouns():
     nouns = sorted({name.head for name in committed_names().values()})
-    sentences = objects.closed_set(nouns)
+    sentences = tasks.closed_set(nouns)
     right = [[naming.names_object(sentence, noun) for noun in nouns] for sentence in sentences.values()]
     assert np.array_equal(right, np.eye(len(nouns))), "every sentence names its noun and no other"
 

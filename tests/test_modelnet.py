@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from pointalign.data.modelnet import CLASSES, load_modelnet40
+from pointalign.data.dataset import CLASSES, load_modelnet40
 from pointalign.data.point_cloud import PointCloudError
 
 RNG = np.random.default_rng(0)

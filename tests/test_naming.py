@@ -7,8 +7,8 @@ import pytest
 from conftest import lively, tiny_model
 
 from pointalign.evaluation.naming import ask, controls, correct, head_noun, names_object, report, shuffled
-from pointalign.evaluation.objects import ObjectSet, embedded_objects
 from pointalign.evaluation.report import loss_curves
+from pointalign.evaluation.tasks import ObjectSet, embedded_objects
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pointalign.data.augment import turn
+from pointalign.data.point_cloud import turn
 from pointalign.embedded.neighbours import POINTS, SCALE, chamfer, neighbour_loss, turned_chamfer
 
 

@@ -26,10 +26,10 @@ from experiments.ablation.recipe import Recipe, read_recipe
 from experiments.ablation.train_arm import Arm, restore, train_arm, trainable_state
 from pointalign import build, stage_file, storage
 from pointalign.alignment import AlignmentConfig
-from pointalign.evaluation import objects
-from pointalign.evaluation.objects import EncodedObjects
+from pointalign.evaluation import tasks
 from pointalign.evaluation.probe import probe_layers, qformer_probes, spaced
 from pointalign.evaluation.results import versions
+from pointalign.evaluation.tasks import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.models.processing import PLAIN_CHAT_TEMPLATE
 from pointalign.options import DataOptions
@@ -106,7 +106,7 @@ def load_objects(
 ) -> tuple[EncodedObjects, EncodedObjects]:
     """Training and held-out objects of `recipe.data`."""
     if recipe.data == "furniture":
-        return objects.load(model, processor, recipe.train, recipe.held_out, recipe.fold)
+        return tasks.load(model, processor, recipe.train, recipe.held_out, recipe.fold)
     return (
         shapes.objects(model, processor, "train", recipe.train),
         shapes.objects(model, processor, "test", recipe.held_out),
@@ -197,7 +197,7 @@ def run_arm(
     layers = sorted({*spaced(recipe.layers, depth), *similar})
     if recipe.decoder is not None:  # small enough to measure every probed layer
         similar = layers
-    fitted = train.subset(objects.evenly(len(train.labels), recipe.probed))
+    fitted = train.subset(tasks.evenly(len(train.labels), recipe.probed))
     probes = probe_layers(model, processor, fitted, held_out, layers, similar)
     shots = few_shot(model, processor, train, held_out, recipe.few_shot, recipe.schedule, seed, arm.blind)
     return {

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.ablation.measure import measure
 from experiments.ablation.train_arm import Arm, Schedule, restore, train_arm, trainable_state
-from pointalign.evaluation.objects import EncodedObjects
+from pointalign.evaluation.tasks import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 QUESTIONS = {

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from pointalign.evaluation.answering import AnswerTree, Features, Generation, answer_likelihoods, margins, prompt_batch
 from pointalign.evaluation.metrics import naming_scores
-from pointalign.evaluation.objects import EncodedObjects
-from pointalign.evaluation.tasks import PROMPTS, Question
+from pointalign.evaluation.tasks import PROMPTS, EncodedObjects, Question
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 PRIMARY, SECOND = "likelihood margin", "generated accuracy"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pointalign.alignment import AlignmentConfig
 from pointalign.evaluation.answering import encode
-from pointalign.evaluation.objects import EncodedObjects
+from pointalign.evaluation.tasks import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.models.modeling import PointFeatures
 from pointalign.trainer import AlignedModel

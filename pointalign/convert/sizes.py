@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from pointalign.convert import tensors
-from pointalign.convert.files import Collection, ConversionError, Piece
-from pointalign.convert.tensors import ALIGNMENT, ENCODER, EXPERT
+from pointalign.convert import files
+from pointalign.convert.files import ALIGNMENT, ENCODER, EXPERT, Collection, ConversionError, Piece
 from pointalign.models import PointAlignConfig, PointAlignForConditionalGeneration, PointAlignPhiConfig, PointBertConfig
 from pointalign.models.adapters import (
     LLM,
@@ -180,7 +179,7 @@ def verify(collected: Collection, shapes: Shapes, num_experts: int, with_llm: bo
 def _incomplete_bundles(collected: Collection, shapes: Shapes, num_experts: int) -> list[str]:
     problems = []
     for source, names in collected.by_source:
-        for description, bundle in tensors.bundles(shapes, num_experts).items():
+        for description, bundle in files.bundles(shapes, num_experts).items():
             # adapters tell that a file holds the bundle: norms are in the base files too
             telling = {name for name in bundle if ".lora_" in name} or bundle
             if source.role == "checkpoint" and telling & names.keys():
@@ -191,7 +190,7 @@ def _incomplete_bundles(collected: Collection, shapes: Shapes, num_experts: int)
 
 def _misfits(pieces: dict[str, Piece], shapes: Shapes, num_experts: int) -> list[str]:
     """Pieces of another shape than the model's, and pieces that the model has no place for."""
-    bundles = tensors.bundles(shapes, num_experts).values()
+    bundles = files.bundles(shapes, num_experts).values()
     factors = {name for bundle in bundles for name in bundle if ".lora_" in name}
     problems = []
     for name, piece in pieces.items():

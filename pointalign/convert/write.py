@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pointalign import storage
-from pointalign.convert.files import Collection, ConversionError, Piece
-from pointalign.convert.tensors import ALIGNMENT, EXPERT
+from pointalign.convert.files import ALIGNMENT, EXPERT, Collection, ConversionError, Piece
 from pointalign.models import (
     PointAlignConfig,
     PointAlignFeatureExtractor,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from pointalign.data.augment import augment
 from pointalign.data.conversations import Conversation, to_messages
+from pointalign.data.point_cloud import augment
 
 IGNORED = -100  # label of a token that carries no loss
 

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pointalign.data.augment import turn
+from pointalign.data.point_cloud import turn
 
 WOOD = ((0.55, 0.38, 0.22), (0.36, 0.22, 0.12), (0.72, 0.56, 0.36), (0.85, 0.74, 0.55))
 PLAIN = ((0.94, 0.94, 0.92), (0.6, 0.6, 0.62), (0.3, 0.3, 0.32), (0.08, 0.08, 0.09))

@@ -21,7 +21,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from pointalign.data.augment import augment, random_pose
+from pointalign.data.point_cloud import augment, random_pose
 from pointalign.embedded.facts import facts
 from pointalign.embedded.neighbours import neighbour_loss
 from pointalign.embedded.procedural import MAKERS, procedural_object

@@ -13,8 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pointalign import storage
-from pointalign.evaluation.objects import ObjectSet
-from pointalign.evaluation.tasks import MAX_NEW_TOKENS, Question, Task
+from pointalign.evaluation.tasks import MAX_NEW_TOKENS, ObjectSet, Question, Task
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pointalign import assets, storage
-from pointalign.data.modelnet import CLASSES
+from pointalign.data.dataset import CLASSES
 from pointalign.evaluation import metrics
 from pointalign.evaluation.naming import head_noun
 from pointalign.evaluation.statistics import cluster_mean

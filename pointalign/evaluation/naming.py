@@ -11,12 +11,11 @@ from tqdm import tqdm
 
 from pointalign import assets, storage
 from pointalign.build import load
-from pointalign.data.augment import turn
-from pointalign.data.point_cloud import normalise, subsample
+from pointalign.data.point_cloud import normalise, subsample, turn
 from pointalign.embedded import facts
 from pointalign.embedded.neighbours import chamfer
-from pointalign.evaluation.objects import ObjectSet, embedded_objects
 from pointalign.evaluation.statistics import Estimate, cluster_mean, paired_difference
+from pointalign.evaluation.tasks import ObjectSet, embedded_objects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 CHAMFER_POINTS, COARSE_POINTS, SHORTLIST = 1024, 256, 32

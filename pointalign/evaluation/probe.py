@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from pointalign import storage
 from pointalign.alignment import AlignmentProjector, LayerTap
-from pointalign.evaluation import objects
+from pointalign.evaluation import tasks
 from pointalign.evaluation.answering import encode
-from pointalign.evaluation.objects import EncodedObjects
 from pointalign.evaluation.tables import markdown_table
+from pointalign.evaluation.tasks import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 FIT_STEPS = 200  # optimizer steps of a projector that is fitted after training
@@ -271,7 +271,7 @@ def probe_model(name: str | None, options: ProbeOptions) -> str:
     torch.manual_seed(0)
     model, processor, weights = load(name or shipped())
     folder = Path(options.output)
-    train, held_out = objects.load(model, processor, options.train, options.held_out)
+    train, held_out = tasks.load(model, processor, options.train, options.held_out)
     layers = spaced(options.layers, model.config.get_text_config().num_hidden_layers)
     result = {"model": Path(name or shipped()).name, "weights": weights, "data": "furniture", "versions": versions()}
     result |= probe_layers(model, processor, train, held_out, layers, layers)

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pointalign.data.augment import turn
-from pointalign.data.point_cloud import normalise
+from pointalign.data.point_cloud import normalise, turn
 from pointalign.evaluation import results
 
 SHOWN = 40  # gallery entries per task

@@ -11,9 +11,15 @@ import numpy as np
 from pointalign import assets, storage
 from pointalign.evaluation import metrics, statistics
 from pointalign.evaluation.answering import Features, Generation, Journal, answer, with_input
-from pointalign.evaluation.objects import ObjectSet, annotated_objects, embedded_objects, modelnet_objects
 from pointalign.evaluation.tables import markdown_table
-from pointalign.evaluation.tasks import Task, build_tasks
+from pointalign.evaluation.tasks import (
+    ObjectSet,
+    Task,
+    annotated_objects,
+    build_tasks,
+    embedded_objects,
+    modelnet_objects,
+)
 
 
 @dataclass
