@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import triton
-from pointalign.storage import provenance
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pointalign.storage import provenance
 from pointalign_kernels import alignment_triton as kernels
 
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most that one block may have

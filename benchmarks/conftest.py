@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from pointalign.storage import device_name, load_average, provenance
 from turns import Race, quantiles, timer_of
+
+from pointalign.storage import device_name, load_average, provenance
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import torch
-from pointalign.storage import ROOT, provenance
 from safetensors.torch import save_file
 
 from pointalign.convert import files
 from pointalign.models import PointAlignConfig, PointAlignForConditionalGeneration, PointAlignPhiConfig
+from pointalign.storage import ROOT, provenance
 
 LIMIT_SECONDS, LIMIT_BYTES = 180, 8e9
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from gpu_probe import CARD, DEVICE, measured_ceilings
-from pointalign.storage import device_name, provenance
 
+from pointalign.storage import device_name, provenance
 from pointalign_kernels import farthest_point_sample, group_points, knn, point_ops
 
 PACKAGES = ("transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "torch-fps", "torch-quickfps-cu130")

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pointalign.storage import device_name, provenance
 from torch import Tensor
 
+from pointalign.storage import device_name, provenance
 from pointalign_kernels import alignment_triton as kernels
 from pointalign_kernels import farthest_point_sample, group_points
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pointalign.storage import ROOT, device_name, provenance
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pointalign.efficient import fused_lora, fused_parts
 from pointalign.efficient.varlen_attention import varlen_attention
+from pointalign.storage import ROOT, device_name, provenance
 from pointalign_kernels import alignment_loss, fused_available
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,9 +1,10 @@
 """Markdown tables and the line that says where a result comes from, for the sections of benchmarks/report.py."""
 
+from pointalign.evaluation.tables import markdown_table
+
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown_table(header, rows) + "\n"
 
 
 def stamp(provenance: dict) -> str:

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 from point_op_contenders import ops_replaced, surfaces
-from pointalign.storage import ROOT
 from turns import quantiles
 
 from pointalign import assets, chat
 from pointalign.build import load
+from pointalign.storage import ROOT
 from pointalign_kernels import farthest_point_sample, group_points, point_ops
 
 QUESTION = "What is this?"

@@ -15,6 +15,7 @@ from pointalign.data.point_cloud import normalise, subsample, turn
 from pointalign.embedded import facts
 from pointalign.embedded.neighbours import chamfer
 from pointalign.evaluation.statistics import Estimate, cluster_mean, paired_difference
+from pointalign.evaluation.tables import markdown_table
 from pointalign.evaluation.tasks import ObjectSet, embedded_objects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
@@ -219,9 +220,8 @@ def ask_ten(
         questions.append(QUESTION if place % 2 == 0 else turns[0]["value"].removeprefix("<point>\n"))
         truths.append(turns[1]["value"])
     answers = ask(model, processor, [objects.clouds[i] for i in chosen], questions, description="sample answers")
-    rows = ["| question | answer | truth |", "|---|---|---|"]
-    rows += [f"| {q} | {a} | {t} |" for q, a, t in zip(questions, answers, truths, strict=True)]
-    return "\n".join(rows) + "\n"
+    rows = [list(row) for row in zip(questions, answers, truths, strict=True)]
+    return markdown_table(["question", "answer", "truth"], rows, "lll") + "\n"
 
 
 class HeldOutNaming:
