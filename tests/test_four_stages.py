@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from pointalign import build, evaluate, train
 from pointalign.build import load
-from pointalign.data.dataset import make_datasets
 from pointalign.convert import __main__ as convert
+from pointalign.data.dataset import make_datasets
 from pointalign.efficient import quantization
 from pointalign.options import DataOptions, parse
 
