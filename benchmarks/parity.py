@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from pointalign.efficient import fused_lora, fused_parts
 from pointalign.efficient.varlen_attention import varlen_attention
+from pointalign.evaluation.tables import markdown_table
 from pointalign.storage import ROOT, device_name, provenance
 from pointalign_kernels import alignment_loss, fused_available
 
@@ -236,7 +237,7 @@ def table(content: dict[str, Any]) -> str:
     """Markdown: one line per operator and dtype, one column per implementation."""
     measured = content["rows"]
     columns = list(dict.fromkeys(row["implementation"] for row in measured))
-    lines = [["operator", "dtype", *columns], ["---", "---", *["---:"] * len(columns)]]
+    lines = []
     for key in dict.fromkeys((row["operator"], row["dtype"]) for row in measured):
         errors = {row["implementation"]: row["error"] for row in measured if (row["operator"], row["dtype"]) == key}
         lines.append([*key, *(f"{errors[one]:.1e}" if one in errors else "" for one in columns)])
@@ -245,7 +246,8 @@ def table(content: dict[str, Any]) -> str:
         f"Relative L2 error against float64, the larger of output and gradients; {where['device']}, "
         f"torch {where['torch']}, commit {where['commit']}, {where['date']}."
     )
-    return title + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    header = ["operator", "dtype", *columns]
+    return f"{title}\n\n{markdown_table(header, lines, 'll' + 'r' * len(columns))}\n"
 
 
 def main() -> None:
