@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tables import table
+
 RESULTS = Path(__file__).parent / "results"
 STAGE_SAMPLES = 67_500  # 10,000 steps at batches of 6, 10 and 4, drawn 2:3:3
 GOALS = {"b": 4, "b3": 2, "c": 1.5}  # times as many samples a second, on an H100 under a cap of 24 GB
@@ -38,11 +40,6 @@ def predicted(card: str, column: int) -> float:
         part["RTX 4090"][column] * (SLOWER_PRODUCTS if name in PRODUCTS else SLOWER_BYTES)
         for name, part in PREDICTED.items()
     )
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _measured(result: dict[str, Any]) -> str:
@@ -84,7 +81,7 @@ def _measured(result: dict[str, Any]) -> str:
             "noise."
         )
     header = ["row", "samples/s", "against b", "supervised tokens/s", "all tokens/s", "peak GB"]
-    return title + "\n\n" + _table(header, lines) + _goals(rows)
+    return title + "\n\n" + table(header, lines) + _goals(rows)
 
 
 def _goals(rows: list[dict[str, Any]]) -> str:
@@ -118,7 +115,7 @@ def _stage(steps: list[dict[str, Any]], stages: list[dict[str, Any]]) -> str:
             ["H100, goal under 6 minutes", "16", "0", f"not measured; predicted {low:.1f} to {high:.1f}"],
         ]
     title = f"The alignment stage of the paper, {STAGE_SAMPLES:,} samples, extrapolated from measured steps.\n\n"
-    return title + _table(["device", "samples a step", "steps measured", "minutes"], lines)
+    return title + table(["device", "samples a step", "steps measured", "minutes"], lines)
 
 
 def _predictions(results: list[dict[str, Any]]) -> str:
@@ -140,7 +137,7 @@ def _predictions(results: list[dict[str, Any]]) -> str:
         "Phi-2, 16 samples a step, milliseconds. The estimate from operations and bytes is good to 40 %; the "
         "prediction counts the kernels that torch 2.11 and transformers 5.17 launch.\n\n"
     )
-    return title + _table(["card", "way", "estimate", "prediction", "measured"], lines)
+    return title + table(["card", "way", "estimate", "prediction", "measured"], lines)
 
 
 def _plot(results: list[dict[str, Any]]) -> None:
