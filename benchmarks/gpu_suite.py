@@ -48,6 +48,7 @@ STOPPED = 124  # exit status of a command that ran into its limit, as of timeout
 PACKING_SECONDS = 5
 REHEARSAL_SECONDS = 570  # limit of a stage on a CPU
 TAIL_LINES, TAIL_WIDTH = 30, 300
+SUMMARY_OF_TESTS = re.compile(r"\d+ (passed|skipped|failed|errors?|deselected)\b.* in [\d.]+s|no tests ran")
 # Each tensor gets an allocation of its own: in the allocator's pool, a read past the end would stay unseen.
 SANITIZER = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1"
 
@@ -192,10 +193,14 @@ def run_stage(stage: Stage, folder: Path, seconds: float, rehearsal: bool) -> di
             log.flush()
             left = seconds - (time.monotonic() - started)
             statuses.append(run_command(shlex.split(command), log, environment, left))
-        lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
-        summaries.append(lines[-1].strip("= ")[:TAIL_WIDTH])
+        output = (folder / "log.txt").read_text(errors="replace").rpartition(f"$ {command}\n")[2]
+        lines = [line for line in output.splitlines() if line.strip()] or ["no output"]
+        summary = lines[-1]
+        if "{pytest}" in template:  # compute-sanitizer prints its summary after pytest's
+            summary = next((line for line in reversed(lines) if SUMMARY_OF_TESTS.search(line)), summary)
+        summaries.append(summary.strip("= ")[:TAIL_WIDTH])
         if "{pytest}" in template and statuses[-1] in (0, 5):
-            statuses[-1] = _status_of_tests(summaries[-1], rehearsal)
+            statuses[-1] = _status_of_tests(summary, rehearsal)
     failed = next((status for status in statuses if status), 0)
     return {
         "status": {0: "passed", STOPPED: f"stopped after {seconds:.0f} s"}.get(failed, f"failed with status {failed}"),
@@ -319,6 +324,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     if options.collect:
+        read_state(options.collect.resolve(), rehearsal=False)  # a rehearsal's figures are no results
         print("\n".join(map(str, collect(options.collect.resolve(), ROOT / "benchmarks/results"))))
         return 0
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -66,7 +66,10 @@ def weights_fingerprint(folder: Path, prefix: str = "") -> str:
             values = opened[files[name]].get_slice(name)
             shape = values.get_shape()
             digest.update(json.dumps([name.removeprefix(prefix), shape]).encode())
-            rows = values[:][None] if len(shape) < 2 else [values[row : row + 1] for row in _places(shape[0])]
+            if len(shape) < 2:  # a slice of a scalar cannot be read
+                rows = [opened[files[name]].get_tensor(name).flatten()]
+            else:
+                rows = [values[row : row + 1] for row in _places(shape[0])]
             for row in rows:
                 row = row.to(torch.bfloat16) if row.is_floating_point() else row
                 digest.update(row.contiguous().view(torch.uint8).numpy().tobytes())

@@ -169,6 +169,25 @@ def test_a_stage_whose_tests_are_all_skipped_has_not_passed(run, tmp_path, body,
     assert run(stage, rehearsal=True)["tests"]["status"] == in_a_rehearsal
 
 
+def test_what_a_sanitizer_prints_after_the_tests_does_not_hide_that_they_passed(run, tmp_path):
+    (tmp_path / "test_something.py").write_text("def test_it(): pass")
+    script = tmp_path / "sanitizer.sh"
+    script.write_text('"$@"; status=$?; echo "========= ERROR SUMMARY: 0 errors"; exit $status')
+    command = f"bash {script} {{pytest}} {tmp_path}/test_something.py"
+    outcome = run(Stage("sanitized", 1, 60, (command, command)))["sanitized"]
+    assert outcome["status"] == "passed" and outcome["summary"].count("1 passed") == 2
+    (tmp_path / "test_something.py").write_text("import pytest\npytest.skip('no GPU', allow_module_level=True)")
+    outcome = run(Stage("skipped", 1, 60, (command,)))["skipped"]
+    assert outcome["status"] == "failed with status 5"
+
+
+def test_a_rehearsal_is_not_collected(run, tmp_path, monkeypatch):
+    run(Stage("good", 1, 30, (GOOD,)), rehearsal=True)
+    monkeypatch.setattr("sys.argv", ["gpu_suite.py", "--collect", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="is of a rehearsal"):
+        gpu_suite.main()
+
+
 def content(rows, **provenance):
     origin = {"device": "card", "driver": "1", "torch": "2", "commit": "abc"} | provenance
     return {"benchmark": "loss", "provenance": origin, "ceilings": {"flops": 1.0}, "rows": rows}

@@ -96,6 +96,26 @@ def test_control_tokens_outside_the_special_tokens_map_are_plain_text_too(typed,
     assert (tensors(processor, [user("a   b")])["input_ids"] == spaces).sum() == 2  # typed spaces are ordinary text
 
 
+def test_a_typed_text_does_not_change_what_surrounds_a_cloud(tokenizer, clouds):
+    """Where `<point>` and `<PC>` are control tokens of the tokenizer, those that the processor writes stay so."""
+    import copy
+
+    from transformers import AddedToken
+
+    special = copy.deepcopy(tokenizer)
+    special.add_tokens([AddedToken(token, special=True) for token in ("<point>", "<PC>")])
+    processor = PointAlignProcessor(PointAlignFeatureExtractor(256, 8), special, num_query_tokens=Q)
+    for typed in ("a", "<point> and <PC>"):
+        batch = tensors(processor, [user(typed, clouds[0])])
+        assert batch["point_mask"].sum() == Q
+        assert (batch["input_ids"] == special.convert_tokens_to_ids("<PC>")).sum() == 1
+        assert typed in special.decode(batch["input_ids"][0])
+    parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]  # together a control token
+    ids = [tensors(processor, [{"role": "user", "content": content}])["input_ids"][0] for content in ("a", parts)]
+    end = special.convert_tokens_to_ids("<|im_end|>")
+    assert (ids[0] == end).sum() == (ids[1] == end).sum() > 0
+
+
 def test_rendered_text_shows_the_markers(processor, clouds):
     text = processor.apply_chat_template([user("Which?", clouds[0], clouds[1])])
     assert text == "<|im_start|>user\n<PC><point></PC> <PC><point></PC> Which?<|im_end|>\n"

@@ -256,6 +256,15 @@ def test_an_early_stage_file_is_known_by_its_embeddings(folder, tmp_path, tokeni
         assert "language_model" in file.metadata() and "language_model_weights" not in file.metadata()
 
 
+def test_scalars_are_part_of_a_fingerprint(tmp_path):
+    """Quantised language models hold scales without dimensions."""
+    fingerprints = set()
+    for scale in (1.0, 2.0):
+        save_file({"weight": torch.ones(3, 4), "scale": torch.tensor(scale)}, tmp_path / "model.safetensors")
+        fingerprints.add(stage_file.weights_fingerprint(tmp_path))
+    assert len(fingerprints) == 2
+
+
 def test_weights_in_another_format_have_a_fingerprint_of_their_bytes(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(bytes(range(256)) * 4096)

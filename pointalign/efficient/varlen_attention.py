@@ -59,7 +59,7 @@ def varlen_attention(
             f"varlen attention has neither soft capping (softcap={softcap}) nor a sliding window shorter than a sample "
             f"(sliding_window={sliding_window}, longest sample {max_length_q}): use --model.attention sdpa"
         )
-    device_type = "cuda" if query.is_cuda else query.device.type
+    device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))

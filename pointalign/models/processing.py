@@ -209,8 +209,8 @@ class PointAlignProcessor(ProcessorMixin):
         controls = [token for token in self._control_tokens(template) if token in typed]
         plain, clouds = [], []
         for message in messages:
-            text, clouds_of_message = self._flat_content(message["content"], marker)
-            plain.append(message | {"content": _cut_inside(text, controls, seam)})
+            text, clouds_of_message = self._flat_content(message["content"], marker, controls, seam)
+            plain.append(message | {"content": text})
             clouds += clouds_of_message
 
         def render(turns: int, prompt: bool) -> str:
@@ -253,20 +253,19 @@ class PointAlignProcessor(ProcessorMixin):
         tokens |= set(self.tokenizer.all_special_tokens)
         return [token for token in tokens if len(token.strip()) > 1]  # added tokens of spaces are ordinary text
 
-    def _flat_content(self, content: str | list[dict], marker: str) -> tuple[str, list[Any]]:
-        """A message's content as text, with the marker in the place of each cloud, and the clouds."""
-        if isinstance(content, str):
-            return content, []
-        pieces, clouds = [], []
-        for item in content:
+    def _flat_content(self, content: str | list[dict], marker: str, controls: list[str], seam: str) -> tuple[str, list]:
+        """A message's content as text, the marker in each cloud's place, typed control tokens cut; and the clouds."""
+        text, typed, clouds = "", "", []
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if item["type"] == "point":
                 clouds.append(item["path"] if "path" in item else item["point"])
-                pieces.append(f"{self.point_prefix}{marker}{self.point_suffix}")
+                text += f"{_cut_inside(typed, controls, seam)}{self.point_prefix}{marker}{self.point_suffix}"
+                typed = ""
             elif item["type"] == "text":
-                pieces.append(item["text"])
+                typed += item["text"]  # neighbouring items together may spell a control token
             else:
                 raise ValueError(f"content of type {item['type']!r}: this model reads 'text' and 'point'")
-        return "".join(pieces), clouds
+        return text + _cut_inside(typed, controls, seam), clouds
 
     def _encode(self, parts: Sequence[tuple[str | None, bool]]) -> dict[str, list]:
         """Token ids, point mask and labels of a row, unpadded; each part is tokenized by itself."""
