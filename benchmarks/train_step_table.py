@@ -28,18 +28,14 @@ PRODUCTS = ("frozen products", "LoRA", "head and cross-entropy", "point encoder"
 # Milliseconds of row e, from the launches, bytes and instructions counted in what torch 2.11 and transformers 5.17 run:
 # frozen products 42, LoRA 9, dropout 19, the rest 14, AdamW 4; 5 to 6 thousand launches take 50 to 70 of a CPU.
 COUNTED = {"H100": (85, 100)}
-# An RTX 3090 from a 4090: dense bf16 FLOP/s and bytes/s, attainable rates, assumed
-SLOWER_PRODUCTS, SLOWER_BYTES = 165 / 71, 1.0 / 0.94
+# A card from another of its kind: times as long for products and for bytes moved, from attainable rates, assumed.
+SCALED = {"H200": ("H100", 1.0, 3.0 / 4.3), "RTX 3090": ("RTX 4090", 165 / 71, 1.0 / 0.94)}
 
 
 def predicted(card: str, column: int) -> float:
     """Milliseconds of a step, column 0 the common stack, 1 everything."""
-    if card != "RTX 3090":
-        return sum(part[card][column] for part in PREDICTED.values())
-    return sum(
-        part["RTX 4090"][column] * (SLOWER_PRODUCTS if name in PRODUCTS else SLOWER_BYTES)
-        for name, part in PREDICTED.items()
-    )
+    source, products, transfers = SCALED.get(card, (card, 1.0, 1.0))
+    return sum(part[source][column] * (products if name in PRODUCTS else transfers) for name, part in PREDICTED.items())
 
 
 def _measured(result: dict[str, Any]) -> str:
@@ -120,7 +116,7 @@ def _stage(steps: list[dict[str, Any]], stages: list[dict[str, Any]]) -> str:
 
 def _predictions(results: list[dict[str, Any]]) -> str:
     lines = []
-    for card in ("H100", "RTX 4090", "RTX 3090"):
+    for card in ("H100", "H200", "RTX 4090", "RTX 3090"):
         for column, (letter, what) in enumerate((("b:", "transformers + peft + bitsandbytes"), ("e:", "everything"))):
             found = [
                 row

@@ -1,6 +1,7 @@
 """Steps around the first import of another package, so that `import pointalign` itself imports no heavy package."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
@@ -44,7 +45,10 @@ def register_models() -> None:
 def register_after_transformers() -> Iterator[None]:
     # Not around a module inside transformers: `pointalign.models` imports others, of which one may be half imported.
     yield
-    register_models()
+    try:
+        register_models()
+    except ImportError as error:  # `import transformers` itself must not fail for it
+        warnings.warn(f"transformers' Auto classes do not know pointalign's models: {error}", stacklevel=2)
 
 
 @contextmanager

@@ -205,7 +205,7 @@ def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
             f"{path}: expected {beside.name} beside it, which names the language model and the adapters that it was "
             f"trained with"
         )
-    names = ("llm", "preset", "dtype", "lora_rank", "lora_alpha", "lora_targets", "qformer_lora_rank")
+    names = ("llm", "preset", "dtype", "lora_rank", "lora_alpha", "lora_targets", "qformer_lora_rank", "quantization")
     model = {name: described["model"][name] for name in names if name in described["model"]}
     data = {name: value for name, value in described.get("data", {}).items() if name in ("num_points", "up_axis")}
     return ModelOptions(**model, checkpoint=str(path), train=[]), DataOptions(**data)

@@ -127,7 +127,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     commit, changed = _commit()
     return {
         "device": device_name(device),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": driver_version() if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         **{name: version_of(name) for name in ("torch", "transformers", "triton", "numpy")},
@@ -146,6 +146,11 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     model = re.search(r"Model name:\s*(.+)", _output("lscpu") or "")
     return f"{model[1] if model else platform.machine()}, threads: {torch.get_num_threads()}"
+
+
+def driver_version() -> str | None:
+    """NVIDIA's driver, None where `nvidia-smi` does not tell."""
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def version_of(import_name: str) -> str | None:

@@ -107,8 +107,11 @@ class AlignedModel(nn.Module):
 
     # The Trainer expects these of a transformers model.
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.model.gradient_checkpointing_enable(**kwargs)
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        self.model.activation_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:  # its name up to transformers 5.17
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
 
     @property
     def _no_split_modules(self) -> list[str] | set[str] | None:  # FSDP shards each of these as one unit: decoder blocks

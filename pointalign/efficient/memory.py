@@ -18,7 +18,7 @@ from pointalign.data.dataset import ConversationDataset
 from pointalign.models import PointAlignProcessor
 
 if TYPE_CHECKING:
-    from pointalign.options import Options
+    from pointalign.options import Options, TrainingOptions
 
 GB = 1e9
 CUDA_CONTEXT = 0.6 * GB  # driver, cuBLAS workspaces, fragmentation: outside of what tensors need
@@ -152,7 +152,7 @@ def fitting_batch(planned: Budget, batch_size: int) -> int:
             return size
     raise ValueError(
         f"not even one sample fits: {planned.of(1 / batch_size).total / GB:.2f} GB of {planned.limit / GB:.2f} GB; use "
-        f"--model.quantization nf4, --training.gradient_checkpointing true or a smaller --data.max_length\n{planned}"
+        f"--model.quantization nf4, --training.activation_checkpointing true or a smaller --data.max_length\n{planned}"
     )
 
 
@@ -233,8 +233,7 @@ def plan_memory(
     """
     training, device = options.training, options.training.device
     aligned.to(device)
-    if training.gradient_checkpointing:
-        aligned.gradient_checkpointing_enable(gradient_checkpointing_kwargs=training.gradient_checkpointing_kwargs)
+    enable_checkpointing(aligned, training)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         inputs = collator(samples)
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -250,8 +249,27 @@ def plan_memory(
         share = size / len(samples)
     planned = measured.of(share)
     if training.auto_batch:
-        fitting = fitting_batch(planned, size)
+        fitting = least_over_processes(fitting_batch(planned, size), device)
         training.gradient_accumulation_steps *= size // fitting
         training.per_device_train_batch_size = fitting
         planned = planned.of(fitting / size)
     return planned
+
+
+def enable_checkpointing(model: nn.Module, training: "TrainingOptions") -> None:
+    """Activation checkpointing as the Trainer will enable it, under the names of this transformers."""
+    name = "activation_checkpointing"  # gradient_checkpointing up to transformers 5.17
+    name = name if hasattr(training, name) else "gradient_checkpointing"
+    if getattr(training, name):
+        options = dict(getattr(training, f"{name}_kwargs") or {})
+        placement = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
+        getattr(model, f"{name}_enable")(options or None, **placement)
+
+
+def least_over_processes(value: int, device: torch.device) -> int:
+    """The least of all processes' values: cards may differ in memory, the number of micro-batches must not."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    least = torch.tensor(value, device=device)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return int(least)

@@ -248,8 +248,13 @@ class PointAlignProcessor(ProcessorMixin):
         `all_special_tokens` lacks some: Llama 3's `<|start_header_id|>` is in the list of added tokens only.
         """
         assert self.tokenizer is not None
+        turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+        written = template  # and what the template puts together from pieces
+        written += self.tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
         added = self.tokenizer.added_tokens_decoder.values()
-        tokens = {token.content for token in added if token.special or token.content in template}
+        tokens = {token.content for token in added if token.special or token.content in written}
         tokens |= set(self.tokenizer.all_special_tokens)
         return [token for token in tokens if len(token.strip()) > 1]  # added tokens of spaces are ordinary text
 
