@@ -106,8 +106,7 @@ def embedded_objects(fold: int | None = None) -> Path:
         fold: this fold of the families is the test part, the others are the training part; there is no validation.
             By default the committed split.
 
-    Raises:
-        ValueError: there is no such fold.
+    Raises: ValueError: there is no such fold.
     """
     data = Path(__file__).parent / "embedded" / "furniture_data"
     committed = hashlib.sha256((data / "splits.json").read_bytes() + (data / "names.json").read_bytes()).hexdigest()

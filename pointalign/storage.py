@@ -26,16 +26,9 @@ from torch.optim.lr_scheduler import LRScheduler
 ROOT = Path(__file__).parents[1]  # the checkout, where there is one
 # Import names of what a result may depend on beside torch; absent ones are left out of the record.
 PACKAGES = (
-    "transformers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "liger_kernel",
-    "scipy",
-    "fpsample",
-    "torch_quickfps",
+    "transformers", "peft", "accelerate", "bitsandbytes", "liger_kernel", "scipy", "fpsample", "torch_quickfps",
     "torch_fps",
-)
+)  # fmt: skip
 
 
 @contextmanager
@@ -94,8 +87,7 @@ def lock(path: Path, wait: bool = True) -> Iterator[bool]:
     Args:
         wait: wait until another process releases it; else the block runs at once, without the lock.
 
-    Yields:
-        Whether the lock is held. Always true where the system has no flock: nothing then separates processes.
+    Yields: Whether the lock is held. Always true where the system has no flock: nothing then separates processes.
     """
     if os.name != "posix":
         yield True
@@ -232,8 +224,7 @@ def load_state(model: nn.Module, path: Path, expected: set[str], ignored: str | 
 
     Keys of the file that contain `ignored` are left out.
 
-    Raises:
-        ValueError: a key is missing, unexpected, or of another shape: nothing is ever loaded in part.
+    Raises: ValueError: a key is missing, unexpected, or of another shape: nothing is ever loaded in part.
     """
     state = read_tensors(path, expected, ignored)
     parameters = model.state_dict(keep_vars=True)

@@ -113,8 +113,9 @@ def test_nf4_without_bitsandbytes(monkeypatch):
         quantization.quantization_config("nf4", torch.bfloat16)
 
 
-def test_sharded_storage():
-    config = quantization.quantization_config("nf4", torch.bfloat16, sharded=True)
+def test_sharded_storage(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    config = quantization.quantization_config("nf4", torch.bfloat16)
     assert config.bnb_4bit_quant_storage == torch.bfloat16 and config.bnb_4bit_use_double_quant
     assert quantization.quantization_config("none", torch.bfloat16) is None
 

@@ -287,13 +287,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _options(tile: Tile) -> dict[str, int]:
-    return {
-        "ROWS": tile.rows,
-        "COLS": tile.cols,
-        "DEPTH": tile.depth,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+    return dict(zip(("ROWS", "COLS", "DEPTH", "num_warps", "num_stages"), tile, strict=True))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pointalign import storage
-from pointalign.convert import files
 from pointalign.models.adapters import LLM, LLM_TARGETS, QFORMER, QFORMER_TARGETS, is_llm_norm, is_qformer_norm
 
 ENCODER = "model.point_encoder."
@@ -67,8 +66,7 @@ _RENAMED = [
 def translate(role: str, name: str) -> tuple[str | None, str]:
     """This package's name of a tensor in a file of `role` and "", or None and the reason to ignore the tensor.
 
-    Raises:
-        KeyError: no rule explains the name.
+    Raises: KeyError: no rule explains the name.
     """
     for pattern, reason in [*_IGNORED[role], _INDICES]:
         if re.match(pattern, name):
@@ -157,8 +155,7 @@ class Source:
         files: the weight files.
         shapes, dtypes: of every tensor, by its name in the file.
 
-    Raises:
-        ConversionError: no weights there, or a file that is truncated or holds more than tensors.
+    Raises: ConversionError: no weights there, or a file that is truncated or holds more than tensors.
     """
 
     role: str
@@ -226,7 +223,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Collection:
-    """Pieces by this package's names, and what became of every tensor of every source.
+    """What the sources hold, and what became of every tensor of every source.
 
     Attributes:
         pieces: by this package's names.
@@ -238,64 +235,51 @@ class Collection:
     report: list[dict[str, str]] = field(default_factory=list)
     by_source: list[tuple[Source, dict[str, str]]] = field(default_factory=list)
 
-    def note(self, source: Source, name: str, status: str, detail: str = "") -> None:
-        self.report.append({"file": source.path.name, "tensor": name, "status": status, "detail": detail})
+    def note(self, tensor: str, status: str, detail: str, file: str = "") -> None:
+        self.report.append({"file": file, "tensor": tensor, "status": status, "detail": detail})
 
 
 def collect(sources: list[Source]) -> Collection:
     """Every source's tensors under this package's names; of several files that hold a tensor the last one counts.
 
-    Raises:
-        ConversionError: no rule explains a tensor, or two names of a tensor hold different values.
+    Raises: ConversionError: no rule explains a tensor, or two names of a tensor hold different values.
     """
     collected = Collection()
     for source in sources:
+        file = source.path.name
         names: dict[str, str] = {}  # this package's name -> the file's
+        aliases: list[tuple[str, str]] = []  # names of a tensor that has another name already
         for name in source.shapes:
             try:
-                target, reason = files.translate(source.role, name)
+                target, reason = translate(source.role, name)
             except KeyError:
                 raise ConversionError(f"{source.path}: nothing explains the tensor {name!r}") from None
             if target is None:
-                collected.note(source, name, "ignored", reason)
+                collected.note(name, "ignored", reason, file)
             elif target not in names:
                 names[target] = name
-                collected.note(source, name, "used" if target == name else "renamed", target)
-            elif torch.equal(source.read(name), source.read(names[target])):
-                collected.note(source, name, "alias", f"equal to {names[target]}")
+                collected.note(name, "used" if target == name else "renamed", target, file)
             else:
-                raise ConversionError(
-                    f"{source.path}: {name!r} and {names[target]!r} are two names of one tensor but differ"
-                )
-        expert = f"{EXPERT}0"
-        if expert in names and "model.query_tokens" in names:
-            first, queries = names[expert], names.pop("model.query_tokens")
-            if not torch.equal(source.read(first), source.read(queries)):
-                raise ConversionError(
-                    f"{source.path}: {first!r} and {queries!r} are two names of one tensor but differ"
-                )
-            collected.note(source, queries, "alias", f"equal to {first}")
+                aliases.append((name, names[target]))
+        if f"{EXPERT}0" in names and "model.query_tokens" in names:
+            aliases.append((names.pop("model.query_tokens"), names[f"{EXPERT}0"]))
+        for name, same in aliases:
+            if not torch.equal(source.read(name), source.read(same)):
+                raise ConversionError(f"{source.path}: {name!r} and {same!r} are two names of one tensor but differ")
+            collected.note(name, "alias", f"equal to {same}", file)
         pieces = {
-            target: Piece(f"{source.path.name}:{name}", source.shapes[name], source.dtypes[name], _reader(source, name))
+            target: Piece(f"{file}:{name}", source.shapes[name], source.dtypes[name], partial(source.read, name))
             for target, name in names.items()
         }
         if source.role == "llm":
             pieces = _join_qkv(source, pieces)
         for target in collected.pieces.keys() & pieces.keys():
-            collected.report.append(
-                {"file": "", "tensor": target, "status": "replaced", "detail": pieces[target].origin}
-            )
+            collected.note(target, "replaced", pieces[target].origin)
         collected.pieces |= pieces
         collected.by_source.append((source, names))
     if f"{EXPERT}0" in collected.pieces and (queries := collected.pieces.pop("model.query_tokens", None)):
-        collected.report.append(
-            {"file": "", "tensor": queries.origin, "status": "replaced", "detail": "by the query experts"}
-        )
+        collected.note(queries.origin, "replaced", "by the query experts")
     return collected
-
-
-def _reader(source: Source, name: str) -> Callable[[], Tensor]:
-    return lambda: source.read(name)
 
 
 def _join_qkv(source: Source, pieces: dict[str, Piece]) -> dict[str, Piece]:

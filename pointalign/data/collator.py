@@ -71,8 +71,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         budget: the most tokens of a batch.
         rank, world: number of this process, and of all processes.
 
-    Raises:
-        ValueError: a sample alone exceeds the budget, or there are fewer batches than processes.
+    Raises: ValueError: a sample alone exceeds the budget, or there are fewer batches than processes.
     """
 
     def __init__(self, lengths: Sequence[int], budget: int, seed: int = 0, rank: int = 0, world: int = 1):

@@ -46,8 +46,7 @@ def load_conversations(path: str | Path, types: Collection[str] | None = None) -
     Args:
         types: conversation types to return; None for all.
 
-    Raises:
-        AnnotationError: not JSON, not a list, an entry that breaks the schema, or no conversation of these types.
+    Raises: AnnotationError: not JSON, not a list, an entry that breaks the schema, or no conversation of these types.
     """
     path = Path(path)
     try:
@@ -174,8 +173,7 @@ def to_messages(conversation: Conversation, clouds: Sequence[np.ndarray | str | 
     Args:
         clouds: for each object id an array or a path, which goes into its item unchanged.
 
-    Raises:
-        ValueError: clouds and object ids differ in number.
+    Raises: ValueError: clouds and object ids differ in number.
     """
     if len(clouds) != len(conversation.object_ids):
         raise ValueError(f"expected a cloud for each of {len(conversation.object_ids)} object ids, got {len(clouds)}")

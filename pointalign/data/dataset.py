@@ -21,8 +21,7 @@ def find_cloud(folders: str | Path | Sequence[str | Path], object_id: str) -> Pa
 
     In a folder `{object_id}_8192.npy` comes first, then `{object_id}.npy`, then the other readable formats.
 
-    Raises:
-        PointCloudError: no folder has such a file.
+    Raises: PointCloudError: no folder has such a file.
     """
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     names = [f"{object_id}_8192.npy", *(f"{object_id}{suffix}" for suffix in FORMATS)]
@@ -103,8 +102,7 @@ class MixtureDataset(Dataset):
         num_batches: of the run, over all ranks.
         seed: of the draws and of the order within each set.
 
-    Raises:
-        ValueError: arguments of unequal length or out of range.
+    Raises: ValueError: arguments of unequal length or out of range.
     """
 
     def __init__(
@@ -256,8 +254,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 def load_modelnet40(path: str | Path) -> tuple[list[np.ndarray], list[int]]:
     """Clouds `[N, 6]` float32, xyz with black colours (normals are dropped), and labels, indices of `CLASSES`.
 
-    Raises:
-        PointCloudError: another kind of file, or the pickle asks for anything but arrays.
+    Raises: PointCloudError: another kind of file, or the pickle asks for anything but arrays.
     """
     path = Path(path)
     try:

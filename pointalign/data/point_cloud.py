@@ -72,8 +72,7 @@ def point_count(path: str | Path) -> int | None:
 
     Binary files are mapped and not read beyond the header; text and compressed files are parsed.
 
-    Raises:
-        PointCloudError: as `load_point_cloud`, for faults that show in the header.
+    Raises: PointCloudError: as `load_point_cloud`, for faults that show in the header.
     """
     path = Path(path)
     with _checked(path), path.open("rb") as file:
@@ -86,8 +85,7 @@ def normalise(points: np.ndarray) -> np.ndarray:
 
     Source: the preprocessing of PointLLM. `points` is [N, 3 + F], the result float32 and a copy.
 
-    Raises:
-        PointCloudError: all points are equal.
+    Raises: PointCloudError: all points are equal.
     """
     xyz = points[:, :3].astype(np.float64)
     xyz -= xyz.mean(axis=0)
@@ -217,8 +215,7 @@ def augment(
         fewest: resampling leaves at least this many points of a cloud that has them.
         pose: `[3, 3]`, the change of the pose; by default random.
 
-    Returns:
-        `[M, 6]` float32, centred, with N / 4 <= M <= N.
+    Returns: `[M, 6]` float32, centred, with N / 4 <= M <= N.
     """
     count = max(fewest, int(len(points) * rng.uniform(0.25, 1.0)))
     points = points[rng.permutation(len(points))[:count]].copy()

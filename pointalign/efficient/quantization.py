@@ -1,5 +1,6 @@
 """The frozen language model in 4 bits: NF4 with double quantisation by bitsandbytes (QLoRA, Dettmers et al., 2023)."""
 
+import os
 from typing import Any
 
 import torch
@@ -7,18 +8,19 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def quantization_config(
-    kind: str, dtype: torch.dtype, sharded: bool = False, skipped: tuple[str, ...] = ()
-) -> BitsAndBytesConfig | None:
+def is_sharded() -> bool:
+    """Whether this run shards weights by FSDP: it wants a single dtype of parameters, none of which share a buffer."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def quantization_config(kind: str, dtype: torch.dtype, skipped: tuple[str, ...] = ()) -> BitsAndBytesConfig | None:
     """The argument `quantization_config` of `from_pretrained` for `--model.quantization KIND`; None for `none`.
 
     Args:
         dtype: of the products.
-        sharded: store the packed weights in tensors of `dtype`: FSDP shards parameters of a single dtype only.
         skipped: modules that keep their dtype; by default transformers' choice, the head.
 
-    Raises:
-        ImportError: bitsandbytes is missing.
+    Raises: ImportError: bitsandbytes is missing.
     """
     if kind == "none":
         return None
@@ -31,7 +33,7 @@ def quantization_config(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
+        bnb_4bit_quant_storage=dtype if is_sharded() else torch.uint8,
         llm_int8_skip_modules=list(skipped) or None,
     )
 
@@ -78,11 +80,7 @@ def dequantize(language_model: PreTrainedModel) -> None:
     for name, module in list(language_model.named_modules()):
         if is_4bit(module):
             language_model.set_submodule(name, dequantized(module))
-    forget_quantization(language_model)
-
-
-def forget_quantization(language_model: PreTrainedModel) -> None:
-    """Remove the marks of `from_pretrained(quantization_config=...)`, so that the model is saved without it."""
+    # the marks of `from_pretrained(quantization_config=...)`: with them the model would be saved as a quantised one
     for part in language_model.modules():
         if isinstance(part, PreTrainedModel):
             for config in (part.config, *(getattr(part.config, name) for name in part.config.sub_configs)):

@@ -43,11 +43,9 @@ def varlen_attention(
         cu_seq_lens_q: `[samples + 1]` int32, where samples begin and end.
         max_length_q: tokens of the longest sample.
 
-    Returns:
-        `[1, S, heads, D]` and None.
+    Returns: `[1, S, heads, D]` and None.
 
-    Raises:
-        ValueError: the batch is not packed, or asks for what FlashAttention in PyTorch lacks.
+    Raises: ValueError: the batch is not packed, or asks for what FlashAttention in PyTorch lacks.
     """
     if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError(
@@ -128,8 +126,7 @@ def choose_attention(name: str, packed: bool, device_type: str) -> str:
     `auto` is, for packed batches, transformers' `flash_attention_2` where flash-attn is installed and `varlen`
     elsewhere; `sdpa` for padded ones.
 
-    Raises:
-        ValueError: the named attention cannot run here, or cannot read such batches.
+    Raises: ValueError: the named attention cannot run here, or cannot read such batches.
     """
     if name not in ATTENTIONS:
         raise ValueError(f"model.attention={name!r}: expected one of {', '.join(ATTENTIONS)}")
