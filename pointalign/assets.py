@@ -30,8 +30,6 @@ from pathlib import Path
 from typing import Any
 
 STAMP = ".complete.json"
-LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
-WORDNET_FORMAT = "1"
 OBJECTS_FORMAT = "2"  # raise it when sampling, facts, conversations or folds change; splits and names are hashed
 
 
@@ -91,12 +89,12 @@ def home() -> Path:
 
 def language_model() -> Path:
     """Folder of SmolLM2-135M-Instruct for `AutoModelForCausalLM` and `AutoTokenizer`, built if missing."""
-    return _asset("llm/smollm2-135m-instruct", SMOLLM2, LANGUAGE_MODEL_FORMAT, _convert_language_model)
+    return _asset("llm/smollm2-135m-instruct", SMOLLM2, "2", _convert_language_model)
 
 
 def sentence_encoder() -> Path:
     """Folder of all-MiniLM-L6-v2 for `AutoModel` and `AutoTokenizer` (mean pooling, 384-d), built if missing."""
-    return _asset("sentence/all-minilm-l6-v2", MINILM, SENTENCE_ENCODER_FORMAT, _extract_sentence_encoder)
+    return _asset("sentence/all-minilm-l6-v2", MINILM, "1", _extract_sentence_encoder)
 
 
 def embedded_objects(fold: int | None = None) -> Path:
@@ -111,10 +109,8 @@ def embedded_objects(fold: int | None = None) -> Path:
     data = Path(__file__).parent / "embedded" / "furniture_data"
     committed = hashlib.sha256((data / "splits.json").read_bytes() + (data / "names.json").read_bytes()).hexdigest()
     folder = _asset("furniture", SWEETHOME3D, f"{OBJECTS_FORMAT} {committed}", _build_embedded_objects)
-    return folder if fold is None else _fold(folder, fold)
-
-
-def _fold(folder: Path, fold: int) -> Path:
+    if fold is None:
+        return folder
     from pointalign import storage
     from pointalign.embedded.catalogue import FOLDS, write_fold
 
@@ -130,7 +126,7 @@ def _fold(folder: Path, fold: int) -> Path:
 
 def wordnet() -> Path:
     """Folder of WordNet 3.0 for nltk's `WordNetCorpusReader`, built if missing."""
-    return _asset("nltk_data/corpora/wordnet", WORDNET, WORDNET_FORMAT, _extract_wordnet)
+    return _asset("nltk_data/corpora/wordnet", WORDNET, "1", _extract_wordnet)
 
 
 # ------------------------------------------------------------------------------------------------------------- plumbing
@@ -174,10 +170,8 @@ def _obtain(source: Source, folder: Path) -> Path:
     """The source's file: the one a user put into `home()/downloads`, or fetched into `folder`. Raises AssetError."""
     from pointalign import storage
 
-    placed = home() / "downloads" / source.file
-    if placed.exists():
-        path = placed
-    else:
+    path = home() / "downloads" / source.file
+    if not path.exists():
         (_pip_download if source.file.endswith(".whl") else _apt_download)(source, folder)
         path = folder / source.file
     if not path.exists():

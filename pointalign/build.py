@@ -79,10 +79,7 @@ def build_model(
         num_points=num_points, min_points=max(point.num_groups, point.group_size), up_axis=data.up_axis
     )
     processor = PointAlignProcessor(
-        extractor,
-        tokenizer,
-        num_query_tokens=model.config.num_query_tokens,
-        point_token_id=model.config.point_token_id,
+        extractor, tokenizer, num_query_tokens=model.config.num_query_tokens, point_token_id=model.config.point_token_id
     )
     if processor.ends_in_mark:
         model.generation_config.eos_token_id = processor.end_token_ids()

@@ -127,12 +127,7 @@ def farthest_point_sample(
 
 
 def knn(
-    query: Tensor,
-    points: Tensor,
-    k: int,
-    lengths: Tensor | None = None,
-    impl: str = "auto",
-    check_finite: bool = False,
+    query: Tensor, points: Tensor, k: int, lengths: Tensor | None = None, impl: str = "auto", check_finite: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The k nearest points of every query.
 

@@ -127,8 +127,8 @@ class ConversionError(ValueError):
 
 
 @lru_cache(maxsize=2)  # few at a time: the pages of a mapped file are freed with it
-def _unpickled(path: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors of a file of `torch.save`, under the first of `keys` that its content has; no keys: the content."""
+def _unpickled(path: Path, role: str) -> dict[str, Tensor]:
+    """Tensors of a file of `torch.save`, under the role's container key that its content has, if the role has any."""
     try:
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=torch.serialization._is_zipfile(path.open("rb"))
@@ -137,7 +137,8 @@ def _unpickled(path: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
         raise ConversionError(f"{path}: refused, it holds more than tensors and plain values: {error}") from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ConversionError(f"{path}: truncated or not written by torch.save: {error}") from error
-    if not keys:
+    keys = _CONTAINERS.get(role)
+    if keys is None:
         return content
     key = next((key for key in keys if isinstance(content, dict) and key in content), None)
     if key is None:
@@ -149,24 +150,17 @@ def _unpickled(path: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
 class Source:
     """A file, or the weight files of a folder, whose tensors are read one at a time.
 
-    Attributes:
-        role: what it is the source of: `llm`, `qformer`, `point_encoder` or `checkpoint`.
-        path: a file or a folder.
-        files: the weight files.
-        shapes, dtypes: of every tensor, by its name in the file.
-
     Raises: ConversionError: no weights there, or a file that is truncated or holds more than tensors.
     """
 
-    role: str
-    path: Path
-    files: list[Path] = field(default_factory=list)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    role: str  # what it is the source of: `llm`, `qformer`, `point_encoder` or `checkpoint`
+    path: Path  # a file or a folder
 
     def __post_init__(self) -> None:
         self.files = self._find()
-        self.file_of: dict[str, Path] = {}
+        self.file_of: dict[str, Path] = {}  # these three by a tensor's name in the file
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         for path in self.files:
             for name, (shape, dtype) in self._shapes_and_dtypes(path).items():
                 self.file_of[name], self.shapes[name], self.dtypes[name] = path, shape, dtype
@@ -183,8 +177,7 @@ class Source:
 
     def _shapes_and_dtypes(self, path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         if path.suffix != ".safetensors":
-            content = _unpickled(path, _CONTAINERS.get(self.role, ()))
-            return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in content.items()}
+            return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _unpickled(path, self.role).items()}
         try:
             with safe_open(path, framework="pt") as file:
                 # a slice knows shape and dtype before anything is read
@@ -196,7 +189,7 @@ class Source:
     def read(self, name: str) -> Tensor:
         path = self.file_of[name]
         if path.suffix != ".safetensors":
-            return _unpickled(path, _CONTAINERS.get(self.role, ()))[name]
+            return _unpickled(path, self.role)[name]
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
 
@@ -223,17 +216,11 @@ class Piece(NamedTuple):
 
 @dataclass
 class Collection:
-    """What the sources hold, and what became of every tensor of every source.
+    """What the sources hold, and what became of every tensor of every source."""
 
-    Attributes:
-        pieces: by this package's names.
-        report: an entry per tensor: file, tensor, status and detail.
-        by_source: every source with its names, this package's -> the file's.
-    """
-
-    pieces: dict[str, Piece] = field(default_factory=dict)
-    report: list[dict[str, str]] = field(default_factory=list)
-    by_source: list[tuple[Source, dict[str, str]]] = field(default_factory=list)
+    pieces: dict[str, Piece] = field(default_factory=dict)  # by this package's names
+    report: list[dict[str, str]] = field(default_factory=list)  # per tensor: file, tensor, status and detail
+    by_source: list[tuple[Source, dict[str, str]]] = field(default_factory=list)  # names: this package's -> the file's
 
     def note(self, tensor: str, status: str, detail: str, file: str = "") -> None:
         self.report.append({"file": file, "tensor": tensor, "status": status, "detail": detail})

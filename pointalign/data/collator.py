@@ -138,12 +138,7 @@ class ConversationCollator:
     """
 
     def __init__(
-        self,
-        processor: Any,
-        max_length: int,
-        augmentation: bool = False,
-        packing: bool = False,
-        features: Any = None,
+        self, processor: Any, max_length: int, augmentation: bool = False, packing: bool = False, features: Any = None
     ):
         self.processor = processor
         self.max_length = max_length

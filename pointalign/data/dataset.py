@@ -131,18 +131,15 @@ class MixtureDataset(Dataset):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def draws(self, number: int) -> list[tuple[int, int, int]]:
-        """Of every sample of batch `number`: the part, the round through that part, and the index in it."""
+    def __getitem__(self, number: int) -> list[dict]:
         part, size = int(self.parts[number]), self.batch_sizes[self.parts[number]]
         first, count = int(self.turns[number]) * size, len(self.datasets[part])
-        rounds = [divmod(position, count) for position in range(first, first + size)]
-        return [(part, round, int(_order(self.seed, part, round, count)[position])) for round, position in rounds]
-
-    def __getitem__(self, number: int) -> list[dict]:
-        # "draw" seeds the augmentation: it depends on the sample and the round only
-        return [
-            self.datasets[part][index] | {"draw": (part, round, index)} for part, round, index in self.draws(number)
-        ]
+        samples = []
+        for round, position in (divmod(place, count) for place in range(first, first + size)):
+            index = int(_order(self.seed, part, round, count)[position])
+            # "draw" seeds the augmentation: it depends on the sample and the round only
+            samples.append(self.datasets[part][index] | {"draw": (part, round, index)})
+        return samples
 
 
 @lru_cache(maxsize=16)  # the current and the next round of every part
@@ -273,9 +270,5 @@ def load_modelnet40(path: str | Path) -> tuple[list[np.ndarray], list[int]]:
         raise PointCloudError(
             f"{path}: expected labels from 0 to {len(CLASSES) - 1}, got {min(numbers)} to {max(numbers)}"
         )
-    black = []
-    for array in arrays:
-        cloud = np.zeros((len(array), 6), dtype=np.float32)
-        cloud[:, :3] = array[:, :3]
-        black.append(cloud)
+    black = [np.hstack([array[:, :3], np.zeros((len(array), 3))]).astype(np.float32) for array in arrays]
     return black, numbers

@@ -31,23 +31,14 @@ BYTES_PER_TOKEN = 4  # of English text
 
 @dataclass
 class Budget:
-    """Bytes of one training step, by what they are for.
+    """Bytes of one training step, by what they are for."""
 
-    Attributes:
-        frozen: weights that do not train, mostly the language model's.
-        trained: weights that train, with gradients and two Adam moments.
-        activations: saved by autograd for one batch.
-        logits: fp32 logits of the supervised rows and their gradient, alive at the same time.
-        context: of the device: driver and workspaces.
-        limit: what the device has, or may use.
-    """
-
-    frozen: int
-    trained: int
-    activations: int
-    logits: int
-    context: int
-    limit: int
+    frozen: int  # weights that do not train, mostly the language model's
+    trained: int  # weights that train, with gradients and two Adam moments
+    activations: int  # saved by autograd for one batch
+    logits: int  # fp32 logits of the supervised rows and their gradient, alive at the same time
+    context: int  # of the device: driver and workspaces
+    limit: int  # what the device has, or may use
 
     @property
     def total(self) -> int:

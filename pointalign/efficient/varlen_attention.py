@@ -74,19 +74,10 @@ def varlen_attention(
             if "enable_gqa" in signature(varlen_attn).parameters:
                 options = {"enable_gqa": True}
             else:  # before PyTorch 2.12
-                key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
-        output = varlen_attn(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1, 0),
-            **options,
-        )
+                key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [S, heads, D]
+        cuts, longest = cu_seq_lens_q, max_length_q  # the same of queries and keys
+        output = varlen_attn(q, k, v, cuts, cuts, longest, longest, scale=scaling, window_size=(-1, 0), **options)
         assert isinstance(output, Tensor)
         return output[None], None
     if query.is_cuda:
@@ -96,7 +87,7 @@ def varlen_attention(
         scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-        for q, k, v in zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True)
+        for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 

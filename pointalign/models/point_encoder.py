@@ -70,15 +70,9 @@ def _checked_layers(name: str, block: nn.Sequential) -> tuple[nn.Conv1d, nn.Batc
 
 @torch.no_grad()
 def fold_pointnet(first_conv: nn.Sequential, second_conv: nn.Sequential) -> FoldedPointNet:
-    """Folds the BatchNorms of a frozen mini-PointNet into its weights; w is its inner width, d its output width.
+    """Folds the BatchNorms of a frozen `MiniPointNet` into its weights: equal to it within fp32 rounding.
 
-    Args:
-        first_conv: `Conv1d(C, w/2, 1), BatchNorm1d, ReLU, Conv1d(w/2, w, 1)`, in evaluation mode.
-        second_conv: `Conv1d(2w, 2w, 1), BatchNorm1d, ReLU, Conv1d(2w, d, 1)`, applied to `[global, local]`.
-
-    Returns:
-        Weights of the same dtype and device, equal to the plain module within fp32 rounding. They are copies: fold
-        again after the module changes or moves.
+    The weights, of the same dtype and device, are copies: fold again after the module changes or moves.
 
     Raises:
         ValueError: a module is built otherwise, is in training mode (its BatchNorm would use the batch) or has no
