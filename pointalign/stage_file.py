@@ -200,7 +200,8 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
     Raises: ValueError: it belongs to another language model, to other adapters, or does not fit.
     """
     header, shapes = _stage_contents(path)
-    for name, current in {} if point_branch_only else _fingerprints(model.model.language_model).items():
+    fingerprints = {} if point_branch_only else _fingerprints(model.model.language_model)
+    for name, current in fingerprints.items():
         trained = header.get(name)
         if trained != current and (name == "language_model" or trained is not None):
             raise ValueError(

@@ -108,11 +108,12 @@ def budget(
             frozen += sum(part.nbytes for part in parts if isinstance(part, Tensor))
     if "supervised_cross_entropy" in vars(getattr(model, "model", model)):  # fused: a piece at a time
         supervised = min(supervised, ROWS_AT_ONCE)
+    config: Any = model.config
     return Budget(
         frozen=frozen,
         trained=trained,
         activations=saved_bytes(run),
-        logits=2 * 4 * supervised * model.config.text_config.vocab_size,
+        logits=2 * 4 * supervised * config.text_config.vocab_size,
         context=round(CUDA_CONTEXT) if device.type == "cuda" else 0,
         limit=device_bytes(device, limit_gb),
     )

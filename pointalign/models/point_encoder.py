@@ -61,7 +61,8 @@ def _folded(convolution: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tenso
 
 def _checked_layers(name: str, block: nn.Sequential) -> tuple[nn.Conv1d, nn.BatchNorm1d, nn.Conv1d]:
     """The layers of `first_conv` or `second_conv` but for the activation. Raises: ValueError: built otherwise."""
-    if [type(layer) for layer in block] != [nn.Conv1d, nn.BatchNorm1d, nn.ReLU, nn.Conv1d]:
+    kinds = (nn.Conv1d, nn.BatchNorm1d, nn.ReLU, nn.Conv1d)
+    if len(block) != 4 or not all(isinstance(layer, kind) for layer, kind in zip(block, kinds, strict=True)):
         raise ValueError(f"{name}: expected Conv1d, BatchNorm1d, ReLU, Conv1d, got {block}")
     if block.training or block[1].training:
         raise ValueError(f"{name}: expected a module in evaluation mode, call eval() before folding")
