@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 STAMP = ".complete.json"
+LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
+WORDNET_FORMAT = "1"
 OBJECTS_FORMAT = "2"  # raise it when sampling, facts, conversations or folds change; splits and names are hashed
 
 
@@ -89,12 +91,12 @@ def home() -> Path:
 
 def language_model() -> Path:
     """Folder of SmolLM2-135M-Instruct for `AutoModelForCausalLM` and `AutoTokenizer`, built if missing."""
-    return _asset("llm/smollm2-135m-instruct", SMOLLM2, "2", _convert_language_model)
+    return _asset("llm/smollm2-135m-instruct", SMOLLM2, LANGUAGE_MODEL_FORMAT, _convert_language_model)
 
 
 def sentence_encoder() -> Path:
     """Folder of all-MiniLM-L6-v2 for `AutoModel` and `AutoTokenizer` (mean pooling, 384-d), built if missing."""
-    return _asset("sentence/all-minilm-l6-v2", MINILM, "1", _extract_sentence_encoder)
+    return _asset("sentence/all-minilm-l6-v2", MINILM, SENTENCE_ENCODER_FORMAT, _extract_sentence_encoder)
 
 
 def embedded_objects(fold: int | None = None) -> Path:
@@ -126,7 +128,7 @@ def embedded_objects(fold: int | None = None) -> Path:
 
 def wordnet() -> Path:
     """Folder of WordNet 3.0 for nltk's `WordNetCorpusReader`, built if missing."""
-    return _asset("nltk_data/corpora/wordnet", WORDNET, "1", _extract_wordnet)
+    return _asset("nltk_data/corpora/wordnet", WORDNET, WORDNET_FORMAT, _extract_wordnet)
 
 
 # ------------------------------------------------------------------------------------------------------------- plumbing
