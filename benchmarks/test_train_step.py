@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import synchronize
+from random_language_model import random_language_model
 from torch import Tensor, nn
 
 from pointalign import build
@@ -185,7 +186,7 @@ def inputs_of(row: Row, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 
 def build_row(row: Row, config: Any, rank: int) -> AlignedModel:
-    text = quantization.random_language_model(config, row.quantization, torch.bfloat16, DEVICE)
+    text = random_language_model(config, row.quantization, torch.bfloat16, DEVICE)
     if row.dequantize_once:
         quantization.dequantize(text)
     torch.manual_seed(0)

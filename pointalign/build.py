@@ -1,13 +1,12 @@
 """A model from options, a run folder, a stage file or an exported folder: the one loader."""
 
 import json
-import os
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pointalign import stage_file, storage
 from pointalign.efficient import quantization
@@ -80,10 +79,7 @@ def build_model(
         num_points=num_points, min_points=max(point.num_groups, point.group_size), up_axis=data.up_axis
     )
     processor = PointAlignProcessor(
-        extractor,
-        tokenizer,
-        num_query_tokens=model.config.num_query_tokens,
-        point_token_id=model.config.point_token_id,
+        extractor, tokenizer, num_query_tokens=model.config.num_query_tokens, point_token_id=model.config.point_token_id
     )
     if processor.ends_in_mark:
         model.generation_config.eos_token_id = processor.end_token_ids()
@@ -97,7 +93,11 @@ def load_model(folder: Path, options: ModelOptions, point_branch_only: bool) -> 
         model = load_converted(folder, options)
         torch.manual_seed(options.seed)
     else:
-        language_model = empty_language_model(folder) if point_branch_only else load_language_model(folder, options)
+        if point_branch_only:
+            with torch.device("meta"):
+                language_model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        else:
+            language_model = load_language_model(folder, options)
         torch.manual_seed(options.seed)
         model = PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
     if not point_branch_only:
@@ -111,8 +111,9 @@ def load_converted(folder: Path, options: ModelOptions) -> PointAlignForConditio
     dtype, config = resolve_dtype(options.dtype), PointAlignConfig.from_pretrained(folder)
     # put on last: peft wraps a 4-bit layer and a plain one differently
     stored_adapters, config.adapters = config.adapters, None
+    four_bits = quantization.quantization_config(options.quantization, dtype, NOT_QUANTIZED)
     model = PointAlignForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype, quantization_config=four_bits(options, dtype, skipped=NOT_QUANTIZED)
+        folder, config=config, dtype=dtype, quantization_config=four_bits
     )
     quantization.keep_layout(model)
     if options.dequantize_once:
@@ -129,8 +130,9 @@ def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
     Raises: ValueError: weights are missing, unexpected or of another shape.
     """
     dtype = resolve_dtype(options.dtype)
+    four_bits = quantization.quantization_config(options.quantization, dtype)
     language_model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=four_bits(options, dtype), output_loading_info=True
+        folder, dtype=dtype, quantization_config=four_bits, output_loading_info=True
     )
     if problems := [str(key) for kind in LOADING_PROBLEMS for key in info[kind]]:
         raise ValueError(
@@ -141,18 +143,6 @@ def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
     if options.dequantize_once:
         quantization.dequantize(language_model)
     return language_model
-
-
-def four_bits(options: ModelOptions, dtype: torch.dtype, skipped: tuple[str, ...] = ()) -> BitsAndBytesConfig | None:
-    """What `from_pretrained` needs for the options' quantisation; modules named in `skipped` keep their dtype."""
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return quantization.quantization_config(options.quantization, dtype, sharded, skipped)
-
-
-def empty_language_model(folder: Path) -> PreTrainedModel:
-    """A language model's shape, on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
 def model_type(folder: Path) -> str | None:

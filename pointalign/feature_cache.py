@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from pointalign import storage
+from pointalign import build, storage
 from pointalign.data.dataset import find_cloud, make_datasets
 from pointalign.efficient import frozen_parts
 from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration
@@ -226,16 +227,16 @@ def _shard(folder: Path, name: str, shard: int) -> Path:
 def encoder_of(
     model: PointAlignForConditionalGeneration,
     extractor: PointAlignFeatureExtractor,
-    find: Callable[[str], Path],
+    clouds: Sequence[str | Path],
     device: torch.device,
     encoder: bool,
 ) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
-    """`encode` for `write`: reads clouds by `find(object_id)` and runs the point branch in float32."""
+    """`encode` for `write`: reads from the folders `clouds` and runs the point branch in float32."""
     model.eval()
 
     @torch.inference_mode()
     def encode(object_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        batch = extractor([find(object_id) for object_id in object_ids]).to(device)
+        batch = extractor([find_cloud(clouds, object_id) for object_id in object_ids]).to(device)
         tokens = model.model.get_encoder_tokens(batch["point_values"], batch["point_lengths"])
         features = {"queries": model.model.query(tokens)} | ({"encoder": tokens} if encoder else {})
         return {name: feature.float().cpu().numpy() for name, feature in features.items()}
@@ -244,12 +245,6 @@ def encoder_of(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from functools import partial
-
-    from tqdm import tqdm
-
-    from pointalign import build
-
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         if options.data.feature_cache is None:
@@ -257,12 +252,10 @@ def main(arguments: list[str] | None = None) -> int:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         datasets = make_datasets(options)
         objects = sorted({object_id for part in datasets for ids in part.conversations.object_ids for object_id in ids})
-        clouds = datasets[0].clouds
         model, processor = build.build_model(options.model, options.data, point_branch_only=True)
         device = torch.device("cpu")
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        name = fingerprint(model, processor.feature_extractor)
         for part in frozen_parts(model.model):
             getattr(model.model, part).to(device)
         if model.model.query_tokens is not None:
@@ -272,8 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
             write(
                 options.data.feature_cache,
                 objects,
-                encoder_of(model, processor.feature_extractor, partial(find_cloud, clouds), device, encoder),
-                name,
+                encoder_of(model, processor.feature_extractor, datasets[0].clouds, device, encoder),
+                fingerprint(model, processor.feature_extractor),
                 names=["queries", *(["encoder"] if encoder else [])],
                 rank=rank,
                 world=world,

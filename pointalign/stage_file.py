@@ -116,18 +116,6 @@ def _fingerprints(language_model: nn.Module) -> dict[str, str]:
     return header if weights is None else header | {"language_model_weights": weights}
 
 
-def _require_language_model(path: Path, header: dict[str, str], language_model: nn.Module) -> None:
-    """Raises: ValueError: the stage file with this header was trained with another language model."""
-    present = _fingerprints(language_model)
-    for name, current in present.items():
-        trained = header.get(name)
-        if trained != current and (name == "language_model" or trained is not None):
-            raise ValueError(
-                f"{path} was trained with the language model {trained}, this one is {current}: its adapters would only "
-                f"disturb it"
-            )
-
-
 # -- writing and reading ---------------------------------------------------------------------------------------------
 
 
@@ -150,9 +138,7 @@ def save_stage(model: PointAlignForConditionalGeneration, path: Path, descriptio
 
 def find_stage(checkpoint: str) -> Path:
     """A stage file by path, by the folder of the run that made it, or by the name of a shipped one."""
-    shipped = CHECKPOINTS / f"{checkpoint}.safetensors"
-    candidates = [Path(checkpoint), Path(checkpoint) / STAGE_FILE, shipped]
-    for path in candidates:
+    for path in (Path(checkpoint), Path(checkpoint) / STAGE_FILE, CHECKPOINTS / f"{checkpoint}.safetensors"):
         if path.is_file():
             return path
     names = ", ".join(path.stem for path in CHECKPOINTS.glob("*.safetensors")) or "none"
@@ -217,8 +203,14 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
     Raises: ValueError: it belongs to another language model, to other adapters, or does not fit.
     """
     header, shapes = _stage_contents(path)
-    if not point_branch_only:
-        _require_language_model(path, header, model.model.language_model)
+    fingerprints = {} if point_branch_only else _fingerprints(model.model.language_model)
+    for name, current in fingerprints.items():
+        trained = header.get(name)
+        if trained != current and (name == "language_model" or trained is not None):
+            raise ValueError(
+                f"{path} was trained with the language model {trained}, this one is {current}: its adapters would only "
+                f"disturb it"
+            )
     settings = json.loads(header.get("model", "{}"))  # early stage files have none
     for part, adapter in (model.config.adapters or {}).items():
         before = (settings.get("adapters") or {}).get(part, adapter)["lora_alpha"]
@@ -232,8 +224,6 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
             model.model.add_query_experts(shapes[EXPERTS][0])
         if settings:
             model.model.route_queries(settings["query_routing"], settings["query_top_k"])
-    expected, ignored = set(stage_state(model)), None
-    if point_branch_only:
-        ignored = ".language_model."
-        expected = {name for name in expected if ignored not in name}
+    ignored = ".language_model." if point_branch_only else None
+    expected = {name for name in stage_state(model) if ignored is None or ignored not in name}
     storage.load_state(model, path, expected, ignored)

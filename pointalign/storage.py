@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,9 @@ from torch.optim.lr_scheduler import LRScheduler
 ROOT = Path(__file__).parents[1]  # the checkout, where there is one
 # Import names of what a result may depend on beside torch; absent ones are left out of the record.
 PACKAGES = (
-    "transformers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "liger_kernel",
-    "scipy",
-    "fpsample",
-    "torch_quickfps",
+    "transformers", "peft", "accelerate", "bitsandbytes", "liger_kernel", "scipy", "fpsample", "torch_quickfps",
     "torch_fps",
-)
+)  # fmt: skip
 
 
 @contextmanager
@@ -94,8 +87,7 @@ def lock(path: Path, wait: bool = True) -> Iterator[bool]:
     Args:
         wait: wait until another process releases it; else the block runs at once, without the lock.
 
-    Yields:
-        Whether the lock is held. Always true where the system has no flock: nothing then separates processes.
+    Yields: Whether the lock is held. Always true where the system has no flock: nothing then separates processes.
     """
     if os.name != "posix":
         yield True
@@ -116,13 +108,10 @@ def lock(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to repeat a result: device, versions, commit, date, load of the machine.
+    """What a reader needs to repeat a result of `device`: versions, commit, date, load of the machine.
 
     Nothing here raises where git, lscpu, nvidia-smi or a package is missing: the field is None. POINTALIGN_COMMIT names
     the commit where git does not.
-
-    Args:
-        device: where the result was computed.
     """
     commit, changed = _commit()
     return {
@@ -178,21 +167,18 @@ def _commit() -> tuple[str | None, bool | None]:
     return _output("git", "rev-parse", "--short=12", "HEAD"), None if changed is None else bool(changed)
 
 
-@functools.cache
-def _distributions() -> Mapping[str, Sequence[str]]:
-    return importlib.metadata.packages_distributions()
+_distributions = functools.cache(importlib.metadata.packages_distributions)
 
 
 def _output(*command: str) -> str | None:
     """Standard output of a program; None where it is missing, fails or hangs."""
     environment = {**os.environ, "LC_ALL": "C"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment, timeout=60
-        )
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=environment, timeout=60
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -233,23 +219,18 @@ def _refuse(path: Path, problems: list[str]) -> None:
 
 
 def load_state(model: nn.Module, path: Path, expected: set[str], ignored: str | None = None) -> None:
-    """Load exactly the `expected` keys from a safetensors file, values cast to the model's dtypes.
+    """Load the tensors that `read_tensors` returns into a model, cast to the model's dtypes.
 
-    Keys of the file that contain `ignored` are left out.
-
-    Raises:
-        ValueError: a key is missing, unexpected, or of another shape: nothing is ever loaded in part.
+    Raises: ValueError: a key is missing, unexpected, or of another shape: nothing is ever loaded in part.
     """
     state = read_tensors(path, expected, ignored)
     parameters = model.state_dict(keep_vars=True)
-    _refuse(
-        path,
-        [
-            f"{key} has shape {list(state[key].shape)}, the model's is {list(parameters[key].shape)}"
-            for key in sorted(state)
-            if state[key].shape != parameters[key].shape
-        ],
-    )
+    problems = [
+        f"{key} has shape {list(value.shape)}, the model's is {list(parameters[key].shape)}"
+        for key, value in sorted(state.items())
+        if value.shape != parameters[key].shape
+    ]
+    _refuse(path, problems)
     with torch.no_grad():
         for key, value in state.items():
             parameters[key].copy_(value)
@@ -302,5 +283,5 @@ def load_random(path: Path) -> None:
     np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available():
-        states = [tensors[f"cuda.{index}"] for index in range(len([key for key in tensors if key.startswith("cuda.")]))]
-        torch.cuda.set_rng_state_all(states)
+        count = sum(key.startswith("cuda.") for key in tensors)
+        torch.cuda.set_rng_state_all([tensors[f"cuda.{index}"] for index in range(count)])

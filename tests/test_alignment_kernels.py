@@ -493,11 +493,3 @@ def test_no_host_synchronisation():
         evaluate(tensors, "triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@needs_gpu
-@pytest.mark.skipif("POINTALIGN_AUTOTUNE" in os.environ, reason="already autotuning")
-def test_autotuned_tiles_are_right(monkeypatch):
-    monkeypatch.setenv("POINTALIGN_AUTOTUNE", "1")
-    assert_as_accurate(problem((128, 576, 333, 256), torch.bfloat16))
-    assert kernels._tuned

@@ -1,5 +1,8 @@
 """The fused parts equal the plain modules, each alone and all together."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_model, tiny_text_config
@@ -9,9 +12,12 @@ from transformers.models.llama import modeling_llama
 from transformers.models.phi import modeling_phi
 
 from pointalign import build
-from pointalign.efficient import fused_lora, fused_parts, quantization
+from pointalign.efficient import fused_lora, fused_parts
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignPhiConfig, PointAlignPhiForCausalLM
 from pointalign.options import ModelOptions
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from random_language_model import random_language_model
 
 
 def adapted(architecture, dropout=0.0, rank=4, model=None, targets="all-linear"):
@@ -157,7 +163,7 @@ def test_4_bits_under_the_fused_parts():
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     config = tiny_text_config("llama")
     config.hidden_size, config.intermediate_size = 64, 128
-    text = quantization.random_language_model(config, "nf4", torch.float32, torch.device("cpu"))
+    text = random_language_model(config, "nf4", torch.float32, torch.device("cpu"))
     model = adapted("llama", model=PointAlignForConditionalGeneration.from_language_model(text, "mini"))
     expected = step(model)
     with fused_parts.applied(model) as used:

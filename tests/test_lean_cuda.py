@@ -7,7 +7,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from conftest import tiny_text_config
-from test_fused import adapted
+from test_fused import adapted, random_language_model
 from test_packing import collate, conversations  # noqa: F401
 
 from pointalign.alignment import AlignmentConfig
@@ -21,7 +21,7 @@ def on_cuda(architecture, kind="none", exact=False):
     """A tiny aligned model in bf16; `exact`, the same weights in fp32."""
     config = tiny_text_config(architecture)
     config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16
-    text = quantization.random_language_model(config, kind, torch.bfloat16, torch.device("cuda"))
+    text = random_language_model(config, kind, torch.bfloat16, torch.device("cuda"))
     if exact:
         quantization.dequantize(text)
         text.float()

@@ -90,7 +90,7 @@ def test_the_encoder_computes_the_published_formulas(encoder):
 @pytest.mark.parametrize("training", [False, True])
 def test_mini_pointnet_equals_convolutions_over_a_concatenation(training):
     torch.manual_seed(0)
-    net = lively(MiniPointNet(6, 8)).train(training)
+    net = lively(MiniPointNet(6, 8, 8)).train(training)
     groups = torch.randn(2, 5, 7, 6, requires_grad=True)
     weight = torch.randn(2, 5, 8)
     expected = plain_mini_pointnet(net, groups, training)

@@ -1,5 +1,8 @@
 """4 bits on a CPU: loaded, trained, dequantised to the same numbers, exported as a plain model."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_text_config
@@ -8,6 +11,9 @@ from torch import nn
 from pointalign import build
 from pointalign.efficient import quantization
 from pointalign.options import ModelOptions
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from random_language_model import random_language_model
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -87,7 +93,7 @@ def test_quantised_models_are_exported_plain(folder, tmp_path, options):
 def test_random_language_model(architecture, kind):
     config = tiny_text_config(architecture)
     config.hidden_size, config.intermediate_size = 64, 128
-    model = quantization.random_language_model(config, kind, torch.float32, torch.device("cpu"))
+    model = random_language_model(config, kind, torch.float32, torch.device("cpu"))
     assert not any(one.is_meta for one in [*model.parameters(), *model.buffers()])
     assert quantization.is_4bit(model.get_decoder().layers[0].self_attn.v_proj) == (kind == "nf4")
     ids = torch.arange(12)[None]
@@ -107,8 +113,9 @@ def test_nf4_without_bitsandbytes(monkeypatch):
         quantization.quantization_config("nf4", torch.bfloat16)
 
 
-def test_sharded_storage():
-    config = quantization.quantization_config("nf4", torch.bfloat16, sharded=True)
+def test_sharded_storage(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    config = quantization.quantization_config("nf4", torch.bfloat16)
     assert config.bnb_4bit_quant_storage == torch.bfloat16 and config.bnb_4bit_use_double_quant
     assert quantization.quantization_config("none", torch.bfloat16) is None
 

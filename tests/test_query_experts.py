@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from pointalign.models.query_experts import QueryExperts
+from pointalign.models.point_encoder import QueryExperts
 
 TOKENS = torch.randn(5, 9, 16, generator=torch.Generator().manual_seed(0))
 

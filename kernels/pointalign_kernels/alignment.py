@@ -256,9 +256,7 @@ def alignment_backward(
     x = (hidden_copy if hidden_copy.numel() else hidden).view(groups, -1, inputs)
     shape = (groups, x.shape[1], -1)
     factor = upstream.to(torch.float32).contiguous()
-    if (
-        groups != layers
-    ):  # layers with different factors add up in a shared dW, so the factors apply before the products
+    if groups != layers:  # a shared dW sums layers of different factors: they apply before the products
         dy, factor = (dy.view(layers, rows, -1) * (factor / rows)[:, None, None]).to(dy.dtype), None
     (z1, z2), (a1, a2), dy = pre.view(2, *shape), act.view(2, *shape), dy.view(shape)
     dz2, dz1 = torch.empty_like(z2), torch.empty_like(z1)

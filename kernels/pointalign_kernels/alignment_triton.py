@@ -43,8 +43,7 @@ class Tile(NamedTuple):
 
 
 # By compute capability, largest first: the first tile whose programs fill FILL of the card's multiprocessors is taken.
-# The choices are predictions from shared memory, registers and the number of programs; POINTALIGN_AUTOTUNE=1 times all
-# tiles instead.
+# The choices are predictions from shared memory, registers and the number of programs.
 TILES = {
     80: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4)),
     86: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
@@ -261,23 +260,13 @@ def _multiprocessors(device: torch.device) -> int:
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_tuned: dict[tuple, Tile] = {}
-
-
 def _ceil(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _choose(key: tuple, device: torch.device, dtype: torch.dtype, programs: Callable, launch: Callable) -> Tile:
-    """The largest tile whose `programs(tile)` fill the card; under POINTALIGN_AUTOTUNE=1 the fastest `launch(tile)`."""
+def _choose(device: torch.device, dtype: torch.dtype, programs: Callable[[Tile], int]) -> Tile:
+    """The largest tile whose `programs(tile)` fill the card."""
     tiles = _tiles(device, dtype)
-    if os.environ.get("POINTALIGN_AUTOTUNE") == "1" and not INTERPRETED:
-        key = (*key, dtype, device)
-        if key not in _tuned:
-            _tuned[key] = min(
-                tiles, key=lambda tile: triton.testing.do_bench(lambda: launch(tile), return_mode="median")
-            )
-        return _tuned[key]
     return next((tile for tile in tiles if programs(tile) >= FILL * _multiprocessors(device)), tiles[-1])
 
 
@@ -287,13 +276,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _options(tile: Tile) -> dict[str, int]:
-    return {
-        "ROWS": tile.rows,
-        "COLS": tile.cols,
-        "DEPTH": tile.depth,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+    return dict(zip(("ROWS", "COLS", "DEPTH", "num_warps", "num_stages"), tile, strict=True))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: Tensor | None) -> Tensor:
@@ -309,22 +292,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: 
     def tiles(tile: Tile) -> int:
         return _ceil(rows, tile.rows) * _ceil(outputs, tile.cols)
 
-    def launch(tile: Tile) -> Tensor:
-        steps = _ceil(inputs, tile.depth)
-        room = _multiprocessors(x.device) // (tiles(tile) * groups)
-        parts = max(1, min(MAX_PARTS, steps, room)) if sliced else 1
-        out = x.new_empty((parts, groups, rows, outputs), dtype=torch.float32) if z is None else z
-        linear_kernel[(tiles(tile), groups, parts)](
-            x, weight, bias, out, a, rows, outputs, inputs, _ceil(steps, parts) * tile.depth,
-            SILU=not sliced, EVEN=inputs % tile.depth == 0, PRECISION=_precision(x.dtype), **_options(tile),
-        )  # fmt: skip
-        return out
-
-    def programs(tile: Tile) -> int:
-        return tiles(tile) * groups * (MAX_PARTS if sliced else 1)
-
-    key = ("linear", groups, rows, outputs, inputs, sliced)
-    return launch(_choose(key, x.device, x.dtype, programs, launch))
+    tile = _choose(x.device, x.dtype, lambda tile: tiles(tile) * groups * (MAX_PARTS if sliced else 1))
+    steps = _ceil(inputs, tile.depth)
+    room = _multiprocessors(x.device) // (tiles(tile) * groups)
+    parts = max(1, min(MAX_PARTS, steps, room)) if sliced else 1
+    out = x.new_empty((parts, groups, rows, outputs), dtype=torch.float32) if z is None else z
+    linear_kernel[(tiles(tile), groups, parts)](
+        x, weight, bias, out, a, rows, outputs, inputs, _ceil(steps, parts) * tile.depth,
+        SILU=not sliced, EVEN=inputs % tile.depth == 0, PRECISION=_precision(x.dtype), **_options(tile),
+    )  # fmt: skip
+    return out
 
 
 def cosine(partial: Tensor, bias: Tensor | None, target: Tensor, rows_per_group: int, dy: Tensor) -> Tensor:
@@ -375,19 +352,16 @@ def backward(
             _ceil(outputs, tile.cols) if db is not None else 0,
         )
 
-    def launch(tile: Tile) -> None:
-        dx_tiles, dw_tiles, db_tiles = counts(tile)
-        backward_kernel[(dx_tiles + dw_tiles + db_tiles, groups)](
-            dz, weight, x, *(dz if tensor is None else tensor for tensor in (z, upstream, dx, dw, db)),
-            rows, outputs, inputs, dx_tiles, dw_tiles,
-            DSILU=z is not None, SCALE=upstream is not None, EVEN_N=outputs % tile.depth == 0,
-            EVEN_R=rows % tile.depth == 0, PRECISION=_precision(dz.dtype), **_options(tile),
-        )  # fmt: skip
-
     def programs(tile: Tile) -> int:
         # A tile of dx takes several times as long as a tile of dW: those of dx must fill half of the card alone.
         dx_tiles, dw_tiles, _ = counts(tile)
         return groups * (2 * dx_tiles if dx_tiles else dw_tiles)
 
-    key = ("backward", groups, rows, outputs, inputs, dx is None, dw is None)
-    launch(_choose(key, dz.device, dz.dtype, programs, launch))
+    tile = _choose(dz.device, dz.dtype, programs)
+    dx_tiles, dw_tiles, db_tiles = counts(tile)
+    backward_kernel[(dx_tiles + dw_tiles + db_tiles, groups)](
+        dz, weight, x, *(dz if tensor is None else tensor for tensor in (z, upstream, dx, dw, db)),
+        rows, outputs, inputs, dx_tiles, dw_tiles,
+        DSILU=z is not None, SCALE=upstream is not None, EVEN_N=outputs % tile.depth == 0,
+        EVEN_R=rows % tile.depth == 0, PRECISION=_precision(dz.dtype), **_options(tile),
+    )  # fmt: skip

@@ -127,12 +127,7 @@ def farthest_point_sample(
 
 
 def knn(
-    query: Tensor,
-    points: Tensor,
-    k: int,
-    lengths: Tensor | None = None,
-    impl: str = "auto",
-    check_finite: bool = False,
+    query: Tensor, points: Tensor, k: int, lengths: Tensor | None = None, impl: str = "auto", check_finite: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The k nearest points of every query.
 
@@ -146,8 +141,7 @@ def knn(
         squared distance `[B, Q, k]` fp32 and index `[B, Q, k]` int64, sorted by (distance, index). Places at or past
         the length of a cloud repeat the last neighbour.
 
-    Raises:
-        ValueError, RuntimeError: as `farthest_point_sample`.
+    Raises: ValueError, RuntimeError: as `farthest_point_sample`.
     """
     native = _runs_native(impl, points, query)
     _check_finite(check_finite, native, points, lengths)
@@ -179,8 +173,7 @@ def group_points(
         `[B, G, k, 3 + F]`: the k nearest points of each centre in the order of `knn`, xyz relative to the centre,
         features as they are.
 
-    Raises:
-        ValueError, RuntimeError: as `farthest_point_sample`.
+    Raises: ValueError, RuntimeError: as `farthest_point_sample`.
     """
     dtype = points.dtype if dtype is None else dtype
     if dtype not in GROUP_DTYPES:

@@ -116,8 +116,7 @@ def cosine_alignment(projected: Tensor, target: Tensor) -> Tensor:
 
     Computed in fp32 (fp64 inputs stay fp64), norms clamped at `EPSILON`. No gradient to `target` `[M, D]`.
 
-    Returns:
-        scalar or `[L]`; 0 for M = 0.
+    Returns: scalar or `[L]`; 0 for M = 0.
     """
     dtype = torch.promote_types(projected.dtype, torch.float32)
     if projected.shape[-2] == 0:
@@ -135,8 +134,7 @@ def alignment_loss(hidden: Tensor, target: Tensor, weights: Sequence[Tensor], bi
         weights: `[H, C]`, `[H, H]`, `[D, H]`; with L layers also `[L, H, C]`..., one projector per layer.
         biases: `[H]`, `[H]`, `[D]`, or `[L, H]`...
 
-    Returns:
-        `1 - mean cos`, fp32: a scalar, or `[L]`, one per layer.
+    Returns: `1 - mean cos`, fp32: a scalar, or `[L]`, one per layer.
     """
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if weight.dim() == 3:

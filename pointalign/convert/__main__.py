@@ -7,6 +7,7 @@ tensor that no rule explains or that a part lacks ends the conversion before any
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ REPORT_FILE = "conversion.json"
 def convert(options: argparse.Namespace) -> dict[str, Any]:
     """Run the conversion that the options describe and return the content of `conversion.json`.
 
-    Raises:
-        ConversionError: a file is refused, or tensors are missing, unexplained or of the wrong shape.
+    Raises: ConversionError: a file is refused, or tensors are missing, unexplained or of the wrong shape.
     """
     paths = [("llm", options.llm), ("qformer", options.qformer), ("point_encoder", options.point_encoder)]
     paths += [("checkpoint", path) for path in options.checkpoint]
@@ -94,9 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    counts: dict[str, int] = {}
-    for entry in report["tensors"]:
-        counts[entry["status"]] = counts.get(entry["status"], 0) + 1
+    counts = Counter(entry["status"] for entry in report["tensors"])
     print(f"{options.output}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     if report["random"]:
         print(f"in no file, so drawn at random and to be trained: {', '.join(report['random'])}")

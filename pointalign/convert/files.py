@@ -5,7 +5,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pointalign import storage
-from pointalign.convert import files
 from pointalign.models.adapters import LLM, LLM_TARGETS, QFORMER, QFORMER_TARGETS, is_llm_norm, is_qformer_norm
 
 ENCODER = "model.point_encoder."
@@ -67,8 +66,7 @@ _RENAMED = [
 def translate(role: str, name: str) -> tuple[str | None, str]:
     """This package's name of a tensor in a file of `role` and "", or None and the reason to ignore the tensor.
 
-    Raises:
-        KeyError: no rule explains the name.
+    Raises: KeyError: no rule explains the name.
     """
     for pattern, reason in [*_IGNORED[role], _INDICES]:
         if re.match(pattern, name):
@@ -129,8 +127,8 @@ class ConversionError(ValueError):
 
 
 @lru_cache(maxsize=2)  # few at a time: the pages of a mapped file are freed with it
-def _unpickled(path: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors of a file of `torch.save`, under the first of `keys` that its content has; no keys: the content."""
+def _unpickled(path: Path, role: str) -> dict[str, Tensor]:
+    """Tensors of a file of `torch.save`, under the role's container key that its content has, if the role has any."""
     try:
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=torch.serialization._is_zipfile(path.open("rb"))
@@ -139,7 +137,8 @@ def _unpickled(path: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
         raise ConversionError(f"{path}: refused, it holds more than tensors and plain values: {error}") from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ConversionError(f"{path}: truncated or not written by torch.save: {error}") from error
-    if not keys:
+    keys = _CONTAINERS.get(role)
+    if keys is None:
         return content
     key = next((key for key in keys if isinstance(content, dict) and key in content), None)
     if key is None:
@@ -151,25 +150,17 @@ def _unpickled(path: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
 class Source:
     """A file, or the weight files of a folder, whose tensors are read one at a time.
 
-    Attributes:
-        role: what it is the source of: `llm`, `qformer`, `point_encoder` or `checkpoint`.
-        path: a file or a folder.
-        files: the weight files.
-        shapes, dtypes: of every tensor, by its name in the file.
-
-    Raises:
-        ConversionError: no weights there, or a file that is truncated or holds more than tensors.
+    Raises: ConversionError: no weights there, or a file that is truncated or holds more than tensors.
     """
 
-    role: str
-    path: Path
-    files: list[Path] = field(default_factory=list)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    role: str  # what it is the source of: `llm`, `qformer`, `point_encoder` or `checkpoint`
+    path: Path  # a file or a folder
 
     def __post_init__(self) -> None:
         self.files = self._find()
-        self.file_of: dict[str, Path] = {}
+        self.file_of: dict[str, Path] = {}  # these three by a tensor's name in the file
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         for path in self.files:
             for name, (shape, dtype) in self._shapes_and_dtypes(path).items():
                 self.file_of[name], self.shapes[name], self.dtypes[name] = path, shape, dtype
@@ -186,8 +177,7 @@ class Source:
 
     def _shapes_and_dtypes(self, path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         if path.suffix != ".safetensors":
-            content = _unpickled(path, _CONTAINERS.get(self.role, ()))
-            return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in content.items()}
+            return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _unpickled(path, self.role).items()}
         try:
             with safe_open(path, framework="pt") as file:
                 # a slice knows shape and dtype before anything is read
@@ -199,7 +189,7 @@ class Source:
     def read(self, name: str) -> Tensor:
         path = self.file_of[name]
         if path.suffix != ".safetensors":
-            return _unpickled(path, _CONTAINERS.get(self.role, ()))[name]
+            return _unpickled(path, self.role)[name]
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
 
@@ -226,76 +216,57 @@ class Piece(NamedTuple):
 
 @dataclass
 class Collection:
-    """Pieces by this package's names, and what became of every tensor of every source.
+    """What the sources hold, and what became of every tensor of every source."""
 
-    Attributes:
-        pieces: by this package's names.
-        report: an entry per tensor: file, tensor, status and detail.
-        by_source: every source with its names, this package's -> the file's.
-    """
+    pieces: dict[str, Piece] = field(default_factory=dict)  # by this package's names
+    report: list[dict[str, str]] = field(default_factory=list)  # per tensor: file, tensor, status and detail
+    by_source: list[tuple[Source, dict[str, str]]] = field(default_factory=list)  # names: this package's -> the file's
 
-    pieces: dict[str, Piece] = field(default_factory=dict)
-    report: list[dict[str, str]] = field(default_factory=list)
-    by_source: list[tuple[Source, dict[str, str]]] = field(default_factory=list)
-
-    def note(self, source: Source, name: str, status: str, detail: str = "") -> None:
-        self.report.append({"file": source.path.name, "tensor": name, "status": status, "detail": detail})
+    def note(self, tensor: str, status: str, detail: str, file: str = "") -> None:
+        self.report.append({"file": file, "tensor": tensor, "status": status, "detail": detail})
 
 
 def collect(sources: list[Source]) -> Collection:
     """Every source's tensors under this package's names; of several files that hold a tensor the last one counts.
 
-    Raises:
-        ConversionError: no rule explains a tensor, or two names of a tensor hold different values.
+    Raises: ConversionError: no rule explains a tensor, or two names of a tensor hold different values.
     """
     collected = Collection()
     for source in sources:
+        file = source.path.name
         names: dict[str, str] = {}  # this package's name -> the file's
+        aliases: list[tuple[str, str]] = []  # names of a tensor that has another name already
         for name in source.shapes:
             try:
-                target, reason = files.translate(source.role, name)
+                target, reason = translate(source.role, name)
             except KeyError:
                 raise ConversionError(f"{source.path}: nothing explains the tensor {name!r}") from None
             if target is None:
-                collected.note(source, name, "ignored", reason)
+                collected.note(name, "ignored", reason, file)
             elif target not in names:
                 names[target] = name
-                collected.note(source, name, "used" if target == name else "renamed", target)
-            elif torch.equal(source.read(name), source.read(names[target])):
-                collected.note(source, name, "alias", f"equal to {names[target]}")
+                collected.note(name, "used" if target == name else "renamed", target, file)
             else:
-                raise ConversionError(
-                    f"{source.path}: {name!r} and {names[target]!r} are two names of one tensor but differ"
-                )
-        expert = f"{EXPERT}0"
-        if expert in names and "model.query_tokens" in names:
-            first, queries = names[expert], names.pop("model.query_tokens")
-            if not torch.equal(source.read(first), source.read(queries)):
-                raise ConversionError(
-                    f"{source.path}: {first!r} and {queries!r} are two names of one tensor but differ"
-                )
-            collected.note(source, queries, "alias", f"equal to {first}")
+                aliases.append((name, names[target]))
+        if f"{EXPERT}0" in names and "model.query_tokens" in names:
+            aliases.append((names.pop("model.query_tokens"), names[f"{EXPERT}0"]))
+        for name, same in aliases:
+            if not torch.equal(source.read(name), source.read(same)):
+                raise ConversionError(f"{source.path}: {name!r} and {same!r} are two names of one tensor but differ")
+            collected.note(name, "alias", f"equal to {same}", file)
         pieces = {
-            target: Piece(f"{source.path.name}:{name}", source.shapes[name], source.dtypes[name], _reader(source, name))
+            target: Piece(f"{file}:{name}", source.shapes[name], source.dtypes[name], partial(source.read, name))
             for target, name in names.items()
         }
         if source.role == "llm":
             pieces = _join_qkv(source, pieces)
         for target in collected.pieces.keys() & pieces.keys():
-            collected.report.append(
-                {"file": "", "tensor": target, "status": "replaced", "detail": pieces[target].origin}
-            )
+            collected.note(target, "replaced", pieces[target].origin)
         collected.pieces |= pieces
         collected.by_source.append((source, names))
     if f"{EXPERT}0" in collected.pieces and (queries := collected.pieces.pop("model.query_tokens", None)):
-        collected.report.append(
-            {"file": "", "tensor": queries.origin, "status": "replaced", "detail": "by the query experts"}
-        )
+        collected.note(queries.origin, "replaced", "by the query experts")
     return collected
-
-
-def _reader(source: Source, name: str) -> Callable[[], Tensor]:
-    return lambda: source.read(name)
 
 
 def _join_qkv(source: Source, pieces: dict[str, Piece]) -> dict[str, Piece]:

@@ -48,8 +48,7 @@ def configure(collected: Collection, llm: Path | None, options: argparse.Namespa
         llm: folder of the language model, whose `config.json` is read.
         options: of the command line, for what no tensor tells: head size, groups and query routing.
 
-    Raises:
-        ConversionError: a width that is no multiple of the head size, or a language model other than Phi-2.
+    Raises: ConversionError: a width that is no multiple of the head size, or a language model other than Phi-2.
     """
     pieces = collected.pieces
     num_experts = count_layers(pieces, EXPERT)
@@ -151,11 +150,9 @@ def expected_shapes(config: PointAlignConfig) -> Shapes:
 def verify(collected: Collection, shapes: Shapes, num_experts: int, with_llm: bool) -> list[str]:
     """Check that every piece has its place and every part is complete.
 
-    Returns:
-        names of the parts of which no file holds anything.
+    Returns: names of the parts of which no file holds anything.
 
-    Raises:
-        ConversionError: pieces are missing, unexplained or of the wrong shape; the message lists up to 20 of them.
+    Raises: ConversionError: pieces are missing, unexplained or of the wrong shape; the message lists up to 20 of them.
     """
     pieces = collected.pieces
     problems = _incomplete_bundles(collected, shapes, num_experts) + _misfits(pieces, shapes, num_experts)
@@ -233,8 +230,7 @@ def _hint(name: str) -> str:
 def adapter_options(collected: Collection, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Arguments of `peft.LoraConfig` by part that has adapters; the rank is the tensors'.
 
-    Raises:
-        ConversionError: the adapters of a part have several ranks.
+    Raises: ConversionError: the adapters of a part have several ranks.
     """
     described = {}
     for part, prefix, targets, dropout in (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pointalign import storage
@@ -75,7 +75,7 @@ def _assemble(
     for name in added:
         value = torch.zeros(shapes[name]) if name.endswith("bias") else torch.ones(shapes[name])
         pieces[name] = Piece("the identity", shapes[name], torch.float32, lambda value=value: value)
-        collected.report.append({"file": "", "tensor": name, "status": "identity", "detail": "no file stores it"})
+        collected.note(name, "identity", "no file stores it")
     drawn = [name for name in missing if name not in added]
     if drawn:
         torch.manual_seed(0)
@@ -83,7 +83,7 @@ def _assemble(
         for name in drawn:
             value = state[name.removeprefix("model.")]
             pieces[name] = Piece("drawn at random", shapes[name], torch.float32, lambda value=value: value)
-            collected.report.append({"file": "", "tensor": name, "status": "random", "detail": "in no file: train it"})
+            collected.note(name, "random", "in no file: train it")
     experts = [pieces.pop(f"{EXPERT}{index}") for index in range(config.num_query_experts)]
     if experts:
         shape = (len(experts), *experts[0].shape[1:])
@@ -115,8 +115,6 @@ def _merged(piece: Piece, name: str, collected: Collection, adapters: dict[str, 
 
 def _write_weights(folder: Path, pieces: dict[str, Piece]) -> None:
     """Write `model-*.safetensors` and their index; a single shard is in memory at a time."""
-    from safetensors.torch import save_file
-
     shards: list[list[str]] = [[]]
     total = size = 0
     for name in sorted(pieces):
@@ -133,7 +131,7 @@ def _write_weights(folder: Path, pieces: dict[str, Piece]) -> None:
         save_file(tensors, folder / file, metadata={"format": "pt"})
         file_of |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": file_of}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    storage.write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_processor(folder: Path, llm: Path, config: PointAlignConfig) -> None:
@@ -141,11 +139,9 @@ def _write_processor(folder: Path, llm: Path, config: PointAlignConfig) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     text = config.text_config
-    generation = {
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": text.eos_token_id,
-        "pad_token_id": text.eos_token_id,
-    }
+    generation = GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.eos_token_id
+    )
     if any((llm / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
         tokenizer = AutoTokenizer.from_pretrained(llm)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -155,8 +151,8 @@ def _write_processor(folder: Path, llm: Path, config: PointAlignConfig) -> None:
             extractor, tokenizer, num_query_tokens=config.num_query_tokens, point_token_id=config.point_token_id
         )
         processor.save_pretrained(folder)
-        generation["eos_token_id"] = processor.end_token_ids()
-    GenerationConfig(**generation).save_pretrained(folder)
+        generation.eos_token_id = processor.end_token_ids()
+    generation.save_pretrained(folder)
 
 
 LICENCES = {
@@ -240,8 +236,7 @@ def measure(folder: Path) -> dict[str, Any]:
         `stations`: mean and standard deviation of the activations after the point encoder, the Q-Former, the
         projector, every layer of the language model and of the scores; `scores`: the first 16 of the last token.
 
-    Raises:
-        ConversionError: the folder's weights are not those of the model.
+    Raises: ConversionError: the folder's weights are not those of the model.
     """
     config = PointAlignConfig.from_pretrained(folder)
     read = Reader(folder, config.adapters)
@@ -258,13 +253,9 @@ def measure(folder: Path) -> dict[str, Any]:
     stations: dict[str, Tensor] = {}
     for index, layer in enumerate(model.get_decoder().layers):
         layer.register_forward_hook(lambda _m, _a, out, key=f"layer {index + 1}": stations.update({key: out}))
-    generator = torch.Generator().manual_seed(0)
-    cloud = torch.rand(
-        1,
-        4 * max(config.point_config.num_groups, config.point_config.group_size),
-        config.point_config.in_channels,
-        generator=generator,
-    )
+    point = config.point_config
+    size = (1, 4 * max(point.num_groups, point.group_size), point.in_channels)
+    cloud = torch.rand(size, generator=torch.Generator().manual_seed(0))
     cloud[..., :3] = cloud[..., :3] * 2 - 1
     queries = config.num_query_tokens
     ids = torch.arange(queries + NUM_TOKENS)[None] % config.text_config.vocab_size
@@ -281,8 +272,7 @@ def measure(folder: Path) -> dict[str, Any]:
 def self_test(folder: Path) -> dict[str, Any]:
     """The fingerprint of a folder, checked for plausible values.
 
-    Raises:
-        ConversionError: a value is not finite, or a station's standard deviation is out of range.
+    Raises: ConversionError: a value is not finite, or a station's standard deviation is out of range.
     """
     fingerprint = measure(folder)
     for station, (mean, deviation) in fingerprint["stations"].items():
@@ -297,8 +287,7 @@ def self_test(folder: Path) -> dict[str, Any]:
 def compare(folder: Path, stored: dict[str, Any]) -> None:
     """Check a folder against the fingerprint of its conversion.
 
-    Raises:
-        ConversionError: the self-test fails, or its scores differ from the stored ones by more than `TOLERANCE`.
+    Raises: ConversionError: the self-test fails, or its scores differ from the stored ones by more than `TOLERANCE`.
     """
     measured = self_test(folder)
     deviation = stored["stations"]["scores"][1]

@@ -57,8 +57,7 @@ def check(dataset: ConversationDataset, num_groups: int, skip_bad: bool = False)
         num_groups: groups of the point encoder, the least number of points that it can encode.
         skip_bad: drop the conversations about bad objects from `dataset.conversations` and print them, do not raise.
 
-    Raises:
-        BadObjectsError: objects are bad and `skip_bad` is off, or no conversation is left.
+    Raises: BadObjectsError: objects are bad and `skip_bad` is off, or no conversation is left.
     """
     objects = sorted({object_id for ids in dataset.conversations.object_ids for object_id in ids})
     full = set(objects)

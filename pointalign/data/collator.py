@@ -71,8 +71,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         budget: the most tokens of a batch.
         rank, world: number of this process, and of all processes.
 
-    Raises:
-        ValueError: a sample alone exceeds the budget, or there are fewer batches than processes.
+    Raises: ValueError: a sample alone exceeds the budget, or there are fewer batches than processes.
     """
 
     def __init__(self, lengths: Sequence[int], budget: int, seed: int = 0, rank: int = 0, world: int = 1):
@@ -139,12 +138,7 @@ class ConversationCollator:
     """
 
     def __init__(
-        self,
-        processor: Any,
-        max_length: int,
-        augmentation: bool = False,
-        packing: bool = False,
-        features: Any = None,
+        self, processor: Any, max_length: int, augmentation: bool = False, packing: bool = False, features: Any = None
     ):
         self.processor = processor
         self.max_length = max_length

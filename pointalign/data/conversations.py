@@ -46,8 +46,7 @@ def load_conversations(path: str | Path, types: Collection[str] | None = None) -
     Args:
         types: conversation types to return; None for all.
 
-    Raises:
-        AnnotationError: not JSON, not a list, an entry that breaks the schema, or no conversation of these types.
+    Raises: AnnotationError: not JSON, not a list, an entry that breaks the schema, or no conversation of these types.
     """
     path = Path(path)
     try:
@@ -84,7 +83,8 @@ class IndexedConversations(Sequence[Conversation]):
 
     def __init__(self, path: str | Path, types: Collection[str] | None = None):
         self.path = Path(path)
-        self._starts, self._lengths = array("q"), array("q")
+        self._starts = array("q")
+        self.entry_bytes = array("q")  # the length of every entry: what is known of a conversation without parsing it
         self.object_ids: list[tuple[str, ...]] = []
         try:
             for start, length, entry in _scan(self.path):
@@ -92,7 +92,7 @@ class IndexedConversations(Sequence[Conversation]):
                 of_type = types is None or conversation.conversation_type in types
                 if of_type and CORRUPT_IDS.isdisjoint(conversation.object_ids):
                     self._starts.append(start)
-                    self._lengths.append(length)
+                    self.entry_bytes.append(length)
                     self.object_ids.append(conversation.object_ids)
         except (ValueError, OSError, RecursionError):  # `load_conversations` names the fault and its place
             load_conversations(self.path, types)
@@ -104,13 +104,8 @@ class IndexedConversations(Sequence[Conversation]):
         """Drop every conversation whose object ids do not meet the condition."""
         places = [i for i, ids in enumerate(self.object_ids) if condition(ids)]
         self._starts = array("q", [self._starts[i] for i in places])
-        self._lengths = array("q", [self._lengths[i] for i in places])
+        self.entry_bytes = array("q", [self.entry_bytes[i] for i in places])
         self.object_ids = [self.object_ids[i] for i in places]
-
-    @property
-    def entry_bytes(self) -> Sequence[int]:
-        """The length of every entry in the file: what is known of a conversation without parsing it."""
-        return self._lengths
 
     def __len__(self) -> int:
         return len(self.object_ids)
@@ -120,7 +115,7 @@ class IndexedConversations(Sequence[Conversation]):
             return [self[i] for i in range(*index.indices(len(self)))]
         with self.path.open("rb") as file:
             file.seek(self._starts[index])
-            return _parse_entry(json.loads(file.read(self._lengths[index])))
+            return _parse_entry(json.loads(file.read(self.entry_bytes[index])))
 
 
 def _scan(path: Path, block: int = 1 << 22) -> Iterator[tuple[int, int, object]]:
@@ -174,8 +169,7 @@ def to_messages(conversation: Conversation, clouds: Sequence[np.ndarray | str | 
     Args:
         clouds: for each object id an array or a path, which goes into its item unchanged.
 
-    Raises:
-        ValueError: clouds and object ids differ in number.
+    Raises: ValueError: clouds and object ids differ in number.
     """
     if len(clouds) != len(conversation.object_ids):
         raise ValueError(f"expected a cloud for each of {len(conversation.object_ids)} object ids, got {len(clouds)}")

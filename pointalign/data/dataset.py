@@ -21,8 +21,7 @@ def find_cloud(folders: str | Path | Sequence[str | Path], object_id: str) -> Pa
 
     In a folder `{object_id}_8192.npy` comes first, then `{object_id}.npy`, then the other readable formats.
 
-    Raises:
-        PointCloudError: no folder has such a file.
+    Raises: PointCloudError: no folder has such a file.
     """
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     names = [f"{object_id}_8192.npy", *(f"{object_id}{suffix}" for suffix in FORMATS)]
@@ -103,8 +102,7 @@ class MixtureDataset(Dataset):
         num_batches: of the run, over all ranks.
         seed: of the draws and of the order within each set.
 
-    Raises:
-        ValueError: arguments of unequal length or out of range.
+    Raises: ValueError: arguments of unequal length or out of range.
     """
 
     def __init__(
@@ -129,33 +127,24 @@ class MixtureDataset(Dataset):
         for part in range(len(datasets)):
             of_part = self.parts == part
             self.turns[of_part] = np.arange(of_part.sum())
-        self._order = lru_cache(maxsize=2 * len(datasets))(self._shuffled)
-
-    def _shuffled(self, part: int, round: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, part, round]).permutation(len(self.datasets[part]))
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_order"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._order = lru_cache(maxsize=2 * len(self.datasets))(self._shuffled)
 
     def __len__(self) -> int:
         return len(self.parts)
 
-    def draws(self, number: int) -> list[tuple[int, int, int]]:
-        """Of every sample of batch `number`: the part, the round through that part, and the index in it."""
+    def __getitem__(self, number: int) -> list[dict]:
         part, size = int(self.parts[number]), self.batch_sizes[self.parts[number]]
         first, count = int(self.turns[number]) * size, len(self.datasets[part])
-        rounds = [divmod(position, count) for position in range(first, first + size)]
-        return [(part, round, int(self._order(part, round)[position])) for round, position in rounds]
+        samples = []
+        for round, position in (divmod(place, count) for place in range(first, first + size)):
+            index = int(_order(self.seed, part, round, count)[position])
+            # "draw" seeds the augmentation: it depends on the sample and the round only
+            samples.append(self.datasets[part][index] | {"draw": (part, round, index)})
+        return samples
 
-    def __getitem__(self, number: int) -> list[dict]:
-        # "draw" seeds the augmentation: it depends on the sample and the round only
-        return [
-            self.datasets[part][index] | {"draw": (part, round, index)} for part, round, index in self.draws(number)
-        ]
+
+@lru_cache(maxsize=16)  # the current and the next round of every part
+def _order(seed: int, part: int, round: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, part, round]).permutation(count)
 
 
 class MixtureCollator:
@@ -177,12 +166,10 @@ def make_datasets(options: "Options") -> list[Any]:
     return [ConversationDataset(path, clouds, types, options.data.up_axis, read_clouds) for path, types in parts]
 
 
-def data_paths(options: "Options") -> tuple[Path, Path | list[Path]]:
+def data_paths(options: "Options") -> tuple[Path, Path | str | list[str]]:
     """Annotation file and folders of clouds: the user's, or the embedded objects'."""
-    clouds = options.data.clouds
-    if options.data.annotations is not None and clouds is not None:
-        folders = [clouds] if isinstance(clouds, str) else clouds
-        return Path(options.data.annotations), [Path(folder) for folder in folders]
+    if options.data.annotations is not None and options.data.clouds is not None:
+        return Path(options.data.annotations), options.data.clouds
     from pointalign import assets
 
     folder = assets.embedded_objects(options.data.fold)
@@ -238,15 +225,11 @@ class _Array:
         return np.frombuffer(data, dtype).reshape(shape, order=order)
 
 
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
-
-
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         package = module.replace("numpy._core", "numpy.core")
         stand_ins = {
-            ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+            ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
             ("numpy.core.multiarray", "scalar"): _Array,
             ("numpy.core.numeric", "_frombuffer"): _Array,
             ("numpy", "ndarray"): _Array,
@@ -268,8 +251,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 def load_modelnet40(path: str | Path) -> tuple[list[np.ndarray], list[int]]:
     """Clouds `[N, 6]` float32, xyz with black colours (normals are dropped), and labels, indices of `CLASSES`.
 
-    Raises:
-        PointCloudError: another kind of file, or the pickle asks for anything but arrays.
+    Raises: PointCloudError: another kind of file, or the pickle asks for anything but arrays.
     """
     path = Path(path)
     try:
@@ -288,9 +270,5 @@ def load_modelnet40(path: str | Path) -> tuple[list[np.ndarray], list[int]]:
         raise PointCloudError(
             f"{path}: expected labels from 0 to {len(CLASSES) - 1}, got {min(numbers)} to {max(numbers)}"
         )
-    black = []
-    for array in arrays:
-        cloud = np.zeros((len(array), 6), dtype=np.float32)
-        cloud[:, :3] = array[:, :3]
-        black.append(cloud)
+    black = [np.hstack([array[:, :3], np.zeros((len(array), 3))]).astype(np.float32) for array in arrays]
     return black, numbers

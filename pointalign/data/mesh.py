@@ -41,11 +41,9 @@ def sample_mesh(scene: trimesh.Scene | trimesh.Trimesh, num_points: int, seed: i
     is missing has the colour of its material. trimesh reads no colours from .stl and .off. Of a scene without faces all
     points are returned, however many they are.
 
-    Returns:
-        [num_points, 6] float64, xyz + rgb in 0..1; the same for the same `seed`.
+    Returns: [num_points, 6] float64, xyz + rgb in 0..1; the same for the same `seed`.
 
-    Raises:
-        PointCloudError: a scene with no surface and no points, non-finite vertices or indices out of range.
+    Raises: PointCloudError: a scene with no surface and no points, non-finite vertices or indices out of range.
     """
     import trimesh
 

@@ -4,6 +4,8 @@ import hashlib
 import mmap
 import struct
 import tokenize
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -55,54 +57,35 @@ def load_point_cloud(path: str | Path, up_axis: str = "y", num_points: int = 819
     if up_axis not in UP_AXES:
         raise ValueError(f"up_axis must be one of {', '.join(UP_AXES)}, got {up_axis!r}")
     path = Path(path)
-    try:
-        with np.errstate(all="ignore"):  # `_check_finite` finds an overflow
-            raw = _read(_checked(path).read_bytes(), path, num_points)
-            xyz = _single_precision(np.column_stack([*raw.xyz]))
-            xyz = xyz @ np.array(UP_AXES[up_axis], np.float32).T
-            rgb = np.full_like(xyz, GREY)
-            if raw.rgb is not None:
-                rgb = _unit_colours(np.column_stack([*raw.rgb]), raw.full_scale)
-    except PointCloudError as error:
-        raise PointCloudError(f"{path}: {error}") from error
-    except _MALFORMED as error:
-        raise PointCloudError(f"{path}: unreadable {path.suffix} file ({type(error).__name__}: {error})") from error
+    with _checked(path), np.errstate(all="ignore"):  # `_check_finite` finds an overflow
+        raw = _read(path.read_bytes(), path, num_points)
+        xyz = _single_precision(np.column_stack([*raw.xyz]))
+        xyz = xyz @ np.array(UP_AXES[up_axis], np.float32).T
+        rgb = np.full_like(xyz, GREY)
+        if raw.rgb is not None:
+            rgb = _unit_colours(np.column_stack([*raw.rgb]), raw.full_scale)
     return np.hstack([xyz, rgb])
 
 
 def point_count(path: str | Path) -> int | None:
     """The number of points in the header of a file, checked against the file's size; None for a mesh.
 
-    Binary files are not read beyond the header; text and compressed files are parsed.
+    Binary files are mapped and not read beyond the header; text and compressed files are parsed.
 
-    Raises:
-        PointCloudError: as `load_point_cloud`, for faults that show in the header.
+    Raises: PointCloudError: as `load_point_cloud`, for faults that show in the header.
     """
     path = Path(path)
-    try:
-        # of a binary file only the header is accessed: mapped, the rest is not read
-        with _checked(path).open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with _checked(path), path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return None if _is_mesh(data, path) else len(POINT_READERS[path.suffix.lower()](data).xyz[0])
-    except PointCloudError as error:
-        raise PointCloudError(f"{path}: {error}") from error
-    except _MALFORMED as error:
-        raise PointCloudError(f"{path}: unreadable {path.suffix} file ({type(error).__name__}: {error})") from error
 
 
 def normalise(points: np.ndarray) -> np.ndarray:
     """Centres xyz on the centroid and divides by the largest norm (unit sphere); other columns stay.
 
-    Source: the preprocessing of PointLLM.
+    Source: the preprocessing of PointLLM. `points` is [N, 3 + F], the result float32 and a copy.
 
-    Args:
-        points: [N, 3 + F], at least two distinct points.
-
-    Returns:
-        [N, 3 + F] float32, a copy.
-
-    Raises:
-        PointCloudError: all points are equal.
+    Raises: PointCloudError: all points are equal.
     """
     xyz = points[:, :3].astype(np.float64)
     xyz -= xyz.mean(axis=0)
@@ -125,14 +108,21 @@ def subsample(points: np.ndarray, num_points: int) -> np.ndarray:
     return points[np.sort(np.argsort(words, kind="stable")[:num_points])]
 
 
-def _checked(path: Path) -> Path:
-    if path.suffix.lower() not in FORMATS:
-        raise PointCloudError(f"unknown format {path.suffix!r}, expected one of {', '.join(FORMATS)}")
-    if not path.is_file():
-        raise PointCloudError("no such file")
-    if path.stat().st_size == 0:
-        raise PointCloudError("the file is empty")
-    return path
+@contextmanager
+def _checked(path: Path) -> Iterator[None]:
+    """Within the block every error that a file can cause is a PointCloudError that names it."""
+    try:
+        if path.suffix.lower() not in FORMATS:
+            raise PointCloudError(f"unknown format {path.suffix!r}, expected one of {', '.join(FORMATS)}")
+        if not path.is_file():
+            raise PointCloudError("no such file")
+        if path.stat().st_size == 0:
+            raise PointCloudError("the file is empty")
+        yield
+    except PointCloudError as error:
+        raise PointCloudError(f"{path}: {error}") from error
+    except _MALFORMED as error:
+        raise PointCloudError(f"{path}: unreadable {path.suffix} file ({type(error).__name__}: {error})") from error
 
 
 def _is_mesh(data: Buffer, path: Path) -> bool:
@@ -225,8 +215,7 @@ def augment(
         fewest: resampling leaves at least this many points of a cloud that has them.
         pose: `[3, 3]`, the change of the pose; by default random.
 
-    Returns:
-        `[M, 6]` float32, centred, with N / 4 <= M <= N.
+    Returns: `[M, 6]` float32, centred, with N / 4 <= M <= N.
     """
     count = max(fewest, int(len(points) * rng.uniform(0.25, 1.0)))
     points = points[rng.permutation(len(points))[:count]].copy()

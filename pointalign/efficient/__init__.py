@@ -20,8 +20,7 @@ def training_form(model: PointAlignForConditionalGeneration, options: Options) -
 
     After it the model is an ordinary one again, which reads padded batches, answers, and can be saved.
 
-    Yields:
-        the number of modules that each fused part replaced, see `fused_parts.applied`.
+    Yields: the number of modules that each fused part replaced, see `fused_parts.applied`.
     """
     language_model = model.model.language_model
     before = language_model.config._attn_implementation

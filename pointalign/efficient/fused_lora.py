@@ -37,12 +37,7 @@ class LoraProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        x: Tensor,
-        group: "AdapterGroup",
-        dtype: torch.dtype,
-        dropout: float,
-        *adapters: Tensor,
+        ctx, x: Tensor, group: "AdapterGroup", dtype: torch.dtype, dropout: float, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
         count = len(group.bases)
         a, b = ([factor.to(dtype) for factor in half] for half in (adapters[:count], adapters[count:]))
@@ -141,21 +136,15 @@ class AdapterGroup:
 
     def products(self, rows: Tensor) -> list[Tensor]:
         """`x W_i^T + b_i` of every layer: a single product where the weights are in one buffer, else one per layer."""
+        biases = [None if base.bias is None else base.bias.to(rows.dtype) for base in self.bases]
         if len(self.bases) > 1 and not any(is_4bit(base) for base in self.bases):
+            sizes = [base.out_features for base in self.bases]
             first = self.stack()
-            weight = first.as_strided((sum(base.out_features for base in self.bases), first.shape[1]), first.stride())
-            together = rows @ weight.to(rows.dtype).mT
-            outputs = list(together.split([base.out_features for base in self.bases], dim=1))
-            for base, output in zip(self.bases, outputs, strict=True):
-                if base.bias is not None:
-                    output += base.bias.to(rows.dtype)
-            return outputs
-        return [
-            functional.linear(
-                rows, full_weight(base).to(rows.dtype), None if base.bias is None else base.bias.to(rows.dtype)
-            )
-            for base in self.bases
-        ]
+            weight = first.as_strided((sum(sizes), first.shape[1]), first.stride())
+            outputs = (rows @ weight.to(rows.dtype).mT).split(sizes, dim=1)
+            return [y if bias is None else y.add_(bias) for y, bias in zip(outputs, biases, strict=True)]
+        weights = (full_weight(base).to(rows.dtype) for base in self.bases)  # a dequantised weight at a time
+        return [functional.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
     def stack(self) -> Tensor:
         """Put the weights side by side into one buffer, again after they have moved. Returns the first weight."""

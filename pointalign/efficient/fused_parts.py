@@ -16,7 +16,6 @@ liger-kernel's kernels run on CUDA where the package is installed, PyTorch's ope
 Weights must be frozen. On leaving, everything is undone: parameters, names and checkpoints stay the same.
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pointalign.efficient.fused_lora import adapter_groups
+from pointalign.efficient.quantization import is_sharded
 
 PARTS = ("lora", "merged", "gelu", "swiglu", "norms", "rotary", "cross_entropy")
 ROTARY = "apply_rotary_pos_emb"
@@ -39,11 +39,9 @@ ROWS_AT_ONCE = 1024  # of fp32 logits that exist at a time
 def applied(model: Any, parts: Sequence[str] = PARTS) -> Iterator[dict[str, int]]:
     """Run `model`, a `PointAlignForConditionalGeneration`, with the named parts inside the `with` block.
 
-    Yields:
-        for each part the number of modules that it replaces; 0 where the model has no such module.
+    Yields: for each part the number of modules that it replaces; 0 where the model has no such module.
 
-    Raises:
-        ValueError: an unknown part, or `merged` without `lora`.
+    Raises: ValueError: an unknown part, or `merged` without `lora`.
     """
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
@@ -51,7 +49,7 @@ def applied(model: Any, parts: Sequence[str] = PARTS) -> Iterator[dict[str, int]
     if "merged" in parts and "lora" not in parts:
         raise ValueError("fused_parts: merged needs lora, whose products it shares: name both or neither")
     language_model = model.model.language_model
-    groups = adapter_groups(language_model, "merged" in parts and not sharded()) if "lora" in parts else []
+    groups = adapter_groups(language_model, "merged" in parts and not is_sharded()) if "lora" in parts else []
     # (torch or Python module, attribute) -> the function that replaces it
     replacements: dict[tuple[Any, str], Callable] = {
         (module, "forward"): partial(group, index) for group in groups for index, module in enumerate(group.modules)
@@ -83,11 +81,6 @@ def applied(model: Any, parts: Sequence[str] = PARTS) -> Iterator[dict[str, int]
                 vars(module)[name] = original
         for group in groups:
             group.unstack()
-
-
-def sharded() -> bool:
-    """Whether FSDP shards the weights, which then cannot share a buffer."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 # -- activations, norms and the rotary embedding: pairs (module, function that replaces its own) -----------------------

@@ -7,7 +7,7 @@ on the device, counting every tensor that autograd saves; they grow linearly wit
 import heapq
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from pointalign.data.collator import IGNORED, token_counts
 from pointalign.data.dataset import ConversationDataset
+from pointalign.efficient.fused_parts import ROWS_AT_ONCE
+from pointalign.efficient.quantization import is_4bit
 from pointalign.models import PointAlignProcessor
 
 if TYPE_CHECKING:
@@ -29,23 +31,14 @@ BYTES_PER_TOKEN = 4  # of English text
 
 @dataclass
 class Budget:
-    """Bytes of one training step, by what they are for.
+    """Bytes of one training step, by what they are for."""
 
-    Attributes:
-        frozen: weights that do not train, mostly the language model's.
-        trained: weights that train, with gradients and two Adam moments.
-        activations: saved by autograd for one batch.
-        logits: fp32 logits of the supervised rows and their gradient, alive at the same time.
-        context: of the device: driver and workspaces.
-        limit: what the device has, or may use.
-    """
-
-    frozen: int
-    trained: int
-    activations: int
-    logits: int
-    context: int
-    limit: int
+    frozen: int  # weights that do not train, mostly the language model's
+    trained: int  # weights that train, with gradients and two Adam moments
+    activations: int  # saved by autograd for one batch
+    logits: int  # fp32 logits of the supervised rows and their gradient, alive at the same time
+    context: int  # of the device: driver and workspaces
+    limit: int  # what the device has, or may use
 
     @property
     def total(self) -> int:
@@ -66,14 +59,7 @@ class Budget:
 
     def of(self, share: float) -> "Budget":
         """The budget of a batch `share` times as large."""
-        return Budget(
-            self.frozen,
-            self.trained,
-            round(self.activations * share),
-            round(self.logits * share),
-            self.context,
-            self.limit,
-        )
+        return replace(self, activations=round(self.activations * share), logits=round(self.logits * share))
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> int:
@@ -87,8 +73,7 @@ def saved_bytes(run: Callable[[], Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = run()
-    del loss
+        run()
     return sum(sizes.values())
 
 
@@ -113,27 +98,22 @@ def budget(
     """
     frozen = trained = 0
     for tensor in [*model.parameters(), *model.buffers()]:
-        size = tensor.numel() * tensor.element_size()
-        frozen += 0 if tensor.requires_grad else size
-        trained += 4 * size if tensor.requires_grad else 0  # value, gradient, two moments
+        if tensor.requires_grad:
+            trained += 4 * tensor.nbytes  # value, gradient, two moments
+        else:
+            frozen += tensor.nbytes
     for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            frozen += sum(
-                part.numel() * part.element_size() for part in state.as_dict().values() if isinstance(part, Tensor)
-            )
-    config: Any = model.config
-    vocabulary = config.text_config.vocab_size
-    rows = supervised
+        if is_4bit(module):
+            parts = module.weight.quant_state.as_dict().values()
+            frozen += sum(part.nbytes for part in parts if isinstance(part, Tensor))
     if "supervised_cross_entropy" in vars(getattr(model, "model", model)):  # fused: a piece at a time
-        from pointalign.efficient.fused_parts import ROWS_AT_ONCE
-
-        rows = min(supervised, ROWS_AT_ONCE)
+        supervised = min(supervised, ROWS_AT_ONCE)
+    config: Any = model.config
     return Budget(
         frozen=frozen,
         trained=trained,
         activations=saved_bytes(run),
-        logits=2 * 4 * rows * vocabulary,
+        logits=2 * 4 * supervised * config.text_config.vocab_size,
         context=round(CUDA_CONTEXT) if device.type == "cuda" else 0,
         limit=device_bytes(device, limit_gb),
     )
@@ -144,8 +124,7 @@ def fitting_batch(planned: Budget, batch_size: int) -> int:
 
     A divisor, so that gradient accumulation over `batch_size / result` micro-batches is the same training.
 
-    Raises:
-        ValueError: not even one sample fits.
+    Raises: ValueError: not even one sample fits.
     """
     for size in [divisor for divisor in range(batch_size, 0, -1) if batch_size % divisor == 0]:
         if planned.of(size / batch_size).total <= MARGIN * planned.limit:
@@ -159,8 +138,7 @@ def fitting_batch(planned: Budget, batch_size: int) -> int:
 def cap_memory(limit_gb: float | None, device: torch.device) -> None:
     """Let the allocator take no more than a card of `limit_gb` would have; None lifts the cap.
 
-    Raises:
-        ValueError: the device is not CUDA, or smaller than that.
+    Raises: ValueError: the device is not CUDA, or smaller than that.
     """
     if device.type != "cuda":
         raise ValueError(f"training.memory_limit_gb={limit_gb} caps the CUDA allocator; this run is on {device.type}")
@@ -228,8 +206,7 @@ def plan_memory(
         aligned: `AlignedModel`, in training form.
         samples: the longest there are, see `largest_batch`.
 
-    Raises:
-        ValueError: not even one sample fits.
+    Raises: ValueError: not even one sample fits.
     """
     training, device = options.training, options.training.device
     aligned.to(device)

@@ -43,11 +43,9 @@ def varlen_attention(
         cu_seq_lens_q: `[samples + 1]` int32, where samples begin and end.
         max_length_q: tokens of the longest sample.
 
-    Returns:
-        `[1, S, heads, D]` and None.
+    Returns: `[1, S, heads, D]` and None.
 
-    Raises:
-        ValueError: the batch is not packed, or asks for what FlashAttention in PyTorch lacks.
+    Raises: ValueError: the batch is not packed, or asks for what FlashAttention in PyTorch lacks.
     """
     if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError(
@@ -76,19 +74,10 @@ def varlen_attention(
             if "enable_gqa" in signature(varlen_attn).parameters:
                 options = {"enable_gqa": True}
             else:  # before PyTorch 2.12
-                key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
-        output = varlen_attn(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1, 0),
-            **options,
-        )
+                key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [S, heads, D]
+        cuts, longest = cu_seq_lens_q, max_length_q  # the same of queries and keys
+        output = varlen_attn(q, k, v, cuts, cuts, longest, longest, scale=scaling, window_size=(-1, 0), **options)
         assert isinstance(output, Tensor)
         return output[None], None
     if query.is_cuda:
@@ -98,7 +87,7 @@ def varlen_attention(
         scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-        for q, k, v in zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True)
+        for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
@@ -128,8 +117,7 @@ def choose_attention(name: str, packed: bool, device_type: str) -> str:
     `auto` is, for packed batches, transformers' `flash_attention_2` where flash-attn is installed and `varlen`
     elsewhere; `sdpa` for padded ones.
 
-    Raises:
-        ValueError: the named attention cannot run here, or cannot read such batches.
+    Raises: ValueError: the named attention cannot run here, or cannot read such batches.
     """
     if name not in ATTENTIONS:
         raise ValueError(f"model.attention={name!r}: expected one of {', '.join(ATTENTIONS)}")

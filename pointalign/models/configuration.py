@@ -101,8 +101,7 @@ class PointAlignConfig(PreTrainedConfig):
             text_config: of the language model.
             overrides: other values for arguments of this class.
 
-        Raises:
-            ValueError: an unknown preset.
+        Raises: ValueError: an unknown preset.
         """
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}")

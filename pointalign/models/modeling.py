@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pointalign.models import adapters
 from pointalign.models.configuration import PointAlignConfig
-from pointalign.models.query_experts import QueryExperts
+from pointalign.models.point_encoder import QueryExperts
 
 LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 POINT_INPUTS = ("point_values", "point_lengths", "point_mask", "query_features", "encoder_tokens")
@@ -272,8 +272,7 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but all weights or an error; the folder's adapters are added.
 
-        Raises:
-            ValueError: weights are missing, unexpected or of another shape.
+        Raises: ValueError: weights are missing, unexpected or of another shape.
         """
         with_info = kwargs.pop("output_loading_info", False)
         folder = pretrained_model_name_or_path

@@ -41,9 +41,8 @@ class Fp32LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
-        return functional.layer_norm(input.float(), self.normalized_shape, self.weight.float(), bias, self.eps).to(
-            input.dtype
-        )
+        normed = functional.layer_norm(input.float(), self.normalized_shape, self.weight.float(), bias, self.eps)
+        return normed.to(input.dtype)
 
 
 class Fp32RMSNorm(nn.RMSNorm):

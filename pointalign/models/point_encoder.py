@@ -1,4 +1,4 @@
-"""PointBERT: groups of neighbouring points become tokens, a transformer relates them.
+"""PointBERT: groups of neighbouring points become tokens, a transformer relates them; `QueryExperts` reads its tokens.
 
 Shape legend: B clouds, N points, C channels (xyz first), G groups, k points per group, T = 1 + G tokens, D width.
 Parameter names are those of the published checkpoints (PointBERT, PointLLM, MiniGPT-3D).
@@ -28,14 +28,7 @@ class FoldedPointNet(NamedTuple):
     last: tuple[Tensor, Tensor]  # 2w -> d
 
     def forward(self, groups: Tensor) -> Tensor:
-        """Per-group features.
-
-        Args:
-            groups: `[B, G, k, C]`, any floating dtype that the weights have.
-
-        Returns:
-            `[B, G, d]`.
-        """
+        """Per-group features, `[B, G, k, C] -> [B, G, d]`, in the dtype of the weights."""
         batch, num_groups, neighbours, channels = groups.shape
         points = groups.reshape(-1, channels)  # [B * G * k, C]
         features = functional.linear(functional.linear(points, *self.first).relu_(), *self.lift)
@@ -68,27 +61,19 @@ def _folded(convolution: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tenso
 
 def _checked_layers(name: str, block: nn.Sequential) -> tuple[nn.Conv1d, nn.BatchNorm1d, nn.Conv1d]:
     """The layers of `first_conv` or `second_conv` but for the activation. Raises: ValueError: built otherwise."""
-    if len(block) == 4:
-        first, norm, activation, last = block
-        if isinstance(first, nn.Conv1d) and isinstance(norm, nn.BatchNorm1d) and isinstance(last, nn.Conv1d):
-            if isinstance(activation, nn.ReLU):
-                if block.training or norm.training:
-                    raise ValueError(f"{name}: expected a module in evaluation mode, call eval() before folding")
-                return first, norm, last
-    raise ValueError(f"{name}: expected Conv1d, BatchNorm1d, ReLU, Conv1d, got {block}")
+    kinds = (nn.Conv1d, nn.BatchNorm1d, nn.ReLU, nn.Conv1d)
+    if len(block) != 4 or not all(isinstance(layer, kind) for layer, kind in zip(block, kinds, strict=True)):
+        raise ValueError(f"{name}: expected Conv1d, BatchNorm1d, ReLU, Conv1d, got {block}")
+    if block.training or block[1].training:
+        raise ValueError(f"{name}: expected a module in evaluation mode, call eval() before folding")
+    return block[0], block[1], block[3]
 
 
 @torch.no_grad()
 def fold_pointnet(first_conv: nn.Sequential, second_conv: nn.Sequential) -> FoldedPointNet:
-    """Folds the BatchNorms of a frozen mini-PointNet into its weights; w is its inner width, d its output width.
+    """Folds the BatchNorms of a frozen `MiniPointNet` into its weights: equal to it within fp32 rounding.
 
-    Args:
-        first_conv: `Conv1d(C, w/2, 1), BatchNorm1d, ReLU, Conv1d(w/2, w, 1)`, in evaluation mode.
-        second_conv: `Conv1d(2w, 2w, 1), BatchNorm1d, ReLU, Conv1d(2w, d, 1)`, applied to `[global, local]`.
-
-    Returns:
-        Weights of the same dtype and device, equal to the plain module within fp32 rounding. They are copies: fold
-        again after the module changes or moves.
+    The weights, of the same dtype and device, are copies: fold again after the module changes or moves.
 
     Raises:
         ValueError: a module is built otherwise, is in training mode (its BatchNorm would use the batch) or has no
@@ -113,21 +98,19 @@ class MiniPointNet(nn.Module):
     Args:
         in_channels: C.
         width: w, between the two halves.
-        out_channels: d; None for w.
+        out_channels: d.
     """
 
-    def __init__(self, in_channels: int, width: int, out_channels: int | None = None):
+    def __init__(self, in_channels: int, width: int, out_channels: int):
         super().__init__()
-        half, double = width // 2, 2 * width
-        self.first_conv = nn.Sequential(
-            nn.Conv1d(in_channels, half, 1), nn.BatchNorm1d(half), nn.ReLU(), nn.Conv1d(half, width, 1)
-        )
-        self.second_conv = nn.Sequential(
-            nn.Conv1d(double, double, 1),
-            nn.BatchNorm1d(double),
-            nn.ReLU(),
-            nn.Conv1d(double, out_channels or width, 1),
-        )
+
+        def convolutions(inputs: int, inner: int, outputs: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv1d(inputs, inner, 1), nn.BatchNorm1d(inner), nn.ReLU(), nn.Conv1d(inner, outputs, 1)
+            )
+
+        self.first_conv = convolutions(in_channels, width // 2, width)
+        self.second_conv = convolutions(2 * width, 2 * width, out_channels)
 
     def forward(self, groups: Tensor) -> Tensor:
         """`[B, G, k, C] -> [B, G, d]`.
@@ -150,8 +133,7 @@ class MiniPointNet(nn.Module):
         global_weight, local_weight = first.weight[..., 0].chunk(2, dim=1)
         x = functional.linear(local, local_weight).view(batch * num_groups, size, -1)
         per_group = functional.linear(maximum, global_weight, first.bias) + functional.linear(bias, local_weight)
-        x = x + per_group[:, None]
-        x = act(norm(x.flatten(0, 1)))
+        x = act(norm((x + per_group[:, None]).flatten(0, 1)))
         features = functional.linear(x, second.weight[..., 0])
         bias = second.bias  # type: ignore[assignment]
         return features.view(batch, num_groups, size, -1).amax(dim=2) + bias
@@ -246,8 +228,7 @@ class PointBertModel(PreTrainedModel):
     def group(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Neighbourhoods `[B, G, k, C]` and their centres `[B, G, 3]`, in fp32; the first centre is point 0.
 
-        Raises:
-            ValueError: the clouds have fewer points than groups or than neighbours per group.
+        Raises: ValueError: the clouds have fewer points than groups or than neighbours per group.
         """
         minimum = max(self.config.num_groups, self.config.group_size)
         if points.shape[1] < minimum:
@@ -273,3 +254,47 @@ class PointBertModel(PreTrainedModel):
         position = self.pos_embed(centres.to(dtype))
         position = torch.cat([self.cls_pos.expand(len(tokens), -1, -1), position], dim=1)
         return self.norm(self.blocks(x, position))
+
+
+# -- what reads the tokens: E query experts, of which K are in use, with Q queries each -------------------------------
+
+ROUTINGS = ("sparse", "soft", "constant")
+ROUTER_WIDTH = 256
+
+
+class QueryExperts(nn.Module):
+    """Queries `[E, Q, D]` of the Q-Former and a router that reads the point encoder's tokens (MiniGPT-3D, stage 4).
+
+    Args:
+        queries: `[1, Q, D]`, with which every expert starts.
+        num_experts: E.
+        token_width: width of the encoder's tokens.
+        routing: `sparse` weighs the `top_k` most probable experts by their probabilities, which then sum to less than
+            1; `soft` weighs all experts by probability; `constant` weighs all alike.
+        top_k: K of `sparse`.
+
+    Raises: ValueError: an unknown routing, or `top_k` out of range.
+    """
+
+    def __init__(self, queries: Tensor, num_experts: int, token_width: int, routing: str = "sparse", top_k: int = 2):
+        super().__init__()
+        if routing not in ROUTINGS:
+            raise ValueError(f"query routing {routing!r}: expected one of {', '.join(ROUTINGS)}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k}: expected 1 to {num_experts}, the number of query experts")
+        self.routing, self.top_k = routing, top_k
+        self.queries = nn.Parameter(queries.detach().repeat(num_experts, 1, 1))
+        self.router = nn.Sequential(
+            nn.Linear(2 * token_width, ROUTER_WIDTH), nn.GELU(), nn.Linear(ROUTER_WIDTH, num_experts)
+        )
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries `[B, K, Q, D]` and weights `[B, K]` for encoder tokens `[B, 1 + G, token_width]`, cls first."""
+        if self.routing == "constant":
+            weights = tokens.new_full((len(tokens), len(self.queries)), 1 / len(self.queries))
+        else:
+            weights = self.router(torch.cat([tokens[:, 0], tokens[:, 1:].amax(dim=1)], dim=-1)).softmax(dim=-1)
+        if self.routing != "sparse":
+            return self.queries.expand(len(tokens), -1, -1, -1), weights
+        chosen = weights.topk(self.top_k, dim=-1).indices.sort(dim=-1).values
+        return self.queries[chosen], weights.gather(1, chosen)

@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
+from pointalign.data.collator import IGNORED
+from pointalign.data.conversations import POINT_MARKER
 from pointalign.data.point_cloud import PointCloudError, load_point_cloud, normalise, subsample
 
-IGNORED = -100  # label of a token that carries no loss
-POINT_MARKER = "<point>"
 SEAM = "\ue000"  # of the private use area: where the text is cut before it is tokenized
 
 END_MARK = "###"  # of an answer in the published layout
@@ -62,8 +62,7 @@ class PointAlignFeatureExtractor(FeatureExtractionMixin):
         Args:
             cloud: a path, or an array `[N, 3 + F]` with colours in 0..1.
 
-        Raises:
-            PointCloudError: another shape, values that are not finite, colours out of range, or too few points.
+        Raises: PointCloudError: another shape, values that are not finite, colours out of range, or too few points.
         """
         points = load_point_cloud(cloud, up_axis=self.up_axis) if isinstance(cloud, (str, Path)) else cloud
         points = np.asarray(points, dtype=np.float32)
@@ -145,8 +144,7 @@ class PointAlignProcessor(ProcessorMixin):
             text: a text or several.
             points: the clouds of all texts in reading order, as paths or `[N, 6]` arrays.
 
-        Raises:
-            ValueError: markers and clouds differ in number, or truncation would cut a cloud.
+        Raises: ValueError: markers and clouds differ in number, or truncation would cut a cloud.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         rows = [self._encode([(part, False) for part in _split_at(text, POINT_MARKER)]) for text in texts]
@@ -345,8 +343,7 @@ class PointAlignProcessor(ProcessorMixin):
             generated: `[B, T]`, its output.
             prompt_length: tokens of the padded prompts.
 
-        Returns:
-            B texts without special tokens and without what follows an end mark.
+        Returns: B texts without special tokens and without what follows an end mark.
         """
         texts = self.tokenizer.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)
         if self.ends_in_mark:
