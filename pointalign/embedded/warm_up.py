@@ -191,8 +191,8 @@ class WarmUp:
         with torch.no_grad():
             tokens = self.branch.encode_point_clouds(points).projected
             ratio = self.embedding.float().norm(dim=-1).mean() / tokens.float().norm(dim=-1).mean()
-            last.weight *= ratio
-            last.bias *= ratio
+            for parameter in last.parameters():
+                parameter.mul_(ratio)
 
     def fit_example(self) -> tuple[Tensor, Tensor]:
         """Inputs `[B, Q, P]` of the projector's last map, and the word embeddings `[B, Q, H]` it should give."""
@@ -271,8 +271,10 @@ def descend(
     adamw = torch.optim.AdamW(others, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
-        options = {"lr": MUON_RATE * learning_rate, "weight_decay": WEIGHT_DECAY, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(matrices, **options))
+        muon_rate = MUON_RATE * learning_rate
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=muon_rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+        )
     rise = 0.1 if steps > 10 else 0.3  # share of the steps; OneCycleLR divides by zero if it is a single step
     schedules = [
         torch.optim.lr_scheduler.OneCycleLR(
