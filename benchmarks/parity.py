@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from pointalign.efficient import fused_lora, fused_parts
 from pointalign.efficient.varlen_attention import varlen_attention
-from pointalign.evaluation.tables import markdown_table
+from pointalign.evaluation import markdown_table
 from pointalign.storage import ROOT, device_name, provenance
 from pointalign_kernels import alignment_loss, fused_available
 

@@ -1,6 +1,6 @@
 """Markdown tables and the line that says where a result comes from, for the sections of benchmarks/report.py."""
 
-from pointalign.evaluation.tables import markdown_table
+from pointalign.evaluation import markdown_table
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -4,10 +4,14 @@ The public names are imported at first use, so `import pointalign` imports neith
 `pointalign` and `transformers` are imported, in either order, transformers' Auto classes know the models.
 """
 
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
-
-from pointalign import import_steps
 
 if TYPE_CHECKING:
     from pointalign.alignment import Alignment, AlignmentConfig, AlignmentProjector, LayerTap
@@ -19,48 +23,30 @@ if TYPE_CHECKING:
         PointAlignForConditionalGeneration,
         PointAlignModel,
         PointAlignProcessor,
-    )
+    )  # fmt: skip
 
     __version__: str
 
 __all__ = [
-    "Alignment",
-    "AlignmentConfig",
-    "AlignmentProjector",
-    "LayerTap",
-    "PointAlignConfig",
-    "PointAlignFeatureExtractor",
-    "PointAlignForConditionalGeneration",
-    "PointAlignModel",
-    "PointAlignProcessor",
-    "PointCloudError",
-    "__version__",
-    "load",
-    "load_point_cloud",
-]
+    "Alignment", "AlignmentConfig", "AlignmentProjector", "LayerTap", "PointAlignConfig", "PointAlignFeatureExtractor",
+    "PointAlignForConditionalGeneration", "PointAlignModel", "PointAlignProcessor", "PointCloudError", "__version__",
+    "load", "load_point_cloud",
+]  # fmt: skip
 
-_MODULES = {
-    "pointalign.alignment": ("Alignment", "AlignmentConfig", "AlignmentProjector", "LayerTap"),
-    "pointalign.build": ("load",),
-    "pointalign.data.point_cloud": ("PointCloudError", "load_point_cloud"),
-    "pointalign.models": (
-        "PointAlignConfig",
-        "PointAlignFeatureExtractor",
-        "PointAlignForConditionalGeneration",
-        "PointAlignModel",
-        "PointAlignProcessor",
-    ),
+# -- public names ------------------------------------------------------------------------------------------------------
+
+_MODULE_OF = {
+    **dict.fromkeys(__all__, "pointalign.models"),
+    **dict.fromkeys(("Alignment", "AlignmentConfig", "AlignmentProjector", "LayerTap"), "pointalign.alignment"),
+    **dict.fromkeys(("PointCloudError", "load_point_cloud"), "pointalign.data.point_cloud"),
+    "load": "pointalign.build",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        globals()[name] = _version()
-    elif name in _MODULE_OF:
-        globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
-    else:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = _version() if name == "__version__" else getattr(import_module(_MODULE_OF[name]), name)
     return globals()[name]
 
 
@@ -77,4 +63,65 @@ def _version() -> str:
         return "0+unknown"
 
 
-import_steps.install()
+# -- steps around the first import of another package ------------------------------------------------------------------
+
+
+class ImportSteps:
+    """A finder for `sys.meta_path` that lets the other finders find a module and runs a step around its execution.
+
+    Args:
+        steps: module name -> context manager that is entered before the module's code runs and left after it.
+    """
+
+    def __init__(self, steps: dict[str, Callable[[], AbstractContextManager[None]]]):
+        self.steps = steps
+
+    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in self.steps:
+            return None
+        finders = [getattr(finder, "find_spec", None) for finder in sys.meta_path if finder is not self]
+        specs = (find(name, path, target) for find in finders if find is not None)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute, step = spec.loader.exec_module, self.steps[name]
+
+            def exec_module(module: ModuleType) -> None:
+                with step():
+                    execute(module)
+
+            spec.loader.exec_module = exec_module  # a loader belongs to this spec alone
+        return spec
+
+
+@contextmanager
+def _register_after_transformers() -> Iterator[None]:
+    """Tell transformers' Auto classes about the models: importing `pointalign.models` does.
+
+    Not around a module inside transformers: `pointalign.models` imports others, of which one may be half imported.
+    """
+    yield
+    import_module("pointalign.models")
+
+
+@contextmanager
+def _without_hub_kernels() -> Iterator[None]:
+    """Give bitsandbytes a stand-in for Hugging Face's `kernels`, with which it takes the kernel that it ships.
+
+    On a CPU with AVX512-BF16 `bitsandbytes.backends.cpu.ops` fetches a kernel from a hub at import, and no option
+    prevents it. In a checkout its `import kernels` finds the folder of that name and bitsandbytes prints a warning.
+    """
+    before = {name: sys.modules[name] for name in sys.modules.keys() & {"kernels"}}
+    kernel = SimpleNamespace(gemm_4bit_forward=None)  # None: bitsandbytes computes with its compiled library
+    sys.modules["kernels"] = SimpleNamespace(get_kernel=lambda *_args, **_kwargs: kernel)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update(before)
+
+
+if not any(type(finder).__name__ == "ImportSteps" for finder in sys.meta_path):  # once, also if this file is reloaded
+    _steps = {"transformers": _register_after_transformers, "bitsandbytes.backends.cpu.ops": _without_hub_kernels}
+    sys.meta_path.insert(0, ImportSteps(_steps))
+if "transformers" in sys.modules:
+    import_module("pointalign.models")

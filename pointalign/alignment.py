@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from pointalign_kernels import alignment_loss
 
-TARGETS = ("qformer", "encoder", "llm:<layer>")
-
 
 @dataclass
 class AlignmentConfig:
@@ -32,8 +30,6 @@ class AlignmentConfig:
             `llm:<layer>` (the hidden states of that later layer).
         layer_weights: with several layers, `uniform` or `learned` (softmax over one scalar per layer).
         seed: of the projector's initial weights, drawn apart from every other random number.
-        span: `points` aligns the point tokens. `release` aligns what the released code of the paper does, the last
-            places of the padded question, where not one point token need be: for comparison only.
     """
 
     weight: float = 0.1
@@ -41,17 +37,13 @@ class AlignmentConfig:
     target: str = "qformer"
     layer_weights: str = "uniform"
     seed: int = 0
-    span: str = "points"
 
     def __post_init__(self) -> None:
-        if self.span not in ("points", "release"):
-            raise ValueError(f"alignment.span={self.span!r}: expected points or release")
         if self.weight < 0:
             raise ValueError(f"alignment.weight={self.weight}: expected 0 or more")
         if self.layer_weights not in ("uniform", "learned"):
             raise ValueError(f"alignment.layer_weights={self.layer_weights!r}: expected uniform or learned")
-        if self.target not in ("qformer", "encoder"):
-            self.target_layer()
+        self.target_layer()  # raises if there is no such target
 
     def target_layer(self) -> int | None:
         """The layer of an `llm:<layer>` target, else None."""
@@ -59,7 +51,7 @@ class AlignmentConfig:
             return None
         kind, _, layer = self.target.partition(":")
         if kind != "llm" or not layer.isdigit():
-            raise ValueError(f"alignment.target={self.target!r}: expected one of {', '.join(TARGETS)}")
+            raise ValueError(f"alignment.target={self.target!r}: expected one of qformer, encoder, llm:<layer>")
         return int(layer)
 
     def layers(self, num_layers: int) -> list[int]:
@@ -144,8 +136,9 @@ class AlignmentProjector(nn.Module):
 
     def loss(self, hidden: Tensor, target: Tensor, impl: str = "reference") -> Tensor:
         """`1 - mean cos` (fp32 scalar) of hidden `[R, H]`, projected, and target `[R, D]`."""
-        linears = [self.projector[0], self.projector[2], self.projector[4]]
-        return alignment_loss(hidden, target, [one.weight for one in linears], [one.bias for one in linears], impl=impl)
+        linears = list(self.projector)[::2]
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        return alignment_loss(hidden, target, weights, biases, impl=impl)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.projector(hidden)
@@ -169,8 +162,8 @@ class Alignment(nn.Module):
         with torch.device("meta"):
             projectors = [AlignmentProjector(hidden_size, target_size) for _ in self.layers]
         self.alignment_projector = nn.ModuleList(projectors).to_empty(device="cpu")
-        for linear in [one for one in self.alignment_projector.modules() if isinstance(one, nn.Linear)]:
-            bound = linear.in_features**-0.5  # torch's own choice for a linear layer
+        for linear in [module for module in self.alignment_projector.modules() if isinstance(module, nn.Linear)]:
+            bound = linear.in_features**-0.5  # torch's choice for a linear layer
             nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
             nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
         if config.layer_weights == "learned":
@@ -184,27 +177,9 @@ class Alignment(nn.Module):
 
     def forward(self, hidden: dict[int, Tensor], target: Tensor, impl: str = "reference") -> Tensor:
         """fp32 scalar, the weighted mean over layers of `1 - mean cos`; hidden `{k: [R, H]}`, target `[R, D]`."""
-        losses = torch.stack(
-            [
-                projector.loss(hidden[layer], target.detach(), impl)
-                for layer, projector in zip(self.layers, self.alignment_projector, strict=True)
-            ]
-        )
+        pairs = zip(self.layers, self.alignment_projector, strict=True)
+        losses = torch.stack([projector.loss(hidden[layer], target.detach(), impl) for layer, projector in pairs])
         return (losses * self.layer_weights().to(losses)).sum()
-
-
-def release_span(labels: Tensor, num_query_tokens: int) -> Tensor:
-    """The places `[B, T]` that the released code takes for point tokens, one cloud a row, rows padded at the right.
-
-    It slices the last Q places before the longest question's end, in every row alike, whatever stands there.
-    """
-    answer = labels != -100
-    if not bool(answer.any(dim=1).all()):
-        raise ValueError("alignment.span=release needs an answer in every row")
-    end = int(answer.int().argmax(dim=1).max())
-    mask = torch.zeros_like(labels, dtype=torch.bool)
-    mask[:, max(0, end - num_query_tokens) : end] = True
-    return mask
 
 
 def pool_tokens(tokens: Tensor, num_queries: int) -> Tensor:

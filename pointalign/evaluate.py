@@ -53,6 +53,7 @@ def _parser(usage: str, description: str | None = None) -> "ArgumentParser":
 
 
 def evaluate(arguments: list[str]) -> None:
+    from pointalign import build
     from pointalign.evaluation import results
     from pointalign.evaluation.answering import Generation
     from pointalign.evaluation.judge import JudgeOptions, judge_tasks
@@ -67,12 +68,7 @@ def evaluate(arguments: list[str]) -> None:
     options = results.EvaluationOptions(
         **{name: built[name] for name in results.EvaluationOptions.__dataclass_fields__}
     )
-    name = built.model
-    if name is None:
-        from pointalign.build import shipped
-
-        name = shipped()
-    result = results.evaluate(name, options, built.generation)
+    result = results.evaluate(built.model or build.shipped(), options, built.generation)
     print(results.table(result))
     folder = Path(options.output)
     if built.judge.model is not None:
@@ -129,21 +125,15 @@ def report(arguments: list[str]) -> None:
 
 def _lists(arguments: list[str], names: tuple[str, ...]) -> list[str]:
     """Rewrites `--task a b` as `--task=["a","b"]` for the options `names`, whose values are lists."""
-    rewritten: list[str] = []
-    values: list[str] | None = None
-    name = ""
-    for argument in [*arguments, "--"]:
-        if values is not None and argument.startswith("--"):
-            parsed = [int(value) if value.isdigit() else value for value in values]
-            rewritten.append(f"--{name}={json.dumps(parsed)}")
-            values = None
-        if values is not None:
-            values.append(argument)
-        elif argument.removeprefix("--") in names and argument.startswith("--"):
-            name, values = argument.removeprefix("--"), []
-        elif argument != "--":
-            rewritten.append(argument)
-    return rewritten
+    options: list[tuple[str, list | None]] = []  # argument, and its values if it is one of `names`
+    for argument in arguments:
+        if argument.startswith("--"):
+            options.append((argument, [] if argument[2:] in names else None))
+        elif options and (values := options[-1][1]) is not None:
+            values.append(int(argument) if argument.isdigit() else argument)
+        else:
+            options.append((argument, None))
+    return [name if values is None else f"{name}={json.dumps(values)}" for name, values in options]
 
 
 COMMANDS = {"compare": compare, "judge": judge, "probe": probe, "report": report}

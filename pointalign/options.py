@@ -8,18 +8,8 @@ from transformers import TrainingArguments
 
 from pointalign.alignment import AlignmentConfig
 
-PARTS = (
-    "point_encoder",
-    "point_mlp",
-    "qformer",
-    "qformer_lora",
-    "query_tokens",
-    "query_experts",
-    "modality_projector",
-    "lora",
-    "llm_norms",
-)
-CACHED_PARTS = PARTS[:6]  # what a feature cache stands for
+CACHED_PARTS = ("point_encoder", "point_mlp", "qformer", "qformer_lora", "query_tokens", "query_experts")
+PARTS = (*CACHED_PARTS, "modality_projector", "lora", "llm_norms")  # a feature cache stands for the first
 RECIPES = Path(__file__).parent / "recipes"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
@@ -197,89 +187,63 @@ class Options:
 
         Raises: ValueError: names the options and says what to change.
         """
-        for contradicts, message in (*self._model_checks(), *self._data_checks(), *self._training_checks()):
-            if contradicts:
-                raise ValueError(message)
+        self._check_model()
+        self._check_data()
+        self._check_training()
 
-    def _model_checks(self) -> list[tuple[bool, str]]:
-        model, cached = self.model, self.data.feature_cache is not None
-        trained = next((part for part in CACHED_PARTS if part in model.train), None)
-        return [
-            (
-                model.dequantize_once and model.quantization == "none",
-                "model.dequantize_once needs model.quantization=nf4",
-            ),
-            (
-                not model.train and self.alignment.weight == 0,
-                "nothing trains: model.train is empty and alignment.weight is 0",
-            ),
-            (
-                cached and trained is not None,
-                f"data.feature_cache holds features of a frozen point branch, but model.train has {trained}",
-            ),
-            (self.fused_parts is not None and not self.fused, "fused_parts are parts of --fused: add --fused"),
-        ]
+    def _check_model(self) -> None:
+        model = self.model
+        if model.dequantize_once and model.quantization == "none":
+            raise ValueError("model.dequantize_once needs model.quantization=nf4")
+        if not model.train and self.alignment.weight == 0:
+            raise ValueError("nothing trains: model.train is empty and alignment.weight is 0")
+        trained = [part for part in CACHED_PARTS if part in model.train]
+        if trained and self.data.feature_cache is not None:
+            raise ValueError(
+                f"data.feature_cache holds features of a frozen point branch, but model.train has {trained[0]}"
+            )
+        if self.fused_parts is not None and not self.fused:
+            raise ValueError("fused_parts are parts of --fused: add --fused")
 
-    def _data_checks(self) -> list[tuple[bool, str]]:
+    def _check_data(self) -> None:
         data, training = self.data, self.training
-        return [
-            (
-                (data.annotations is None) != (data.clouds is None),
-                "data.annotations and data.clouds belong together: both, or neither for the embedded set",
-            ),
-            (bool(data.pack_tokens) and not data.packing, "data.pack_tokens needs data.packing"),
-            (
-                data.feature_cache is not None and data.augmentation,
-                "data.feature_cache holds features of the clouds as they are: no data.augmentation",
-            ),
-            (
-                data.fold is not None and (data.annotations is not None or data.evaluate == "validation"),
-                "data.fold: of the embedded objects only, without validation (data.evaluate=none or test)",
-            ),
-            (
-                bool(data.mixture) and (training.max_steps <= 0 or training.per_device_train_batch_size != 1),
+        if (data.annotations is None) != (data.clouds is None):
+            raise ValueError("data.annotations and data.clouds belong together: both, or neither for the embedded set")
+        if data.pack_tokens and not data.packing:
+            raise ValueError("data.pack_tokens needs data.packing")
+        if data.feature_cache is not None and data.augmentation:
+            raise ValueError("data.feature_cache holds features of the clouds as they are: no data.augmentation")
+        if data.fold is not None and (data.annotations is not None or data.evaluate == "validation"):
+            raise ValueError("data.fold: of the embedded objects only, without validation (data.evaluate=none or test)")
+        if data.mixture and (training.max_steps <= 0 or training.per_device_train_batch_size != 1):
+            raise ValueError(
                 "data.mixture needs training.max_steps, the length of the run, and "
-                "training.per_device_train_batch_size=1, one batch of the mixture",
-            ),
-            (
-                bool(data.mixture and data.pack_tokens),
-                "data.mixture has batches of its own: no data.pack_tokens (data.packing lays them in one row)",
-            ),
-            (
-                self.alignment.span == "release" and data.packing,
-                "alignment.span=release is a place of padded rows: no data.packing",
-            ),
-        ]
+                "training.per_device_train_batch_size=1, one batch of the mixture"
+            )
+        if data.mixture and data.pack_tokens:
+            raise ValueError(
+                "data.mixture has batches of its own: no data.pack_tokens (data.packing lays them in one row)"
+            )
 
-    def _training_checks(self) -> list[tuple[bool, str]]:
+    def _check_training(self) -> None:
         data, training = self.data, self.training
-        return [
-            (
-                bool(training.fsdp) and training.device.type == "cpu",
-                "training.fsdp: accelerate shards on GPUs only, on a CPU it would copy without a word",
-            ),
-            (
-                training.contrastive_steps > 0 and data.annotations is not None,
+        if training.fsdp and training.device.type == "cpu":
+            raise ValueError("training.fsdp: accelerate shards on GPUs only, on a CPU it would copy without a word")
+        if training.contrastive_steps > 0 and data.annotations is not None:
+            raise ValueError(
                 "training.contrastive_steps teaches a new point encoder the names of the embedded objects: with "
-                "data.annotations set it to 0, or take another recipe, such as align",
-            ),
-            (
-                training.contrastive_steps > 0 and data.feature_cache is not None,
-                "training.contrastive_steps trains the point branch that data.feature_cache stands for",
-            ),
-            (
-                training.auto_batch and bool(data.mixture),
-                "training.auto_batch cannot split a batch of data.mixture: lower its batch_size",
-            ),
-            (
-                training.auto_batch and bool(data.pack_tokens),
-                "training.auto_batch counts samples, data.pack_tokens tokens: choose one",
-            ),
-            (
-                training.warmup_learning_rate is not None and training.minimum_learning_rate is None,
-                "training.warmup_learning_rate belongs to the published schedule: set training.minimum_learning_rate",
-            ),
-        ]
+                "data.annotations set it to 0, or take another recipe, such as align"
+            )
+        if training.contrastive_steps > 0 and data.feature_cache is not None:
+            raise ValueError("training.contrastive_steps trains the point branch that data.feature_cache stands for")
+        if training.auto_batch and data.mixture:
+            raise ValueError("training.auto_batch cannot split a batch of data.mixture: lower its batch_size")
+        if training.auto_batch and data.pack_tokens:
+            raise ValueError("training.auto_batch counts samples, data.pack_tokens tokens: choose one")
+        if training.warmup_learning_rate is not None and training.minimum_learning_rate is None:
+            raise ValueError(
+                "training.warmup_learning_rate belongs to the published schedule: set training.minimum_learning_rate"
+            )
 
 
 def published_rate(step: int, steps: int, warmup_steps: int, warmup: float, peak: float, minimum: float) -> float:
@@ -298,9 +262,9 @@ def parse(arguments: list[str]) -> Options:
     from jsonargparse import ArgumentParser
 
     recipe = "demo"
-    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     if arguments and not arguments[0].startswith("-"):
-        recipe, arguments = arguments[0], arguments[1:]
+        recipe, *arguments = arguments
+    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser = ArgumentParser(
         prog="python -m pointalign.train",
         allow_abbrev=False,
@@ -316,9 +280,7 @@ def parse(arguments: list[str]) -> Options:
     parser.add_argument(
         "--fused_parts", type=list[str] | None, help="of --fused, only these parts; all that the device runs by default"
     )
-    path = Path(recipe)
-    if not path.suffix:
-        path = RECIPES / f"{recipe}.yaml"
+    path = Path(recipe) if Path(recipe).suffix else RECIPES / f"{recipe}.yaml"
     if not path.exists():
         parser.error(f"no recipe {recipe!r}: expected a YAML file or one of {shipped}")
     parsed = parser.parse_args(["--config", str(path), *arguments])

@@ -74,7 +74,8 @@ def run(options: "Options") -> int:
     gathered = trainer.gathered_state()
     if trainer.stop.interrupted:
         if main_process:
-            report_interruption(trainer)
+            print(f"\nstopped at step {trainer.state.global_step}; saved in {trainer.checkpoints[-1]}")
+            print(f"go on with --training.resume_from_checkpoint {trainer.checkpoints[-1]}")
         return 130
     if not main_process:
         return 0
@@ -276,27 +277,15 @@ def warm_up(model: "PointAlignForConditionalGeneration", processor: "PointAlignP
     from pointalign.evaluation.tasks import embedded_objects
 
     objects = embedded_objects(assets.embedded_objects(options.data.fold), "train")
+    training = options.training
+    steps, batch_size = training.contrastive_steps, training.contrastive_batch_size
     warm_up.warm_up_point_branch(
-        model,
-        processor,
-        objects.clouds,
-        objects.records,
-        options.training.contrastive_steps,
-        options.training.contrastive_batch_size,
-        options.training.contrastive_learning_rate,
-        options.training.device,
-    )
+        model, processor, objects.clouds, objects.records, steps, batch_size, training.contrastive_learning_rate,
+        training.device,
+    )  # fmt: skip
 
 
 # -- after training ----------------------------------------------------------------------------------------------------
-
-
-def report_interruption(trainer: "PointAlignTrainer") -> None:
-    last = trainer.checkpoints[-1]
-    print(
-        f"\nstopped at step {trainer.state.global_step}; saved in {last}\n"
-        f"go on with --training.resume_from_checkpoint {last}"
-    )
 
 
 def complete_model(
@@ -350,9 +339,7 @@ def describe(options: "Options") -> dict[str, Any]:
         "fused_parts": options.fused_parts,
         "versions": {name: origin[name] for name in ("python", "torch", "transformers")},
         "data_sha256": storage.file_hash(data_paths(options)[0]),
-        "commit": origin["commit"],
-        "uncommitted_changes": origin["uncommitted_changes"],
-        "device": origin["device"],
+        **{name: origin[name] for name in ("commit", "uncommitted_changes", "device")},
     }
     return json.loads(json.dumps(described, default=str))
 

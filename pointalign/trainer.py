@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pointalign import storage
-from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens, release_span
+from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens
 from pointalign.data.collator import TokenBudgetSampler
 from pointalign.efficient.memory import device_used_bytes
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
@@ -91,10 +91,7 @@ class AlignedModel(nn.Module):
         if self.alignment is None:
             ntp = self.model(point_mask=point_mask, **inputs).loss
             return {"loss": ntp, "ntp_loss": ntp.detach(), "alignment_loss": torch.zeros_like(ntp)}
-        places = point_mask
-        if self.alignment_config.span == "release":
-            places = release_span(inputs["labels"], self.config.num_query_tokens)
-        with self.tap.capture(places) as hidden:
+        with self.tap.capture(point_mask) as hidden:
             outputs = self.model(point_mask=point_mask, **inputs)
         if outputs.point_features is None:  # a batch without clouds
             alignment = next(self.alignment.parameters()).sum() * 0
@@ -366,21 +363,17 @@ class StopOnInterrupt(TrainerCallback):
             self.previous = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if in_any_process(self._pressed, args):
+        pressed = self._pressed
+        if args.world_size > 1:  # in any process
+            shared = torch.tensor(int(pressed), device=args.device)
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+            pressed = bool(shared)
+        if pressed:
             self.interrupted = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
-
-
-def in_any_process(flag: bool, args: TrainingArguments) -> bool:
-    """Whether `flag` is true in any process; all processes must call it."""
-    if args.world_size == 1:
-        return flag
-    shared = torch.tensor(int(flag), device=args.device)
-    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-    return bool(shared)
 
 
 class TellEpoch(TrainerCallback):

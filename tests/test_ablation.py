@@ -12,9 +12,17 @@ from experiments.ablation import __main__ as command
 from experiments.ablation import ablation, comparison, conclusion, few_shot
 from experiments.ablation import train_arm as arms
 from experiments.ablation.measure import PRIMARY, SECOND, measure
-from experiments.ablation.train_arm import Arm, Schedule, aligned_model, target_table, train_arm, training_batch
+from experiments.ablation.train_arm import (
+    Arm,
+    Schedule,
+    aligned_model,
+    release_span,
+    target_table,
+    train_arm,
+    training_batch,
+)
 from pointalign import build
-from pointalign.alignment import AlignmentConfig, LayerTap, release_span
+from pointalign.alignment import AlignmentConfig, LayerTap
 from pointalign.evaluation import probe, statistics, tasks
 from pointalign.evaluation.probe import linear_cka, point_states, ridge_probe, similarity
 from pointalign.evaluation.tasks import EncodedObjects

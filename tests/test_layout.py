@@ -13,7 +13,7 @@ MAX_LINES = 400
 
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
-    ["pointalign_kernels", "pointalign.import_steps"],
+    ["pointalign_kernels"],
     ["pointalign.alignment", "pointalign.storage"],
     ["pointalign.options"],
     ["pointalign.embedded.facts", "pointalign.embedded.catalogue"],

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from experiments.ablation.comparison import paired_runs
 from pointalign import assets
 from pointalign.evaluation import metrics, statistics
 from pointalign.evaluation.answering import Answers
@@ -113,9 +114,9 @@ def test_paired_runs_cover_both_runs_and_objects():
     rng = np.random.default_rng(0)
     clusters = [str(i) for i in range(50)]
     same = np.repeat(rng.normal(0.5, 1, (1, 50)), 4, axis=0)
-    estimate, p = statistics.paired_runs(same, clusters)
+    estimate, p = paired_runs(same, clusters)
     alone, p_alone = statistics.paired_difference(same[0], np.zeros(50), clusters)
     assert (estimate.low, estimate.high) == pytest.approx((alone.low, alone.high), abs=0.03) and p == p_alone
     moving = same + np.array([[-1.0], [1.0], [-1.0], [1.0]])  # runs that disagree widen the interval
-    wider, _ = statistics.paired_runs(moving, clusters)
+    wider, _ = paired_runs(moving, clusters)
     assert wider.high - wider.low > 1.3 * (estimate.high - estimate.low)

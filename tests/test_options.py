@@ -102,7 +102,6 @@ CACHE = ["--data.feature_cache", "cache"]
         ([*OWN_DATA, *MIXTURE, "--training.per_device_train_batch_size", "4"], "data.mixture needs training.max_steps"),
         ([*OWN_DATA, *MIXTURE, "--training.max_steps", "-1"], "data.mixture needs training.max_steps"),
         ([*OWN_DATA, *MIXTURE, *TOKENS], "data.mixture has batches of its own"),
-        ([*OWN_DATA, "--alignment.span", "release", "--data.packing", "true"], "alignment.span=release is a place of"),
         ([*OWN_DATA, "--training.fsdp", "full_shard"], "accelerate shards on GPUs only"),
         ([*OWN_DATA, "--training.contrastive_steps", "3"], "training.contrastive_steps teaches a new point encoder"),
         (["demo", *CPU, *CACHE, "--data.augmentation", "false"], "training.contrastive_steps trains the point branch"),

@@ -8,7 +8,8 @@ import torch
 from conftest import assistant, tiny_config, tiny_model, user
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pointalign.alignment import AlignmentConfig, release_span
+from experiments.ablation.train_arm import Arm, aligned_model, release_span
+from pointalign.alignment import AlignmentConfig, LayerTap
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignPhiConfig
 from pointalign.trainer import AlignedModel
 
@@ -24,34 +25,36 @@ def batch(processor, clouds):
     return processor.apply_chat_template(talks, tokenize=True, return_labels=True)
 
 
-def aligned(span="points", qformer_trains=False, **config):
+def aligned(qformer_trains=False, **config):
     model = tiny_model()
     model.requires_grad_(False)
     model.model.qformer.requires_grad_(qformer_trains)
-    return AlignedModel(model, AlignmentConfig(span=span, layer=[2], **config)).train()
+    return AlignedModel(model, AlignmentConfig(layer=[2], **config)).train()
 
 
 def tapped(wrapped, batch):
     """The mask whose hidden states are aligned."""
     seen = []
-    capture = wrapped.tap.capture
-    wrapped.tap.capture = lambda mask: seen.append(mask) or capture(mask)
-    loss = wrapped(**batch)["alignment_loss"]
+    capture = LayerTap.capture
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerTap, "capture", lambda tap, mask: seen.append(mask) or capture(tap, mask))
+        loss = wrapped(**batch)["alignment_loss"]
     return seen[0].bool(), loss
 
 
 def test_1_the_point_tokens_are_aligned_and_nothing_else(batch):
     ours, loss = tapped(aligned(), batch)
     assert torch.equal(ours, batch["point_mask"].bool()) and ours.sum() == 2 * Q
-    release, released_loss = tapped(aligned("release"), batch)
+    arm = aligned_model(aligned().model, Arm(span="release", layer=[2]), AlignmentConfig().weight, seed=0)
+    release, released_loss = tapped(arm, batch)
     assert not (release & ours).any()  # not one of the release's places holds a point token
     ends = [int((row != -100).nonzero()[0]) for row in batch["labels"]]
     assert release.sum(dim=1).tolist() == [Q, Q] and release[:, max(ends) - Q : max(ends)].all()
     assert loss != released_loss
     with pytest.raises(ValueError, match="answer in every row"):
         release_span(torch.full((1, 8), -100), Q)
-    with pytest.raises(ValueError, match="expected points or release"):
-        AlignmentConfig(span="last")
+    with pytest.raises(ValueError, match="expected one of points, release"):
+        Arm(span="last")
 
 
 def test_2_a_failing_alignment_stops_the_step(batch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pointalign.evaluation.tables import markdown_table
+from pointalign.evaluation import markdown_table
 
 
 def test_columns_are_aligned_and_rows_complete():

@@ -27,7 +27,7 @@ from experiments.ablation.train_arm import Arm, restore, train_arm, trainable_st
 from pointalign import build, stage_file, storage
 from pointalign.alignment import AlignmentConfig
 from pointalign.evaluation import tasks
-from pointalign.evaluation.probe import probe_layers, qformer_probes, spaced
+from pointalign.evaluation.probe import probe_layers, probe_property, spaced
 from pointalign.evaluation.results import versions
 from pointalign.evaluation.tasks import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
@@ -64,6 +64,15 @@ def run_ablation(
         run_missing(folder, recipe, missing, model, processor, train, held_out)
     with lock(shared):
         return summarise(folder, recipe)
+
+
+def qformer_probes(train: EncodedObjects, held_out: EncodedObjects) -> dict[str, float]:
+    """What a linear probe reads from the mean Q-Former token: all that the language model receives of a cloud."""
+    means, held_means = train.features.mean(dim=1), held_out.features.mean(dim=1)
+    return {
+        name: probe_property(means, values, held_means, held_out.properties[name])
+        for name, values in train.properties.items()
+    }
 
 
 def definition(recipe: Recipe) -> dict[str, Any]:

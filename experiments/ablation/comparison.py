@@ -5,6 +5,7 @@ of an arm also lists the baseline's and the method's means over the same seeds.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from experiments.ablation.conclusion import METHOD, SIGNED, conclusion
 from experiments.ablation.measure import PRIMARY, SECOND
 from experiments.ablation.recipe import Recipe
 from pointalign import storage
-from pointalign.evaluation import statistics
+from pointalign.evaluation import markdown_table, statistics
 from pointalign.evaluation.probe import QFORMER, SIMILARITY, layer_curves
-from pointalign.evaluation.tables import markdown_table
+from pointalign.evaluation.statistics import Estimate
 
 FEWEST = 3  # seeds for an interval over seeds
 PLOTTED = 4  # arms in the plot over layers
@@ -152,7 +153,7 @@ def _add_differences(rows: list[Row], runs: dict[str, Runs], other: str, key: st
         for metric in (PRIMARY, SECOND):
             values = np.array([ours[seed]["scores"][metric] for seed in seeds])
             values -= np.array([theirs[seed]["scores"][metric] for seed in seeds])
-            estimate, p = statistics.paired_runs(values, families)
+            estimate, p = paired_runs(values, families)
             differences[metric] = estimate.as_dict() | {
                 "p": p,
                 "detectable": statistics.minimum_detectable_effect(values, families),
@@ -162,14 +163,36 @@ def _add_differences(rows: list[Row], runs: dict[str, Runs], other: str, key: st
             continue
         for measure in SIMILARITY:
             by_seed = [_similar(ours[seed], measure) - _similar(theirs[seed], measure) for seed in seeds]
-            differences[measure] = statistics.over_runs(by_seed).as_dict()
+            differences[measure] = over_runs(by_seed).as_dict()
         if _set_b(ours[seeds[0]]):
             by_seed = [float(np.mean(_set_b(ours[seed])) - np.mean(_set_b(theirs[seed]))) for seed in seeds]
-            differences["set B"] = statistics.over_runs(by_seed).as_dict()
+            differences["set B"] = over_runs(by_seed).as_dict()
     for metric in (PRIMARY, SECOND):
         corrected = statistics.holm([row[key][metric]["p"] for row in compared])
         for row, p in zip(compared, corrected, strict=True):
             row[key][metric]["p_holm"] = p
+
+
+def paired_runs(differences: np.ndarray, clusters: Sequence[str], seed: int = 0) -> tuple[Estimate, float]:
+    """Mean of paired differences `[S, N]` over S runs and N objects, and a two-sided p-value.
+
+    The interval resamples both runs and clusters of objects. The p-value is a sign-flip test over clusters of the
+    mean over runs: it generalises to other objects, for these runs.
+    """
+    means = statistics.crossed_bootstrap(differences, clusters, seed)
+    low, high = np.percentile(means, [2.5, 97.5])
+    average = differences.mean(axis=0)
+    _, p = statistics.paired_difference(average, np.zeros_like(average), clusters, seed)
+    return Estimate(float(differences.mean()), float(low), float(high), differences.shape[1]), p
+
+
+def over_runs(differences: Sequence[float]) -> Estimate:
+    """Mean of paired differences `[S]` of two or more runs, with Student's 95 % interval: these objects, other runs."""
+    from scipy.stats import t
+
+    data = np.asarray(differences, dtype=float)
+    half = float(t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / len(data) ** 0.5)
+    return Estimate(float(data.mean()), float(data.mean()) - half, float(data.mean()) + half, len(data))
 
 
 def _similar(run: dict[str, Any], measure: str) -> float:
@@ -283,15 +306,13 @@ def few_shot_table(rows: list[Row], baseline: str) -> list[str]:
 
 def plot_differences(rows: list[Row], metric: str, baseline: str, path: Path) -> None:
     """Write a PNG of every arm's paired difference from the baseline: mean, interval, and a dot for each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     compared = [row for row in reversed(rows) if metric in row.get("differences", {})]
     if not compared:
         return
-    figure, axis = pyplot.subplots(figsize=(7, 1.3 + 0.42 * len(compared)))
+    figure = Figure(figsize=(7, 1.3 + 0.42 * len(compared)))
+    axis = figure.subplots()
     for place, row in enumerate(compared):
         difference = row["differences"][metric]
         axis.plot([difference["low"], difference["high"]], [place, place], color="tab:blue", linewidth=2.2)
@@ -306,4 +327,3 @@ def plot_differences(rows: list[Row], metric: str, baseline: str, path: Path) ->
     axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pointalign.evaluation.answering import AnswerTree, Features, Generation, answer_likelihoods, margins, prompt_batch
 from pointalign.evaluation.metrics import naming_scores
@@ -35,10 +34,10 @@ def measure(
     questions = [Question(str(row), (str(row),), question, held_out.labels[row]) for row in known]
     likelihoods, texts = [], []
     for start in range(0, len(known), 8):
-        batch = _on(prompt_batch(processor, features, questions[start : start + 8]), model)
+        batch = prompt_batch(processor, features, questions[start : start + 8])
         likelihoods.append(answer_likelihoods(model, batch, tree))
     for start in range(0, len(known), 32):
-        batch = _on(prompt_batch(processor, features, questions[start : start + 32]), model)
+        batch = prompt_batch(processor, features, questions[start : start + 32])
         with torch.inference_mode():
             options = Generation(max_new_tokens=20).arguments("classification")
             generated = model.generate(**batch, **options)  # type: ignore[operator]
@@ -50,7 +49,3 @@ def measure(
     else:
         accuracy = [float(value or 0) for value in naming_scores(texts, labels)["head noun"]]
     return {PRIMARY: margin.tolist(), "closed-set accuracy": (margin > 0).astype(float).tolist(), SECOND: accuracy}
-
-
-def _on(batch: dict[str, Tensor], model: PointAlignForConditionalGeneration) -> dict[str, Tensor]:
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}

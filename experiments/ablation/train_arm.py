@@ -3,6 +3,7 @@
 All arms of a seed have the same start, steps, data order and dropout; they differ in the alignment loss alone.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pointalign.alignment import AlignmentConfig
+from pointalign.alignment import AlignmentConfig, LayerTap
 from pointalign.evaluation.answering import encode
 from pointalign.evaluation.tasks import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
@@ -31,8 +32,8 @@ class Arm:
         weight: lambda; None is the recipe's, 0 trains with the next-token loss alone.
         layer: aligned layers; empty is the default layer.
         target: `qformer`, `encoder` or `llm:<layer>`, as in `AlignmentConfig`.
-        span: places whose hidden states are aligned, as in `AlignmentConfig`: the `points`, or as in the published code
-            (`release`) the last places of the longest question, whatever stands there.
+        span: places whose hidden states are aligned: the `points`, or as in the published code (`release`) the last
+            places of the longest question, whatever stands there.
         states: with `detached`, the loss trains the alignment projector but not the language model.
         source: the target tokens: those of the cloud (`own`), of an`other` cloud of the batch, the `mean` of each query
             over the training clouds, or `random` vectors, fixed for each cloud.
@@ -92,16 +93,46 @@ class TargetFromBatch(AlignedModel):
         return self.target_tokens.flatten(0, 1)
 
 
+class ReleaseTap(LayerTap):
+    """A tap at `places` of each batch instead of its point tokens."""
+
+    places: Tensor
+
+    def capture(self, mask: Tensor) -> AbstractContextManager[dict[int, Tensor]]:
+        return super().capture(self.places)
+
+
+def release_span(labels: Tensor, num_query_tokens: int) -> Tensor:
+    """The places `[B, T]` that the released code takes for point tokens, one cloud a row, rows padded at the right.
+
+    It slices the last Q places before the longest question's end, in every row alike, whatever stands there.
+    """
+    answer = labels != -100
+    if not bool(answer.any(dim=1).all()):
+        raise ValueError("span=release needs an answer in every row")
+    end = int(answer.int().argmax(dim=1).max())
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, max(0, end - num_query_tokens) : end] = True
+    return mask
+
+
 def aligned_model(model: PointAlignForConditionalGeneration, arm: Arm, weight: float, seed: int) -> AlignedModel:
     """The training form of an arm; `weight` is lambda. The arm that is the paper's method is an `AlignedModel`."""
-    config = AlignmentConfig(weight=weight, layer=arm.layer, target=arm.target, seed=seed, span=arm.span)
+    config = AlignmentConfig(weight=weight, layer=arm.layer, target=arm.target, seed=seed)
     brings_targets = weight > 0 and (arm.source != "own" or arm.target == "encoder")
     aligned = (TargetFromBatch if brings_targets else AlignedModel)(model, config)
     if aligned.alignment is not None:
         aligned.alignment.to(model.device)
+        if arm.span == "release":
+            aligned.tap = ReleaseTap(aligned.tap.layers, aligned.tap.indices)
+            aligned.register_forward_pre_hook(_find_places, with_kwargs=True)
         if arm.states == "detached":
             aligned.alignment.register_forward_pre_hook(_detach_states)
     return aligned
+
+
+def _find_places(aligned: AlignedModel, _arguments: tuple, inputs: dict[str, Any]) -> None:
+    aligned.tap.places = release_span(inputs["labels"], aligned.config.num_query_tokens)
 
 
 def _detach_states(_module: nn.Module, inputs: tuple) -> tuple:

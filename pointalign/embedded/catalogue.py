@@ -72,7 +72,6 @@ def read_properties(data: bytes) -> dict[str, str]:
 
 def read_catalogue(archive: Path) -> list[CatalogueEntry]:
     """All objects of one `.sh3f` file, in the catalogue's order. Raises ValueError on an unknown catalogue."""
-    archive = Path(archive)
     if archive.stem not in LICENSES:
         raise ValueError(f"{archive.name}: expected a catalogue with a known licence, one of {', '.join(LICENSES)}")
     with zipfile.ZipFile(archive) as files:
@@ -100,7 +99,7 @@ def read_catalogue(archive: Path) -> list[CatalogueEntry]:
 
 def read_catalogues(folder: Path) -> list[CatalogueEntry]:
     """The objects of all catalogues in `folder`, sorted by object id. Raises ValueError if two share an id."""
-    entries = [entry for name in LICENSES for entry in read_catalogue(Path(folder) / f"{name}.sh3f")]
+    entries = [entry for name in LICENSES for entry in read_catalogue(folder / f"{name}.sh3f")]
     ids = [entry.object_id for entry in entries]
     if len(set(ids)) != len(ids):
         raise ValueError(f"object ids are not unique: {sorted({i for i in ids if ids.count(i) > 1})}")
@@ -145,13 +144,11 @@ def _part_colours(mesh, faces: np.ndarray, weights: np.ndarray) -> np.ndarray:
     materials carry the exporter's default grey there.
     """
     material = getattr(mesh.visual, "material", None)
-    if material is None:
-        return np.tile(np.append(UNTEXTURED, 1.0), (len(faces), 1))
-    uv = mesh.visual.uv
+    uv = None if material is None else mesh.visual.uv
     if getattr(material, "image", None) is not None and uv is not None and len(uv) == len(mesh.vertices):
         corners = np.asarray(uv, dtype=np.float64)[mesh.faces[faces]]  # [N, 3, 2]
         return _texels(material.image, np.einsum("nk,nkc->nc", weights, corners))
-    rgb = np.asarray(material.main_color, dtype=np.float64)[:3] / 255
+    rgb = UNTEXTURED if material is None else np.asarray(material.main_color, dtype=np.float64)[:3] / 255
     return np.tile(np.append(rgb, 1.0), (len(faces), 1))
 
 
@@ -262,13 +259,10 @@ def build_objects(catalogues: Path, out: Path, progress: Callable[[list], Iterab
         jobs = [pool.submit(_build_object, entry, **splits[entry.object_id], clouds=clouds) for entry in entries]
         records = [job.result() for job in progress(jobs)]
     (out / "objects.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
-    counts = {}
     for split in SPLITS:
-        chosen = [record for record in records if record["split"] == split]
-        counts[split] = len(chosen)
-        annotations = [item for record in chosen for item in conversations(record)]
+        annotations = [item for record in records if record["split"] == split for item in conversations(record)]
         (out / "annotations" / f"{split}.json").write_text(json.dumps(annotations, indent=1), encoding="utf-8")
-    return counts
+    return {split: sum(record["split"] == split for record in records) for split in SPLITS}
 
 
 # -------------------------------------------------------------------------------------------------------------- folds

@@ -229,12 +229,6 @@ def main_colour(record: dict) -> str | None:
     return colour if share >= MAJORITY and share - following >= LEAD else None
 
 
-def colour_phrase(record: dict) -> str:
-    """ "brown", or "brown and black" where two colours cover much of it."""
-    colours = [colour for colour, share in record["colors"].items() if share >= 0.2][:2]
-    return " and ".join(colours or list(record["colors"])[:1])
-
-
 def longest_side(record: dict, shortest: bool = False) -> str | None:
     """ "width", "height" or "depth" where one side exceeds (or, `shortest`, undercuts) both others by 10 %."""
     sides = sorted(((record[side], side) for side in ("width", "height", "depth")), reverse=not shortest)
@@ -310,20 +304,16 @@ def questions(record: dict, rng: np.random.Generator) -> dict[str, list[tuple[st
     if max(width, depth) > MARGIN * min(width, depth):
         answer = _yes(width > depth, "it is wider than it is deep", "it is deeper than it is wide")
         by_kind["geometry"].append(("wider_than_deep", "Is it wider than it is deep?", answer))
-    if side := longest_side(record):
-        question = pick(["Which side is longest: height, width or depth?", "Which side is longest?"])
-        by_kind["geometry"].append(("longest_side", question, f"The {side}."))
-    if side := longest_side(record, shortest=True):
-        question = pick(["Which side is shortest: height, width or depth?", "Which side is shortest?"])
-        by_kind["geometry"].append(("shortest_side", question, f"The {side}."))
-    if (mirror := record["mirror_left_right"]) is not None:
-        question = pick(["Is it symmetric from left to right?", "Are its left and right halves mirror images?"])
-        answer = _yes(mirror, "its left and right halves mirror each other", "its left and right halves differ")
-        by_kind["geometry"].append(("mirror_left_right", question, answer))
-    if (mirror := record["mirror_front_back"]) is not None:
-        question = pick(["Is it symmetric from front to back?", "Are its front and back halves mirror images?"])
-        answer = _yes(mirror, "its front and back halves mirror each other", "its front and back halves differ")
-        by_kind["geometry"].append(("mirror_front_back", question, answer))
+    for extreme in ("longest", "shortest"):
+        if side := longest_side(record, shortest=extreme == "shortest"):
+            question = pick([f"Which side is {extreme}: height, width or depth?", f"Which side is {extreme}?"])
+            by_kind["geometry"].append((f"{extreme}_side", question, f"The {side}."))
+    for start, end in (("left", "right"), ("front", "back")):
+        if (mirror := record[f"mirror_{start}_{end}"]) is not None:
+            halves = f"{start} and {end} halves"
+            question = pick([f"Is it symmetric from {start} to {end}?", f"Are its {halves} mirror images?"])
+            answer = _yes(mirror, f"its {halves} mirror each other", f"its {halves} differ")
+            by_kind["geometry"].append((f"mirror_{start}_{end}", question, answer))
 
     if record["catalogue_scale"] and min(record["width_cm"], record["height_cm"], record["depth_cm"]) >= 3:
         words = {"width": "wide", "height": "tall", "depth": "deep"}
@@ -343,7 +333,8 @@ def describe(record: dict) -> str:
         rest = [c for c, share in record["colors"].items() if c != colour and share >= 0.1][:2]
         sentences.append(f"{they_are} mostly {colour}" + (f", with some {' and '.join(rest)}." if rest else "."))
     elif not people:
-        sentences.append(f"{they_are} {colour_phrase(record)}.")
+        colours = [colour for colour, share in record["colors"].items() if share >= 0.2][:2]
+        sentences.append(f"{they_are} {' and '.join(colours or list(record['colors'])[:1])}.")
     clauses = []
     if (word := shape(record)) and not plural:
         clauses.append(f"{'the figure' if people else 'it'} is {word}")
@@ -366,7 +357,6 @@ def conversations(record: dict) -> list[dict]:
 
     The same record always gives the same entries.
     """
-
     rng = np.random.default_rng(seed_of(record["object_id"] + "/conversations"))
     pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
     entries = []

@@ -43,8 +43,6 @@ PROCEDURAL_SHARE = 0.35  # share of procedural objects in every batch
 STRETCH = 0.4  # of the views: a table half as wide is still a table, and its sides are measured again
 UNKNOWN = -100  # target of a fact that is not clear
 
-Batch = tuple[np.ndarray, dict[str, list[str | None]]]  # clouds `[B, N, 6]`; kind -> fact of each cloud
-
 
 # -- words -------------------------------------------------------------------------------------------------------------
 
@@ -107,7 +105,7 @@ class Encoder(nn.Module):
     """The point encoder with two heads that are thrown away: one for words, one for the distances among clouds."""
 
     def __init__(
-        self, point_encoder: nn.Module, width: int, num_kinds: int, word_width: int, precision: torch.autocast
+        self, point_encoder: nn.Module, width: int, word_width: int, num_kinds: int, precision: torch.autocast
     ):
         super().__init__()
         self.point_encoder, self.num_kinds, self.precision = point_encoder, num_kinds, precision
@@ -142,13 +140,8 @@ class WarmUp:
         self.branch.point_encoder.load_state_dict(new_encoder.state_dict())
         self.bfloat16 = self.branch.language_model.dtype == torch.bfloat16
         self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
-        self.encoder = Encoder(
-            self.branch.point_encoder,
-            point_config.hidden_size,
-            len(self.kinds),
-            self.embedding.shape[1],
-            self.precision,
-        ).to(device)
+        widths = point_config.hidden_size, self.embedding.shape[1]
+        self.encoder = Encoder(self.branch.point_encoder, *widths, len(self.kinds), self.precision).to(device)
         self.batches = training_batches(clouds, records, list(self.kinds), batch_size, processor)
 
     def next_batch(self) -> tuple[Tensor, dict[str, list[str | None]]]:
@@ -188,13 +181,18 @@ class WarmUp:
         return loss
 
     def fit_last_map(self) -> None:
-        """Solve for the modality projector's last linear map, then scale its tokens to the length of words."""
+        """Solve for the modality projector's last linear map, then scale its tokens to the length of words.
+
+        Training fits the directions of the tokens only.
+        """
         last = self.branch.modality_projector[-1]
         fit_linear(last, (self.fit_example() for _ in range(FIT_BATCHES)))
         points, _ = self.next_batch()
         with torch.no_grad():
             tokens = self.branch.encode_point_clouds(points).projected
-        scale_like_words(last, tokens, self.embedding)
+            ratio = self.embedding.float().norm(dim=-1).mean() / tokens.float().norm(dim=-1).mean()
+            for parameter in last.parameters():
+                parameter.mul_(ratio)
 
     def fit_example(self) -> tuple[Tensor, Tensor]:
         """Inputs `[B, Q, P]` of the projector's last map, and the word embeddings `[B, Q, H]` it should give."""
@@ -270,9 +268,8 @@ def descend(
         return []
     for_muon = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in parameters if id(parameter) not in for_muon]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-    ]
+    adamw = torch.optim.AdamW(others, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         muon_rate = MUON_RATE * learning_rate
         optimizers.append(
@@ -323,14 +320,6 @@ def fit_linear(linear: nn.Linear, examples: Iterable[tuple[Tensor, Tensor]]) -> 
     linear.bias.copy_(solution[-1])
 
 
-@torch.no_grad()
-def scale_like_words(last: nn.Linear, tokens: Tensor, embedding: Tensor) -> None:
-    """Scale a projector's last map until its tokens `[..., H]` are as long as words: training fits directions only."""
-    ratio = embedding.float().norm(dim=-1).mean() / tokens.float().norm(dim=-1).mean()
-    last.weight *= ratio
-    last.bias *= ratio
-
-
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
@@ -340,8 +329,12 @@ def training_batches(
     kinds: Sequence[str],
     batch_size: int,
     processor: PointAlignProcessor,
-) -> Iterator[Batch]:
-    """Endless batches of views in random poses, some of procedural objects whose nouns occur in `records`."""
+) -> Iterator[tuple[np.ndarray, dict[str, list[str | None]]]]:
+    """Endless batches of views in random poses, some of procedural objects whose nouns occur in `records`.
+
+    Yields:
+        clouds `[B, N, 6]`, and kind -> fact of each cloud.
+    """
     extractor = processor.feature_extractor
     assert extractor is not None
     rng = np.random.default_rng(int(torch.randint(2**62, (1,))))

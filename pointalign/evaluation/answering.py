@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pointalign import storage
+from pointalign.evaluation.naming import shuffled
 from pointalign.evaluation.tasks import MAX_NEW_TOKENS, ObjectSet, Question, Task
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
@@ -186,9 +187,8 @@ class Features:
 
     def __init__(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor):
         self.model, self.processor = model, processor
-        self.known: dict[str, Tensor] = {}
         size = model.config.num_query_tokens, model.config.qformer_config.hidden_size
-        self.known[_ZERO] = torch.zeros(size)
+        self.known = {_ZERO: torch.zeros(size)}
 
     def compute(self, names: Sequence[str], cloud: Callable[[str], np.ndarray], batch_size: int = 16) -> None:
         missing = [name for name in dict.fromkeys(names) if name not in self.known]
@@ -207,16 +207,17 @@ class Features:
 
 
 def prompt_batch(
-    processor: PointAlignProcessor, features: Features, questions: Sequence[Question], **options: Any
+    processor: PointAlignProcessor, features: Features, questions: Sequence[Question]
 ) -> dict[str, Tensor]:
-    """Tensors of questions, padded on the left, with the clouds as `query_features`."""
+    """Tensors of questions on the model's device, padded on the left, with the clouds as `query_features`."""
     messages = [
         [{"role": "user", "content": [
             *({"type": "point", "point": None} for _ in question.object_ids), {"type": "text", "text": question.text},
         ]}]
         for question in questions
     ]  # fmt: skip
-    return encode(processor, messages, features[names] if (names := _names(questions)) else None, **options)
+    batch = encode(processor, messages, features[names] if (names := _names(questions)) else None)
+    return {name: tensor.to(features.model.device) for name, tensor in batch.items()}
 
 
 def encode(
@@ -243,8 +244,6 @@ def with_input(task: Task, kind: str, seed: int = 0) -> Task:
         return task
     if kind not in INPUTS:
         raise ValueError(f"--inputs {kind}: expected one of {', '.join(INPUTS)}")
-    from pointalign.evaluation.naming import shuffled
-
     others = shuffled(len(task.questions), seed)
     questions = []
     for question, other in zip(task.questions, others, strict=True):
@@ -278,7 +277,8 @@ def answer(
     journal: Journal,
 ) -> Answers:
     """Answers to a task's questions, and scores of its closed set, batch by batch through the journal."""
-    if any(f"{task.name}/{start}" not in journal.done for start, _ in _batches(task, generation.batch_size)):
+    starts = range(0, len(task.questions), generation.batch_size)
+    if any(f"{task.name}/{start}" not in journal.done for start in starts):
         features.compute([name for name in _names(task.questions) if name != _ZERO], objects.cloud)
     tree = None
     if task.candidates:
@@ -286,11 +286,11 @@ def answer(
         tree = AnswerTree(ids)
     texts: list[str] = []
     likelihoods: list[list[float] | None] = []
-    progress = tqdm(list(_batches(task, generation.batch_size)), desc=task.name, unit="batch", leave=False)
-    for start, questions in progress:
+    for start in tqdm(starts, desc=task.name, unit="batch", leave=False):
+        questions = task.questions[start : start + generation.batch_size]
 
         def generate(questions=questions, start=start) -> list[str]:
-            batch = _to(prompt_batch(processor, features, questions), model)
+            batch = prompt_batch(processor, features, questions)
             with torch.inference_mode(), torch.random.fork_rng():
                 torch.manual_seed(generation.seed * 1_000_003 + start)
                 generated = model.generate(**batch, **generation.arguments(task.kind))  # type: ignore[operator]
@@ -304,7 +304,7 @@ def answer(
                 scorable = [question for question in questions if question.label in task.candidates]
                 if not scorable:
                     return [None] * len(questions)
-                batch = _to(prompt_batch(processor, features, scorable), model)
+                batch = prompt_batch(processor, features, scorable)
                 parts = [answer_likelihoods(model, part, tree) for part in _rows(batch, model.config.num_query_tokens)]
                 rows = iter(np.concatenate(parts).tolist())
                 return [next(rows) if question.label in task.candidates else None for question in questions]
@@ -314,11 +314,6 @@ def answer(
         return Answers(texts, None)
     unknown = [float("nan")] * len(task.candidates)
     return Answers(texts, np.array([row or unknown for row in likelihoods]))
-
-
-def _batches(task: Task, size: int) -> Iterator[tuple[int, list[Question]]]:
-    for start in range(0, len(task.questions), size):
-        yield start, task.questions[start : start + size]
 
 
 def _rows(batch: dict[str, Tensor], queries: int, size: int = 8) -> Iterator[dict[str, Tensor]]:
@@ -331,7 +326,3 @@ def _rows(batch: dict[str, Tensor], queries: int, size: int = 8) -> Iterator[dic
             part["query_features"] = batch["query_features"][first : first + clouds]
             first += clouds
         yield part
-
-
-def _to(batch: dict[str, Tensor], model: PointAlignForConditionalGeneration) -> dict[str, Tensor]:
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -204,16 +204,6 @@ def summary(judged: Judged, families: Sequence[str]) -> dict[str, Any]:
     return {"score": score, "invalid": judged.values.count(None), "usage": asdict(judged.usage)}
 
 
-def summary_line(kind: str, judge: Judge, result: dict[str, Any]) -> str:
-    score, usage = result["score"], result["usage"]
-    return (
-        f"{kind} judged by {judge.name}: {100 * score['mean']:.1f} "
-        f"[{100 * score['low']:.1f}, {100 * score['high']:.1f}] over {score['count']} answers, "
-        f"{result['invalid']} unusable replies (counted as 0); {usage['requests']} requests, "
-        f"{usage['retries']} retries, {usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
-    )
-
-
 def judge_file(answers: Path, kind: str, options: JudgeOptions, families: Sequence[str] | None = None) -> str:
     """Judge a file in PointLLM's format and write `<name>.judged.json` beside it. Returns a summary line.
 
@@ -237,7 +227,14 @@ def judge_file(answers: Path, kind: str, options: JudgeOptions, families: Sequen
     written = answers.with_name(f"{answers.stem}.judged.json")
     described = {"judge": judge.name, "prompt_version": PROMPT_VERSION, "kind": kind}
     storage.write_json(written, described | result | {"results": rows})
-    return f"{summary_line(kind, judge, result)}\nwritten: {written}"
+    score, usage = result["score"], result["usage"]
+    return (
+        f"{kind} judged by {judge.name}: {100 * score['mean']:.1f} "
+        f"[{100 * score['low']:.1f}, {100 * score['high']:.1f}] over {score['count']} answers, "
+        f"{result['invalid']} unusable replies (counted as 0); {usage['requests']} requests, "
+        f"{usage['retries']} retries, {usage['prompt_tokens']} + {usage['completion_tokens']} tokens\n"
+        f"written: {written}"
+    )
 
 
 def judge_tasks(folder: Path, evaluation: dict[str, Any], options: JudgeOptions) -> str:

@@ -18,28 +18,26 @@ from torch.nn import functional
 from pointalign.evaluation.answering import Answers, margins
 from pointalign.evaluation.naming import names_object
 from pointalign.evaluation.statistics import cluster_mean
-from pointalign.evaluation.tasks import Task, chosen
+from pointalign.evaluation.tasks import Task, chosen, plain_words
 
 
 def pooling_of(folder: Path) -> str:
-    """`mean` or `cls` as sentence-transformers' `1_Pooling/config.json` says; else `mean`, or `pooler` for SimCSE."""
+    """`mean` over tokens or `cls` token, as sentence-transformers' `1_Pooling/config.json` says.
+
+    Without that file `mean`, or for SimCSE's supervised models `pooler`, the encoder's head on the `cls` token.
+    """
     config = folder / "1_Pooling" / "config.json"
     if config.exists():
         return "cls" if json.loads(config.read_text()).get("pooling_mode_cls_token") else "mean"
     return "pooler" if "simcse" in folder.name.lower() else "mean"
 
 
-@torch.no_grad()  # not inference mode: these embeddings are also used in training
-def embed(folder: Path, sentences: Sequence[str], pooling: str | None = None) -> Tensor:
-    """Unit embeddings `[S, D]` of sentences by the encoder in `folder`.
-
-    Args:
-        pooling: `mean` over tokens, `cls` token, or `pooler` (the encoder's head on it, as SimCSE's supervised models);
-            by default what `pooling_of` returns.
-    """
+@torch.no_grad()
+def embed(folder: Path, sentences: Sequence[str]) -> Tensor:
+    """Unit embeddings `[S, D]` of sentences by the encoder in `folder`, pooled as `pooling_of` says."""
     from transformers import AutoModel, AutoTokenizer
 
-    pooling = pooling or pooling_of(folder)
+    pooling = pooling_of(folder)
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     embeddings = []
     for start in range(0, len(sentences), 64):
@@ -87,7 +85,8 @@ def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Sco
     # The sentence embedding of a short answer is compared with the name of the object, where it has a name.
     references = truths if task.kind == "captioning" else [q.label or q.truth for q in task.questions]
     for name, folder in sentence_models.items():
-        scores[f"{name} cosine"] = sentence_cosine(answers.texts, references, folder)
+        cosines = (embed(folder, answers.texts) * embed(folder, references)).sum(dim=1)
+        scores[f"{name} cosine"] = [float(value) for value in cosines]
     return scores
 
 
@@ -97,16 +96,12 @@ def naming_scores(answers: Sequence[str], labels: Sequence[str]) -> Scores:
     return {
         "head noun": [float(names_object(text, label)) for text, label in pairs],
         "exact": [float(_bare(text) == label) for text, label in pairs],
-        "mentioned": [float(f" {label} " in f" {_words(text)} ") for text, label in pairs],
+        "mentioned": [float(f" {label} " in f" {plain_words(text)} ") for text, label in pairs],
     }
 
 
-def _words(text: str) -> str:
-    return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
-
-
 def _bare(text: str) -> str:
-    phrase = _words(text)
+    phrase = plain_words(text)
     for opening in ("this is ", "these are ", "it is ", "a ", "an ", "the "):
         phrase = phrase.removeprefix(opening)
     return phrase
@@ -177,12 +172,6 @@ def _wordnet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The multilingual functions")
         return WordNetCorpusReader(str(folder), None)
-
-
-def sentence_cosine(answers: Sequence[str], truths: Sequence[str], folder: Path) -> list[float | None]:
-    """Cosine of the sentence embeddings; the pooling is that of `pooling_of`."""
-    ours, theirs = embed(folder, answers), embed(folder, truths)
-    return [float(value) for value in (ours * theirs).sum(dim=1)]
 
 
 def summarise(task: Task, scores: Scores) -> dict[str, dict[str, float]]:

@@ -14,8 +14,8 @@ from pointalign.build import load
 from pointalign.data.point_cloud import normalise, subsample, turn
 from pointalign.embedded import facts
 from pointalign.embedded.neighbours import chamfer
+from pointalign.evaluation import markdown_table
 from pointalign.evaluation.statistics import Estimate, cluster_mean, paired_difference
-from pointalign.evaluation.tables import markdown_table
 from pointalign.evaluation.tasks import ObjectSet, embedded_objects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
@@ -32,8 +32,7 @@ PAIRS = (  # which method is tested against which, where both were run
 
 def majority(nouns: Sequence[str]) -> str:
     """The most frequent noun; among equals the first in the alphabet."""
-    counts = Counter(nouns)
-    return min(counts, key=lambda noun: (-counts[noun], noun))
+    return Counter(sorted(nouns)).most_common(1)[0][0]
 
 
 def random_yaw(clouds: Sequence[np.ndarray], seed: int = 0) -> list[np.ndarray]:
@@ -100,20 +99,15 @@ def ask(
     return answers
 
 
-def answered_name(answer: str) -> str:
-    """The name in an answer, without opening and article: "This is an office chair." -> "office chair"."""
+def head_noun(answer: str) -> str:
+    """The head noun of an answer: "This is an office chair with arms." -> "chair"; "" where there is none."""
     phrase = answer.strip().split("\n")[0].split(".")[0].split(",")[0]
     for opening in ("This is ", "These are ", "It is "):
         phrase = phrase.removeprefix(opening)
     words = phrase.split()
     if words and words[0].lower() in ("a", "an", "the", "some"):
         words = words[1:]
-    return " ".join(words)
-
-
-def head_noun(answer: str) -> str:
-    """The head noun of an answer: "This is an office chair with arms." -> "chair"; "" where there is none."""
-    return facts.head_noun(answered_name(answer))
+    return facts.head_noun(" ".join(words))
 
 
 def names_object(answer: str, label: str) -> bool:
@@ -124,16 +118,6 @@ def names_object(answer: str, label: str) -> bool:
 def correct(answers: Sequence[str], objects: ObjectSet) -> np.ndarray:
     """`[N]`, 1 where an answer's head noun is the object's."""
     return np.array([names_object(*pair) for pair in zip(answers, objects.labels, strict=True)], dtype=float)
-
-
-def name_all(
-    model: PointAlignForConditionalGeneration,
-    processor: PointAlignProcessor,
-    clouds: Sequence[np.ndarray],
-    description: str = "naming",
-) -> list[str]:
-    """Greedy answers to "What is this?"."""
-    return ask(model, processor, clouds, [QUESTION] * len(clouds), description=description)
 
 
 @dataclass
@@ -241,7 +225,8 @@ class HeldOutNaming:
         self.results: dict[str, np.ndarray] = {}
 
     def before(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor) -> None:
-        answers = name_all(model, processor, self.held_out.clouds, "naming before training")
+        clouds, description = self.held_out.clouds, "naming before training"
+        answers = ask(model, processor, clouds, [QUESTION] * len(clouds), description=description)
         self.results["model before training"] = correct(answers, self.held_out)
 
     def after(self, exported: Path) -> None:
@@ -253,7 +238,8 @@ class HeldOutNaming:
             "model, random yaw": random_yaw(clouds),
             "model, shuffled clouds": [clouds[i] for i in shuffled(len(clouds))],
         }
-        answers = {name: name_all(model, processor, part, name) for name, part in inputs.items()}
+        questions = [QUESTION] * len(clouds)
+        answers = {name: ask(model, processor, part, questions, description=name) for name, part in inputs.items()}
         self.results |= {name: correct(texts, self.held_out) for name, texts in answers.items()}
         self.results |= controls(self.held_out, self.training)
         noun_in_training = np.isin(self.held_out.labels, self.training.labels)

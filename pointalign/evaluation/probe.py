@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pointalign import storage
+from pointalign import build, storage
 from pointalign.alignment import AlignmentProjector, LayerTap
-from pointalign.evaluation import tasks
+from pointalign.evaluation import markdown_table, tasks
 from pointalign.evaluation.answering import encode
-from pointalign.evaluation.tables import markdown_table
+from pointalign.evaluation.results import versions
 from pointalign.evaluation.tasks import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
@@ -188,16 +188,6 @@ class ProbeOptions:
     against: str | None = None
 
 
-def qformer_probes(train: EncodedObjects, held_out: EncodedObjects) -> dict[str, float]:
-    """What a linear probe reads from the mean Q-Former token: all that the language model receives of a cloud."""
-    return {
-        name: probe_property(
-            train.features.mean(dim=1), values, held_out.features.mean(dim=1), held_out.properties[name]
-        )
-        for name, values in train.properties.items()
-    }
-
-
 def probe_property(train: Tensor, train_values: list, test: Tensor, test_values: list) -> float:
     """`ridge_probe` on the rows where the property is known (not None)."""
     train_rows, test_rows = (
@@ -235,16 +225,15 @@ def probe_layers(
     held_means, held_tokens = point_states(model, processor, held_out.features, layers, similar)
     rows: dict[str, tuple[Tensor, Tensor]] = {QFORMER: (train.features.mean(dim=1), held_out.features.mean(dim=1))}
     rows |= {str(layer): (means[layer], held_means[layer]) for layer in layers}
-    probes: dict[str, dict[str, float]] = {}
-    kinds: dict[str, str] = {}
-    for name, values in train.properties.items():
-        kinds[name] = "accuracy" if categorical(values) else "R2"
-        probes[name] = {
-            place: probe_property(fitted, values, tested, held_out.properties[name])
-            for place, (fitted, tested) in rows.items()
-        }
+    kinds = {name: "accuracy" if categorical(values) else "R2" for name, values in train.properties.items()}
     return {
-        "probes": probes,
+        "probes": {
+            name: {
+                place: probe_property(fitted, values, tested, held_out.properties[name])
+                for place, (fitted, tested) in rows.items()
+            }
+            for name, values in train.properties.items()
+        },
         "kinds": kinds,
         "similarity": {
             str(k): similarity(tokens[k], train.features, held_tokens[k], held_out.features) for k in similar
@@ -265,15 +254,13 @@ def spaced(count: int, depth: int) -> list[int]:
 
 def probe_model(name: str | None, options: ProbeOptions) -> str:
     """Probe a model on the embedded objects; writes `probe.json` and `layers.png`. Returns a Markdown table."""
-    from pointalign.build import load, shipped
-    from pointalign.evaluation.results import versions
-
     torch.manual_seed(0)
-    model, processor, weights = load(name or shipped())
+    name = name or build.shipped()
+    model, processor, weights = build.load(name)
     folder = Path(options.output)
     train, held_out = tasks.load(model, processor, options.train, options.held_out)
     layers = spaced(options.layers, model.config.get_text_config().num_hidden_layers)
-    result = {"model": Path(name or shipped()).name, "weights": weights, "data": "furniture", "versions": versions()}
+    result = {"model": Path(name).name, "weights": weights, "data": "furniture", "versions": versions()}
     result |= probe_layers(model, processor, train, held_out, layers, layers)
     storage.write_json(folder / "probe.json", result)
     curves = {result["model"]: result}
@@ -303,25 +290,23 @@ def layer_curves(results: dict[str, dict[str, Any]], path: Path) -> None:
     Args:
         results: name of a model or arm -> what `probe_layers` returns.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     first = next(iter(results.values()))
     measures = SIMILARITY if len(first["similarity"]) > 1 else ()  # the value at a single layer is not a curve
     titles = [*first["probes"], *measures]
     columns = min(4, len(titles))
     rows = -(-len(titles) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.4 * columns, 2.7 * rows), squeeze=False)
-    flat = list(axes.flat)
+    figure = Figure(figsize=(3.4 * columns, 2.7 * rows))
+    flat = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, title in zip(flat, titles, strict=False):
         if title in first["probes"]:
             level = first["probes"][title][QFORMER]
             axis.axhline(level, color="black", linewidth=0.9, linestyle=":", label=QFORMER)
         for name, result in results.items():
-            curve = _curve(result, title)
-            axis.plot(list(curve), list(curve.values()), marker="o", markersize=3, linewidth=1.4, label=name)
+            values = result["probes"].get(title) or {k: v[title] for k, v in result["similarity"].items()}
+            curve = sorted((int(place), value) for place, value in values.items() if place != QFORMER)
+            axis.plot(*zip(*curve, strict=True), marker="o", markersize=3, linewidth=1.4, label=name)
         low, high = axis.get_ylim()
         if high - low < LEAST_SPAN:
             axis.set_ylim((low + high - LEAST_SPAN) / 2, (low + high + LEAST_SPAN) / 2)
@@ -336,13 +321,3 @@ def layer_curves(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure.legend(handles, labels, loc="lower center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.3 / (2.7 * rows), 1, 1))
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def _curve(result: dict[str, Any], title: str) -> dict[int, float]:
-    """Layer -> value of a property's probe or of a similarity measure, in the order of layers."""
-    if title in result["probes"]:
-        values = {int(place): value for place, value in result["probes"][title].items() if place != QFORMER}
-    else:
-        values = {int(layer): measures[title] for layer, measures in result["similarity"].items()}
-    return dict(sorted(values.items()))

@@ -129,11 +129,8 @@ def _gallery(name: str, task: dict[str, Any], cloud: Callable[[str], np.ndarray]
     metric = next((name for name in (*WORST, *cosines, "BLEU-1") if name in task["metrics"]), "order")
     ordered = sorted(questions, key=lambda row: row["values"].get(metric, float("inf")))
     cards = [_card(row, metric, cloud) for row in ordered[:SHOWN]]
-    note = (
-        ""
-        if cloud is not None
-        else "<p class=soft>The clouds are no longer where the evaluation read them, so there are no pictures.</p>"
-    )
+    note = "The clouds are no longer where the evaluation read them, so there are no pictures."
+    note = "" if cloud is not None else f"<p class=soft>{note}</p>"
     opened = "" if name.endswith(("shuffled", "zeroed", "blind")) else " open"
     return (
         f"<details{opened}><summary>{html.escape(name)}: {len(cards)} of {len(questions)}, by {html.escape(metric)}"
@@ -207,10 +204,7 @@ def loss_curves(history: list[dict[str, Any]], path: Path, weight: float) -> Non
         history: the Trainer's `state.log_history`.
         weight: lambda; without an alignment loss (0) only the next-token loss is drawn.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     logged = [entry for entry in history if "ntp_loss" in entry]
     if not logged:
@@ -219,7 +213,8 @@ def loss_curves(history: list[dict[str, Any]], path: Path, weight: float) -> Non
     curves = {"next-token loss": ("ntp_loss", "tab:blue")}
     if weight > 0:
         curves["alignment loss, 1 - mean cos"] = ("alignment_loss", "tab:orange")
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.4), squeeze=False)
+    figure = Figure(figsize=(5 * len(curves), 3.4))
+    axes = figure.subplots(1, len(curves), squeeze=False)
     for axis, (title, (key, colour)) in zip(axes[0], curves.items(), strict=True):
         axis.plot(steps, [entry[key] for entry in logged], color=colour, linewidth=1.6)
         axis.set_title(title, fontsize=11)
@@ -228,4 +223,3 @@ def loss_curves(history: list[dict[str, Any]], path: Path, weight: float) -> Non
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -7,19 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from pointalign import assets, storage
-from pointalign.evaluation import metrics, statistics
+from pointalign import assets, build, storage
+from pointalign.evaluation import markdown_table, metrics, statistics, tasks
 from pointalign.evaluation.answering import Features, Generation, Journal, answer, with_input
-from pointalign.evaluation.tables import markdown_table
-from pointalign.evaluation.tasks import (
-    ObjectSet,
-    Task,
-    annotated_objects,
-    build_tasks,
-    embedded_objects,
-    modelnet_objects,
-)
 
 
 @dataclass
@@ -54,25 +46,23 @@ class EvaluationOptions:
     output: str = "runs/evaluation"
 
     def __post_init__(self) -> None:
-        from pointalign.evaluation.tasks import TASKS
-
         for name in self.task:
-            if name not in TASKS:
-                raise ValueError(f"--task {name}: expected one of {', '.join(TASKS)}")
+            if name not in tasks.TASKS:
+                raise ValueError(f"--task {name}: expected one of {', '.join(tasks.TASKS)}")
         if self.data != "furniture" and self.clouds is None and "modelnet40" not in self.task:
             raise ValueError("--data FILE needs --clouds FOLDER, the folder of the clouds that the file names")
         if any(number not in (0, 1) for number in self.prompts):
             raise ValueError(f"--prompts {self.prompts}: expected 0, 1 or both (captioning always uses prompt 2)")
 
 
-def load_objects(options: EvaluationOptions) -> ObjectSet:
+def load_objects(options: EvaluationOptions) -> tasks.ObjectSet:
     if options.data == "furniture":
-        objects = embedded_objects(assets.embedded_objects(), options.split)
+        objects = tasks.embedded_objects(assets.embedded_objects(), options.split)
     elif "modelnet40" in options.task:
-        objects = modelnet_objects(Path(options.data))
+        objects = tasks.modelnet_objects(Path(options.data))
     else:
         assert options.clouds is not None
-        objects = annotated_objects(Path(options.data), Path(options.clouds), options.up_axis)
+        objects = tasks.annotated_objects(Path(options.data), Path(options.clouds), options.up_axis)
     return objects.first(options.limit)
 
 
@@ -97,21 +87,17 @@ def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> d
     `evaluation.json`: metrics with intervals, and the values of every question, for `compare`. The same model, options
     and machine give the same bytes.
     """
-    from pointalign.build import load
-
     folder = Path(options.output)
     objects = load_objects(options)
-    model, processor, digest = load(name, device=options.device)
-    asked_options = asdict(options)
-    for key in ("output", "device", "sentence_models"):
-        del asked_options[key]
+    model, processor, digest = build.load(name, device=options.device)
+    asked_options = {k: v for k, v in asdict(options).items() if k not in ("output", "device", "sentence_models")}
     content = {"model": Path(name).name, "weights": digest, "asked": asked_options, "generation": asdict(generation)}
     journal = Journal(folder / "answers.jsonl", content)
     features = Features(model, processor)
     encoders = sentence_models(options.sentence_models)
     results: dict[str, Any] = {}
     for kind in options.task:
-        for number, prompt_task in enumerate(build_tasks(kind, objects, options.prompts)):
+        for number, prompt_task in enumerate(tasks.build_tasks(kind, objects, options.prompts)):
             names_objects = kind in ("classification", "modelnet40")
             inputs = options.inputs if names_objects and number == 0 else ["true"]  # controls under one prompt suffice
             for task in [with_input(prompt_task, control) for control in inputs]:
@@ -124,7 +110,7 @@ def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> d
     return content
 
 
-def _result(task: Task, texts: Sequence[str], scores: metrics.Scores) -> dict[str, Any]:
+def _result(task: tasks.Task, texts: Sequence[str], scores: metrics.Scores) -> dict[str, Any]:
     rows = [
         {
             "id": question.id,
@@ -145,7 +131,7 @@ def _result(task: Task, texts: Sequence[str], scores: metrics.Scores) -> dict[st
     return result
 
 
-def pointllm_output(task: Task, texts: Sequence[str]) -> dict[str, Any]:
+def pointllm_output(task: tasks.Task, texts: Sequence[str]) -> dict[str, Any]:
     """The answers in the format that PointLLM's own evaluator reads."""
     results = [
         {
@@ -160,8 +146,6 @@ def pointllm_output(task: Task, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | bool | None]:
-    import torch
-
     origin = storage.provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return {name: origin[name] for name in ("torch", "transformers", "commit", "uncommitted_changes", "device")}
 

@@ -72,10 +72,10 @@ def minimum_detectable_effect(differences: np.ndarray, clusters: Sequence[str], 
         differences: `[N]` or `[S, N]`, paired differences per object, of S paired runs.
         clusters: `[N]`; runs and clusters are both resampled.
     """
-    return float(2.80 * _crossed_bootstrap(np.atleast_2d(differences), clusters, seed).std())  # 1.96 + 0.84
+    return float(2.80 * crossed_bootstrap(np.atleast_2d(differences), clusters, seed).std())  # 1.96 + 0.84
 
 
-def _crossed_bootstrap(differences: np.ndarray, clusters: Sequence[str], seed: int) -> np.ndarray:
+def crossed_bootstrap(differences: np.ndarray, clusters: Sequence[str], seed: int) -> np.ndarray:
     """Means of `differences [S, N]` with resampled runs and clusters, `[RESAMPLES]`."""
     sums = np.stack([_by_cluster(row, clusters)[0] for row in differences])  # [S, K]
     counts = _by_cluster(differences[0], clusters)[1]
@@ -85,25 +85,3 @@ def _crossed_bootstrap(differences: np.ndarray, clusters: Sequence[str], seed: i
     drawn = rng.integers(sums.shape[1], size=(RESAMPLES, sums.shape[1]))
     chosen = np.stack([np.bincount(row, minlength=sums.shape[1]) for row in drawn])  # [RESAMPLES, K]
     return ((weights @ sums) * chosen).sum(axis=1) / (chosen @ counts)
-
-
-def paired_runs(differences: np.ndarray, clusters: Sequence[str], seed: int = 0) -> tuple[Estimate, float]:
-    """Mean of paired differences `[S, N]` over S runs and N objects, and a two-sided p-value.
-
-    The interval resamples both runs and clusters of objects. The p-value is a sign-flip test over clusters of the
-    mean over runs: it generalises to other objects, for these runs.
-    """
-    means = _crossed_bootstrap(differences, clusters, seed)
-    low, high = np.percentile(means, [2.5, 97.5])
-    average = differences.mean(axis=0)
-    _, p = paired_difference(average, np.zeros_like(average), clusters, seed)
-    return Estimate(float(differences.mean()), float(low), float(high), differences.shape[1]), p
-
-
-def over_runs(differences: Sequence[float]) -> Estimate:
-    """Mean of paired differences `[S]` of two or more runs, with Student's 95 % interval: these objects, other runs."""
-    from scipy.stats import t
-
-    data = np.asarray(differences, dtype=float)
-    half = float(t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / len(data) ** 0.5)
-    return Estimate(float(data.mean()), float(data.mean()) - half, float(data.mean()) + half, len(data))

@@ -290,12 +290,7 @@ def _ask_all(objects: ObjectSet, prompt: str) -> list[Question]:
 
 YES_NO = ("yes", "no")
 SIDES = ("height", "width", "depth")
-BUCKETS = {
-    "wider": 0.0,
-    "about equal": 1 / MARGIN,
-    "taller": MARGIN,
-    "twice as tall": 2.0,
-}  # lower ends of height / width
+BUCKETS = {"wider": 0.0, "about equal": 1 / MARGIN, "taller": MARGIN, "twice as tall": 2.0}  # least height / width
 PER_KIND = 48  # most questions of one kind
 PAIR_MARGIN = 1.5  # ratio of the two aspects below which no pair is asked about
 
@@ -361,8 +356,13 @@ def _yes(condition: bool) -> str:
     return "yes" if condition else "no"
 
 
+def plain_words(text: str) -> str:
+    """Lower-case words without punctuation, separated by single spaces."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
 def chosen(answer: str, choices: tuple[str, ...]) -> str | None:
     """The choice that stands first in an answer, whole words only; of several in one place the longest; else None."""
-    words = f" {' '.join(''.join(c if c.isalnum() else ' ' for c in answer.lower()).split())} "
+    words = f" {plain_words(answer)} "
     places = [(words.find(f" {choice} "), -len(choice), choice) for choice in choices if f" {choice} " in words]
     return min(places)[2] if places else None
