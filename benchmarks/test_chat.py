@@ -20,7 +20,7 @@ import torch
 from point_op_contenders import ops_replaced, surfaces
 from turns import quantiles
 
-from pointalign import assets, chat
+from pointalign import assets
 from pointalign.build import load
 from pointalign.storage import ROOT
 from pointalign_kernels import farthest_point_sample, group_points, point_ops
@@ -100,7 +100,7 @@ def test_first_token_from_the_start(benchmark, small, record_race, tmp_path):
     row = {
         "race": "chat from the start of the process",
         "threads": torch.get_num_threads(),
-        "model": chat.DEFAULT_CHECKPOINT,
+        "model": assets.SHIPPED_CHECKPOINT,
     }
     row["steps"] = {name: quantiles([one[name] for one in talks]) for name in talks[0]}
     row["rounds"], row["peak_bytes"] = len(talks), max(peaks) if all(peaks) else None
@@ -108,7 +108,7 @@ def test_first_token_from_the_start(benchmark, small, record_race, tmp_path):
 
 
 def test_first_token_of_a_loaded_model(device, race, record_race):
-    model, processor, _ = load(chat.DEFAULT_CHECKPOINT)
+    model, processor, _ = load(assets.SHIPPED_CHECKPOINT)
     content = [{"type": "point", "point": coloured_cloud()}, {"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": content}]
 
@@ -131,5 +131,5 @@ def test_first_token_of_a_loaded_model(device, race, record_race):
         assert torch.equal(call(), truth), f"{name}: another first token than with the reference"
     timing = race(calls)
     if timing is not None:
-        row = {"race": "chat, loaded", "threads": torch.get_num_threads(), "model": chat.DEFAULT_CHECKPOINT}
+        row = {"race": "chat, loaded", "threads": torch.get_num_threads(), "model": assets.SHIPPED_CHECKPOINT}
         record_race("chat", row | timing)

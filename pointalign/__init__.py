@@ -100,7 +100,10 @@ def _register_after_transformers() -> Iterator[None]:
     Not around a module inside transformers: `pointalign.models` imports others, of which one may be half imported.
     """
     yield
-    import_module("pointalign.models")
+    try:
+        import_module("pointalign.models")
+    except ImportError as error:  # `import transformers` itself must not fail for it
+        warnings.warn(f"transformers' Auto classes do not know pointalign's models: {error}", stacklevel=2)
 
 
 @contextmanager

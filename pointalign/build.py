@@ -19,7 +19,7 @@ from pointalign.models import (
 )
 from pointalign.models.configuration import PointBertConfig
 from pointalign.models.modeling import LOADING_PROBLEMS
-from pointalign.options import CHECKPOINTS, DataOptions, ModelOptions
+from pointalign.options import DataOptions, ModelOptions
 
 MODEL_TYPE = PointAlignConfig.model_type
 # Modules of a converted model outside the decoder blocks: they stay in their dtype.
@@ -296,11 +296,3 @@ def load(
         processor.feature_extractor.up_axis = up_axis
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval().requires_grad_(False).to(device), processor, storage.file_hash(*files)[:16]
-
-
-def shipped() -> str:
-    """The shipped model that is evaluated when none is named."""
-    names = sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors"))
-    if not names:
-        raise FileNotFoundError("no checkpoint is shipped here: name a MODEL (a folder, a run, or a stage file)")
-    return names[0]

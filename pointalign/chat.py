@@ -1,12 +1,11 @@
 """`python -m pointalign.chat FILE [FILE ...]`: talk about one or several clouds in the terminal."""
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
 
-DEFAULT_CHECKPOINT = "furniture-stage1"
+from pointalign.assets import SHIPPED_CHECKPOINT
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,14 +16,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--question", action="append", help="ask this and exit; repeat for several questions")
     parser.add_argument(
         "--model",
-        default=DEFAULT_CHECKPOINT,
+        default=SHIPPED_CHECKPOINT,
         help="folder of a run or a model, stage file, or name of a shipped checkpoint (default: %(default)s)",
     )
     parser.add_argument("--up-axis", default="y", help="vertical axis of the files: x y z -x -y -z (default: y)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advertises another package
     try:
         return chat(options)
     except (ValueError, OSError) as error:

@@ -1,7 +1,6 @@
 """`python -m pointalign.train [RECIPE.yaml] [--options] [--fused]`: one command from data to a model that answers."""
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -23,7 +22,6 @@ USER_LOG_FOLDER = os.environ.get("TENSORBOARD_LOGGING_DIR")
 def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advertises another package
     from pointalign.options import parse
 
     options = parse(sys.argv[1:] if arguments is None else arguments)

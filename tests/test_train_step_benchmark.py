@@ -60,7 +60,7 @@ def test_a_finished_row_is_in_no_reference_cycle(train_step, config, name):
 
 def test_the_model_of_a_finished_row_is_gone_before_the_next_is_measured(train_step, config, monkeypatch):
     built, measured = [], []
-    build, measured_loss = train_step.build, train_step.measured_loss
+    build, measured_loss = train_step.build_row, train_step.measured_loss
 
     def recorded_build(*arguments):
         aligned = build(*arguments)
@@ -72,7 +72,7 @@ def test_the_model_of_a_finished_row_is_gone_before_the_next_is_measured(train_s
         measured.append([model() is not None for model in built])
         return measured_loss(*arguments)
 
-    monkeypatch.setattr(train_step, "build", recorded_build)
+    monkeypatch.setattr(train_step, "build_row", recorded_build)
     monkeypatch.setattr(train_step, "measured_loss", recorded_loss)
     monkeypatch.setattr(train_step, "_truth", {})
     benchmark = SimpleNamespace(pedantic=lambda step, **_: step(), stats=None)

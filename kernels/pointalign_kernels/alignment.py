@@ -1,4 +1,4 @@
-"""The alignment loss and the cosine loss: one function per op, `impl` chooses how it runs.
+"""The alignment loss as an op; `impl` chooses how it runs.
 
 Shape legend: L tapped layers, M rows of point tokens, C hidden size, H projector width, D target width.
 
@@ -9,7 +9,7 @@ tensors, slowly, in fp32 and fp16 (Triton's interpreter multiplies bf16 wrongly)
 Nothing here synchronises with the host, so where M is fixed `torch.cuda.make_graphed_callables(projector, (hidden,
 target))` turns forward and backward of a module that calls `alignment_loss` into two launches.
 
-In this file: the choice of an implementation, the public functions, the checks, and the two ops that launch kernels.
+In this file: the choice of an implementation, the public function, the checks, and the two ops that launch kernels.
 """
 
 import importlib.util
@@ -86,26 +86,6 @@ def alignment_loss(
         dtype,
     )[0]
     return loss if hidden.dim() == 3 else loss.squeeze(0)
-
-
-def cosine_alignment(projected: Tensor, target: Tensor, impl: str = "auto") -> Tensor:
-    """`1 - mean cos(projected, target)`, a scalar or `[L]`; see `pointalign_kernels.reference.cosine_alignment`.
-
-    Args:
-        projected: `[M, D]` or `[L, M, D]`.
-        target: `[M, D]`; no gradient flows into it.
-        impl: "auto", "reference" or "triton".
-
-    Raises:
-        ValueError: shapes do not fit, or an unknown `impl`.
-        RuntimeError: `impl="triton"` where the kernels cannot run.
-    """
-    _check_target(projected, projected.shape[-1], target)
-    if not _runs_triton(impl, projected.device.type):
-        return reference.cosine_alignment(projected, target)
-    layers = projected if projected.dim() == 3 else projected[None]
-    loss, _ = cosine_forward(layers.contiguous(), target.detach().contiguous())
-    return loss if projected.dim() == 3 else loss.squeeze(0)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -303,39 +283,3 @@ def _alignment_backward(ctx, upstream, *_):
 
 
 alignment_forward.register_autograd(_alignment_backward, setup_context=_alignment_context)
-
-
-@torch.library.custom_op("pointalign::cosine_forward", mutates_args=())
-def cosine_forward(projected: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses `[L]` and fp32 per-row gradients `[L * M, D]` of contiguous `projected` `[L, M, D]`, `target` `[M, D]`."""
-    layers, rows, width = projected.shape
-    dy = projected.new_empty((layers * rows, width), dtype=torch.float32)
-    if rows == 0:
-        return projected.new_zeros(layers, dtype=torch.float32), dy
-    from pointalign_kernels import alignment_triton
-
-    with torch.cuda.device_of(projected):
-        return alignment_triton.cosine(projected, None, target, rows, dy), dy
-
-
-@cosine_forward.register_fake
-def _(projected, target):
-    layers, rows, width = projected.shape
-    loss = projected.new_empty(layers, dtype=torch.float32)
-    return loss, projected.new_empty((layers * rows, width), dtype=torch.float32)
-
-
-def _cosine_context(ctx, inputs, output) -> None:
-    ctx.dtype, ctx.shape = inputs[0].dtype, inputs[0].shape
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _cosine_backward(ctx, upstream, _):
-    (dy,) = ctx.saved_tensors
-    factor = upstream / max(ctx.shape[1], 1)
-    return (dy.view(ctx.shape) * factor[:, None, None]).to(ctx.dtype), None
-
-
-cosine_forward.register_autograd(_cosine_backward, setup_context=_cosine_context)

@@ -111,20 +111,6 @@ def group_points(
     return torch.cat([xyz, groups[..., 3:].float()], dim=-1).to(dtype or points.dtype)
 
 
-def cosine_alignment(projected: Tensor, target: Tensor) -> Tensor:
-    """`1 - mean cos(projected, target)` over the rows of `projected` `[M, D]` or, per layer, `[L, M, D]`.
-
-    Computed in fp32 (fp64 inputs stay fp64), norms clamped at `EPSILON`. No gradient to `target` `[M, D]`.
-
-    Returns: scalar or `[L]`; 0 for M = 0.
-    """
-    dtype = torch.promote_types(projected.dtype, torch.float32)
-    if projected.shape[-2] == 0:
-        return projected.to(dtype).sum(dim=(-2, -1))
-    target = target.detach().to(dtype).expand_as(projected)
-    return 1 - functional.cosine_similarity(projected.to(dtype), target, dim=-1, eps=EPSILON).mean(dim=-1)
-
-
 def alignment_loss(hidden: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """The paper's alignment term: a three-layer SiLU projector on hidden states, compared with frozen features.
 
@@ -134,7 +120,8 @@ def alignment_loss(hidden: Tensor, target: Tensor, weights: Sequence[Tensor], bi
         weights: `[H, C]`, `[H, H]`, `[D, H]`; with L layers also `[L, H, C]`..., one projector per layer.
         biases: `[H]`, `[H]`, `[D]`, or `[L, H]`...
 
-    Returns: `1 - mean cos`, fp32: a scalar, or `[L]`, one per layer.
+    Returns: `1 - mean cos`, a scalar, or `[L]`, one per layer; 0 for M = 0. Cosines are computed in fp32 (in fp64 for
+        fp64 inputs) with norms clamped at `EPSILON`.
     """
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if weight.dim() == 3:
@@ -143,4 +130,8 @@ def alignment_loss(hidden: Tensor, target: Tensor, weights: Sequence[Tensor], bi
             hidden = functional.linear(hidden, weight, bias)
         if layer < len(weights) - 1:
             hidden = functional.silu(hidden)
-    return cosine_alignment(hidden, target)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.shape[-2] == 0:
+        return hidden.to(dtype).sum(dim=(-2, -1))
+    target = target.detach().to(dtype).expand_as(hidden)
+    return 1 - functional.cosine_similarity(hidden.to(dtype), target, dim=-1, eps=EPSILON).mean(dim=-1)
