@@ -10,6 +10,7 @@ the tables are made from. Everything about the machine is gathered before anythi
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ import pytest
 import torch
 from turns import Race, quantiles, timer_of
 
-from pointalign.storage import device_name, load_average, provenance
+from pointalign.storage import device_name, provenance
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -169,7 +170,12 @@ class Recorder:
                 _unwritten.append(file)
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = {"benchmark": name, **self.shared, "load_average_at_end": load_average(), "rows": rows}
+        content = {
+            "benchmark": name,
+            **self.shared,
+            "load_average_at_end": round(os.getloadavg()[0], 2),
+            "rows": rows,
+        }
         temporary = self.folder / f"{file}.tmp"
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         temporary.replace(self.folder / file)

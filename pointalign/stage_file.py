@@ -173,10 +173,7 @@ def _stage_contents(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 def adapted_parts(path: Path) -> set[str]:
     """The parts, `language_model` and `qformer`, that a stage file was trained with adapters on."""
-    header, shapes = _stage_contents(path)
-    if "model" in header:
-        return set(json.loads(header["model"])["adapters"] or {})
-    return {name.split(".")[1] for name in shapes if ".lora_" in name}  # an early file
+    return set(json.loads(_stage_contents(path)[0]["model"])["adapters"] or {})
 
 
 def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+DRIVER_QUERY = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 ROOT = Path(__file__).parents[1]  # the checkout, where there is one
 # Import names of what a result may depend on beside torch; absent ones are left out of the record.
 PACKAGES = (
@@ -116,7 +117,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     commit, changed = _commit()
     return {
         "device": device_name(device),
-        "driver": driver_version() if device.type == "cuda" else None,
+        "driver": _output(*DRIVER_QUERY) if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         **{name: version_of(name) for name in ("torch", "transformers", "triton", "numpy")},
@@ -125,7 +126,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "commit": commit,
         "uncommitted_changes": changed,
         "date": datetime.date.today().isoformat(),
-        "load_average": load_average(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
 
@@ -137,11 +138,6 @@ def device_name(device: torch.device) -> str:
     return f"{model[1] if model else platform.machine()}, threads: {torch.get_num_threads()}"
 
 
-def driver_version() -> str | None:
-    """NVIDIA's driver, None where `nvidia-smi` does not tell."""
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-
-
 def version_of(import_name: str) -> str | None:
     """The version of the package that is imported under this name; its wheel may be named otherwise.
 
@@ -149,14 +145,6 @@ def version_of(import_name: str) -> str | None:
     """
     distributions = _distributions().get(import_name)
     return importlib.metadata.version(distributions[0]) if distributions else None
-
-
-def load_average() -> float | None:
-    """Processes that ran or waited over the last minute; None where the system does not tell."""
-    try:
-        return round(os.getloadavg()[0], 2)
-    except (OSError, AttributeError):
-        return None
 
 
 def _commit() -> tuple[str | None, bool | None]:

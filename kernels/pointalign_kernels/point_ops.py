@@ -83,23 +83,14 @@ def _runs_native(impl: str, points: Tensor, *others: Tensor) -> bool:
     return False
 
 
-def _check_finite(
-    check_finite: bool, native: bool, points: Tensor, lengths: Tensor | None, name: str = "points"
-) -> None:
-    """Raise ValueError for NaN or infinite coordinates, where the caller asks for it or the check costs nothing."""
-    # The native CPU ops check by themselves; on CUDA the check synchronises, so only `check_finite` switches it on.
-    cpu_reference = points.device.type == "cpu" and not native and not torch.compiler.is_compiling()
-    if cpu_reference or (check_finite and points.device.type != "cpu"):
+def _check_finite(native: bool, points: Tensor, lengths: Tensor | None, name: str = "points") -> None:
+    """Raise ValueError for NaN or infinite coordinates. Native CPU ops check by themselves; CUDA would synchronise."""
+    if points.device.type == "cpu" and not native and not torch.compiler.is_compiling():
         reference.require_finite(points, lengths, name)
 
 
 def farthest_point_sample(
-    points: Tensor,
-    num_samples: int,
-    start_index: int = 0,
-    lengths: Tensor | None = None,
-    impl: str = "auto",
-    check_finite: bool = False,
+    points: Tensor, num_samples: int, start_index: int = 0, lengths: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
     """Greedy farthest-point sampling: each new sample is the point farthest from all samples so far.
 
@@ -109,25 +100,24 @@ def farthest_point_sample(
         start_index: the first sample of every cloud (the last point where a cloud is shorter).
         lengths: `[B]` int64, the number of points of each cloud, 1 to N; None means N.
         impl: "auto", "reference" or "native".
-        check_finite: also on CUDA, where it synchronises, raise on NaN or infinite coordinates. CPU always raises.
 
     Returns:
         `[B, K]` int64. Ties go to the lowest index; duplicates are allowed; places at or past the length of a cloud
         repeat its last sample.
 
     Raises:
-        ValueError: a shape, an index or a coordinate is not usable; the message names the first bad point.
+        ValueError: a shape, an index or, on a CPU, a coordinate is not usable; the message names the first bad point.
         RuntimeError: `impl="native"` where the compiled library cannot run.
     """
     native = _runs_native(impl, points)
-    _check_finite(check_finite, native, points, lengths)
+    _check_finite(native, points, lengths)
     if native:
         return _ops.farthest_point_sample(points.float(), num_samples, start_index, lengths)
     return reference.farthest_point_sample(points, num_samples, start_index, lengths)
 
 
 def knn(
-    query: Tensor, points: Tensor, k: int, lengths: Tensor | None = None, impl: str = "auto", check_finite: bool = False
+    query: Tensor, points: Tensor, k: int, lengths: Tensor | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """The k nearest points of every query.
 
@@ -135,7 +125,7 @@ def knn(
         query: `[B, Q, 3]`.
         points: `[B, N, 3 + F]`, xyz first; distances are direct fp32 differences, never an expanded square.
         k: neighbours per query, at least 1.
-        lengths, impl, check_finite: as in `farthest_point_sample`.
+        lengths, impl: as in `farthest_point_sample`.
 
     Returns:
         squared distance `[B, Q, k]` fp32 and index `[B, Q, k]` int64, sorted by (distance, index). Places at or past
@@ -144,8 +134,8 @@ def knn(
     Raises: ValueError, RuntimeError: as `farthest_point_sample`.
     """
     native = _runs_native(impl, points, query)
-    _check_finite(check_finite, native, points, lengths)
-    _check_finite(check_finite, native, query, None, "query")
+    _check_finite(native, points, lengths)
+    _check_finite(native, query, None, "query")
     if native:
         return _ops.knn(query.float(), points.float(), k, lengths)
     return reference.knn(query, points, k, lengths)
@@ -158,7 +148,6 @@ def group_points(
     lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
     impl: str = "auto",
-    check_finite: bool = False,
 ) -> Tensor:
     """The neighbourhoods of chosen centres, gathered and centred.
 
@@ -167,7 +156,7 @@ def group_points(
         centre_index: `[B, G]` int64, rows of `points`.
         k: neighbours per centre, at least 1.
         dtype: of the result: float32, float16 or bfloat16; None means that of `points`. Differences are fp32.
-        lengths, impl, check_finite: as in `farthest_point_sample`.
+        lengths, impl: as in `farthest_point_sample`.
 
     Returns:
         `[B, G, k, 3 + F]`: the k nearest points of each centre in the order of `knn`, xyz relative to the centre,
@@ -179,7 +168,7 @@ def group_points(
     if dtype not in GROUP_DTYPES:
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(str(choice) for choice in GROUP_DTYPES)}")
     native = _runs_native(impl, points)
-    _check_finite(check_finite, native, points, lengths)
+    _check_finite(native, points, lengths)
     if native:
         return _ops.group_points(points.float(), centre_index, k, lengths, dtype)
     return reference.group_points(points, centre_index, k, lengths, dtype)

@@ -235,8 +235,8 @@ def plan_memory(
 
 def enable_checkpointing(model: nn.Module, training: "TrainingOptions") -> None:
     """Activation checkpointing as the Trainer will enable it, under the names of this transformers."""
-    name = "activation_checkpointing"  # gradient_checkpointing up to transformers 5.17
-    name = name if hasattr(training, name) else "gradient_checkpointing"
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the second up to transformers 5.17
+    name = next(name for name in names if hasattr(training, name))
     if getattr(training, name):
         options = dict(getattr(training, f"{name}_kwargs") or {})
         placement = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
@@ -245,8 +245,7 @@ def enable_checkpointing(model: nn.Module, training: "TrainingOptions") -> None:
 
 def least_over_processes(value: int, device: torch.device) -> int:
     """The least of all processes' values: cards may differ in memory, the number of micro-batches must not."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
     least = torch.tensor(value, device=device)
-    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
     return int(least)
