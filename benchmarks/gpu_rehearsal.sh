@@ -26,7 +26,7 @@ venv=$(cd "$venv" && pwd) python=$venv/bin/python
 step "the tree that travels, as $work/tree"
 rm -rf "$work"
 mkdir -p "$work/tree" "$carried"
-git ls-files -z --cached --others --exclude-standard | xargs -0 sh -c 'ls -d "$@" 2>/dev/null' sh |
+git ls-files -z --cached --others --exclude-standard | xargs -0 sh -c 'ls -d "$@" 2>/dev/null || true' sh |
   tar -cf - -T - | tar -xf - -C "$work/tree"
 tree=$work/tree
 

@@ -287,6 +287,11 @@ def collect(output: Path, target: Path) -> list[Path]:
         SystemExit: rows of one file come from different commits or machines.
     """
     contents: dict[str, dict[str, Any]] = {}
+    for name, outcome in (
+        json.loads((output / STATE).read_text())["stages"].items() if (output / STATE).exists() else ()
+    ):
+        if outcome["status"] != "passed":
+            print(f"stage {name} {outcome['status']}: its rows may be incomplete")
     for stage in STAGES:
         for path in sorted((output / stage.name).glob("*.json")):
             content = json.loads(path.read_text())

@@ -9,12 +9,14 @@ same (rounded) inputs, the larger of output and gradients. Writes parity_<device
 import argparse
 import json
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import measured_ceilings
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -255,7 +257,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
     output = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": "parity", "provenance": provenance(DEVICE), "rows": rows()}
+    ceilings = measured_ceilings(DEVICE, False, time.perf_counter)
+    content = {"benchmark": "parity", "provenance": provenance(DEVICE), "ceilings": ceilings, "rows": rows()}
     slug = "cpu" if DEVICE.type == "cpu" else re.sub(r"\W+", "_", device_name(DEVICE).lower())
     (output / f"parity_{slug}.json").write_text(json.dumps(content, indent=1) + "\n")
 
