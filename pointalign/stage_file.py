@@ -173,7 +173,7 @@ def _stage_contents(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 def adapted_parts(path: Path) -> set[str]:
     """The parts, `language_model` and `qformer`, that a stage file was trained with adapters on."""
-    return set(json.loads(_stage_contents(path)[0]["model"])["adapters"] or {})
+    return set(json.loads(_stage_contents(path)[0].get("model", "{}")).get("adapters") or {})
 
 
 def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:

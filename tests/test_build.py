@@ -109,6 +109,9 @@ def build_program(folder):
     return f"import runpy, sys; sys.argv = {arguments!r}; runpy.run_path('setup.py')"
 
 
+@pytest.mark.skipif(
+    "POINTALIGN_LONG_TESTS" not in os.environ, reason="compiles for half a minute: run it by `make test-long`"
+)
 @needs_compiler
 def test_an_isolated_build_uses_the_torch_beside_pip(isolated, sdist, tmp_path):
     assert isolated("import torch", sdist).returncode != 0

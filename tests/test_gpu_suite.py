@@ -262,7 +262,8 @@ def collected():
     for folder in ("benchmarks", "tests"):  # their conftest.py share a name: a process for each
         chosen = [entry for entry in commands if any(word.startswith(f"{folder}/") for word in entry[1])]
         environment = {
-            **os.environ,
+            # pytest-benchmark does not time where a worker of xdist, such as this one, is named
+            **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")},
             "TRITON_INTERPRET": "1",  # tests/test_alignment_kernels.py is there on a CPU only when interpreted
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         }
