@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from turns import Race, quantiles, timer_of
+from turns import Race, measured_ceilings, quantiles, synchronize, timer_of
 
 from pointalign.storage import device_name, provenance
 
@@ -46,38 +46,6 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def small(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--small"))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measured_ceilings(device: torch.device, small: bool, clock: Callable[[], float]) -> dict[str, float]:
-    """By `clock`: FLOP/s of a large product of random data in bf16 and in fp32, bytes/s (read + written) of a copy."""
-    size, numbers = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
-    if small:
-        size, numbers = 256, 2**20
-
-    def best(work: Callable[[], object]) -> float:
-        """The least of 20 runs; fewer, at least two, where they take long: a CPU may have no bf16 instructions."""
-        times = []
-        while len(times) < 22 and not (len(times) >= 3 and sum(times) > 2):
-            synchronize(device)
-            start = clock()
-            work()
-            synchronize(device)
-            times.append(clock() - start)
-        return min(times[1:])
-
-    rates = {}
-    for name, dtype in (("flops", torch.bfloat16), ("flops_fp32", torch.float32)):
-        matrix = torch.randn(size, size, device=device, dtype=dtype)
-        rates[name] = 2 * size**3 / best(lambda matrix=matrix: matrix @ matrix)
-    source = torch.randn(numbers // 4, device=device)
-    target = torch.empty_like(source)
-    rates["bytes"] = 2 * source.nbytes / best(lambda: target.copy_(source))
-    return rates
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import measured_ceilings
 from torch import Tensor, nn
 from torch.nn import functional
+from turns import measured_ceilings
 
 from pointalign.efficient import fused_lora, fused_parts
 from pointalign.efficient.varlen_attention import varlen_attention

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import synchronize
 from random_language_model import random_language_model
 from torch import Tensor, nn
+from turns import synchronize
 
 from pointalign import build
 from pointalign.alignment import AlignmentConfig
