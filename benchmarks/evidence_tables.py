@@ -6,8 +6,10 @@ python -m pointalign.evaluate probe --output benchmarks/results/probe
 """
 
 import json
+import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
 from experiments.ablation import comparison
 from pointalign.evaluation import probe as probing
 from pointalign.evaluation import results, statistics
