@@ -46,7 +46,7 @@ def make_files(folder: Path) -> None:
     phi: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         name = name.removeprefix(files.LLM)
-        if name in shapes or any(f"{one}_layernorm" in name for one in ("q", "k", "post")):
+        if name in shapes or any(f"{norm}_layernorm" in name for norm in ("q", "k", "post")):
             continue
         if "query_key_value" in name:
             phi |= {name.replace("query_key_value", f"{x}_proj"): (shape[0] // 3, *shape[1:]) for x in "qkv"}
@@ -57,7 +57,7 @@ def make_files(folder: Path) -> None:
     number = 0
     for name, shape in phi.items():
         shards[-1][name] = weights(shape, name, torch.float16, pool)
-        if sum(one.nbytes for one in shards[-1].values()) > 5e8:
+        if sum(tensor.nbytes for tensor in shards[-1].values()) > 5e8:
             save_file(shards.pop(), folder / "phi" / f"model-{number:05}.safetensors", metadata={"format": "pt"})
             shards.append({})
             number += 1
@@ -115,7 +115,7 @@ def run(folder: Path, *options: str) -> dict[str, float]:
                "--point-encoder", folder / "point_model.pth", "--checkpoint", folder / "stage3.pth",
                "--output", output, *options]  # fmt: skip
     start = time.perf_counter()
-    process = subprocess.Popen([str(one) for one in command], cwd=ROOT)
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     if os.waitstatus_to_exitcode(status) != 0:
@@ -148,7 +148,7 @@ def main() -> None:
     result |= provenance(torch.device("cpu"))
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(rows, indent=2))
-    worst = max(one["peak_resident_gb"] for one in rows.values())
+    worst = max(row["peak_resident_gb"] for row in rows.values())
     if worst * 1e9 > LIMIT_BYTES:
         raise SystemExit(f"peak resident memory {worst} GB is over {LIMIT_BYTES / 1e9} GB")
 

@@ -51,7 +51,7 @@ def cases() -> dict[str, tuple[list[Tensor], Function, dict[str, Function]]]:
         "silu(gate) * up": (
             [gate, up],
             lambda gate, up: functional.silu(gate) * up,
-            {"fused": lambda *given: fused_parts.SiluProduct.apply(*given)},
+            {"fused": lambda *halves: fused_parts.SiluProduct.apply(*halves)},
         ),
         "layer norm": (
             [x],  # the weights of norms are frozen
@@ -143,7 +143,7 @@ def _attention() -> tuple[list[Tensor], Function, dict[str, Function]]:
     allowed = (sample[:, None] == sample) & torch.ones(total, total).tril().bool()
 
     def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        key, value = (one.repeat_interleave(heads // groups, dim=1) for one in (key, value))
+        key, value = (tensor.repeat_interleave(heads // groups, dim=1) for tensor in (key, value))
         scores = query @ key.mT * width**-0.5
         return scores.masked_fill(~allowed.to(scores.device), -torch.inf).softmax(3) @ value
 
@@ -198,33 +198,33 @@ def _alignment() -> tuple[list[Tensor], Function, dict[str, Function]]:
     leaves += [seeded(shape[0], scale=0.1, seed=4) for shape in shapes]
 
     def of(impl: str) -> Function:
-        return lambda hidden, *given: alignment_loss(hidden, target.to(hidden), given[:3], given[3:], impl=impl)
+        return lambda hidden, *weights: alignment_loss(hidden, target.to(hidden), weights[:3], weights[3:], impl=impl)
 
     return leaves, of("reference"), {"fused": of("auto")} if fused_available(DEVICE.type) else {}
 
 
 def outputs(function: Function, leaves: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Output and gradients of a fixed linear form of it, for the leaves rounded to `dtype`."""
-    given = [leaf.to(DEVICE, dtype).requires_grad_() for leaf in leaves]
-    output = function(*given)
+    rounded = [leaf.to(DEVICE, dtype).requires_grad_() for leaf in leaves]
+    output = function(*rounded)
     form = seeded(*output.shape, seed=7).to(output) if output.ndim else torch.ones_like(output)
-    return [output.detach(), *torch.autograd.grad(output, given, form)]
+    return [output.detach(), *torch.autograd.grad(output, rounded, form)]
 
 
 def error(function: Function, leaves: list[Tensor], dtype: torch.dtype, truth: list[Tensor]) -> float:
-    found = outputs(function, leaves, dtype)
-    pairs = zip(found, truth, strict=True)
+    computed = outputs(function, leaves, dtype)
+    pairs = zip(computed, truth, strict=True)
     return max(((one.double() - exact).norm() / exact.norm()).item() for one, exact in pairs)
 
 
 def rows() -> list[dict[str, Any]]:
-    found = []
+    measured = []
     for name, (leaves, plain, others) in cases().items():
         for dtype in DTYPES:
             rounded = [leaf.to(dtype) for leaf in leaves]
             truth = outputs(plain, rounded, torch.float64)
             for implementation, function in ({"plain PyTorch": plain} | others).items():
-                found.append(
+                measured.append(
                     {
                         "operator": name,
                         "dtype": str(dtype).removeprefix("torch."),
@@ -232,7 +232,7 @@ def rows() -> list[dict[str, Any]]:
                         "error": error(function, rounded, dtype, truth),
                     }
                 )
-    return found
+    return measured
 
 
 def table(content: dict[str, Any]) -> str:
@@ -242,7 +242,7 @@ def table(content: dict[str, Any]) -> str:
     lines = []
     for key in dict.fromkeys((row["operator"], row["dtype"]) for row in measured):
         errors = {row["implementation"]: row["error"] for row in measured if (row["operator"], row["dtype"]) == key}
-        lines.append([*key, *(f"{errors[one]:.1e}" if one in errors else "" for one in columns)])
+        lines.append([*key, *(f"{errors[name]:.1e}" if name in errors else "" for name in columns)])
     where = content["provenance"]
     title = (
         f"Relative L2 error against float64, the larger of output and gradients; {where['device']}, "

@@ -96,13 +96,13 @@ def test_first_token_from_the_start(benchmark, small, record_race, tmp_path):
     if benchmark.stats is None:
         return
     talks = talks[-len(benchmark.stats.stats.data) :]  # the warm-up fills the file cache
-    peaks = [one.pop("peak_bytes") for one in talks]
+    peaks = [talk.pop("peak_bytes") for talk in talks]
     row = {
         "race": "chat from the start of the process",
         "threads": torch.get_num_threads(),
         "model": assets.SHIPPED_CHECKPOINT,
     }
-    row["steps"] = {name: quantiles([one[name] for one in talks]) for name in talks[0]}
+    row["steps"] = {name: quantiles([talk[name] for talk in talks]) for name in talks[0]}
     row["rounds"], row["peak_bytes"] = len(talks), max(peaks) if all(peaks) else None
     record_race("chat", row)
 

@@ -172,17 +172,17 @@ def inputs_of(row: Row, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
     """The micro-batches that a row reads a batch as."""
     batch = {name: one for name, one in batch.items() if name != ("query_features" if row.online else "point_values")}
     order = batch["attention_mask"].sum(1).argsort()
-    found = []
+    micro_batches = []
     for part in order.chunk(row.groups):
         longest = int(batch["attention_mask"][part].sum(1).max())
         taken = {
-            name: one[part][:, :longest]
+            name: tensor[part][:, :longest]
             if name in ("input_ids", "attention_mask", "labels", "point_mask")
-            else one[part]
-            for name, one in batch.items()
+            else tensor[part]
+            for name, tensor in batch.items()
         }
-        found.append(pack(taken) if row.packed else taken)
-    return [{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in one.items()} for one in found]
+        micro_batches.append(pack(taken) if row.packed else taken)
+    return [{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in inputs.items()} for inputs in micro_batches]
 
 
 def build_row(row: Row, config: Any, rank: int) -> AlignedModel:

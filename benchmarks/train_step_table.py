@@ -82,15 +82,15 @@ def _measured(result: dict[str, Any]) -> str:
 
 def _goals(rows: list[dict[str, Any]]) -> str:
     """On a GPU: everything against the rows that it was to beat."""
-    found = {row["name"].partition(":")[0]: row for row in rows if row["seconds"] and row["shape"] == "Phi-2"}
-    if "e" not in found:
+    timed = {row["name"].partition(":")[0]: row for row in rows if row["seconds"] and row["shape"] == "Phi-2"}
+    if "e" not in timed:
         return ""
     gains = [
-        f"{found['e']['samples_per_second'] / found[name]['samples_per_second']:.2f} x ({name}; goal {goal} x)"
+        f"{timed['e']['samples_per_second'] / timed[name]['samples_per_second']:.2f} x ({name}; goal {goal} x)"
         for name, goal in GOALS.items()
-        if name in found
+        if name in timed
     ]
-    return f"\nEverything against {', '.join(gains)}; peak {found['e']['peak_gb']:.1f} GB, goal {PEAK_GOAL_GB} GB.\n"
+    return f"\nEverything against {', '.join(gains)}; peak {timed['e']['peak_gb']:.1f} GB, goal {PEAK_GOAL_GB} GB.\n"
 
 
 def _stage(steps: list[dict[str, Any]], stages: list[dict[str, Any]]) -> str:
@@ -118,14 +118,14 @@ def _predictions(results: list[dict[str, Any]]) -> str:
     lines = []
     for card in ("H100", "H200", "RTX 4090", "RTX 3090"):
         for column, (letter, what) in enumerate((("b:", "transformers + peft + bitsandbytes"), ("e:", "everything"))):
-            found = [
+            measured = [
                 row
                 for result in results
                 if card in result["provenance"]["device"]
                 for row in result["rows"]
                 if row["name"].startswith(letter) and row["seconds"]
             ]
-            done = f"{1e3 * found[0]['seconds']['p50']:.0f}" if found else "not measured"
+            done = f"{1e3 * measured[0]['seconds']['p50']:.0f}" if measured else "not measured"
             low, high = COUNTED.get(card, (None, None)) if letter == "e:" else (None, None)
             counted = "" if low is None else f"{low} to {high}"
             lines.append([card, what, f"{predicted(card, column):.0f}", counted, done])
