@@ -66,7 +66,8 @@ PYTHON
 "$python" -m pip install -q -c constraints-gpu.txt -r "$work/requirements.txt"
 # Triton 3.6 cannot interpret loops whose bounds are known only at run time under numpy >= 2.4.
 (cd "$tree" && "$python" -m pytest tests -q -n 2 --dist loadfile -p no:cacheprovider \
-  --ignore tests/test_alignment_interpreted.py --ignore tests/test_liger_interpreted.py) || failed=1
+  --ignore tests/test_alignment_interpreted.py --ignore tests/test_liger_interpreted.py \
+  --ignore tests/test_fused_training.py) || failed=1
 
 step "what travels"
 du -ch --apparent-size "$carried"/* | sed 's/^/    /'

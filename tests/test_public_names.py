@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 def run_python(code: str, cwd: Path = ROOT) -> str:
     """Output of a new interpreter, both streams; it sees this checkout from any folder."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    }
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
