@@ -297,3 +297,15 @@ def test_the_recipe_for_24_gb_trains_the_published_phi(tmp_path, tokenizer, caps
     before = model.state_dict()
     norms = [name for name in state if ".language_model." in name and name.endswith("layernorm.weight")]
     assert len(norms) == 4 * 4 + 1 and all(not torch.equal(state[name], before[name]) for name in norms)
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_the_memory_plan_checkpoints_as_the_trainer_does(name):
+    """transformers up to 5.17 has the second name; what places the checkpoints is no option of torch's checkpoint."""
+    calls = []
+    model = SimpleNamespace(**{f"{name}_enable": lambda *args, **kwargs: calls.append((args, kwargs))})
+    options = {"use_reentrant": False, "every_n_layers": 2}
+    memory.enable_checkpointing(model, SimpleNamespace(**{name: True, f"{name}_kwargs": options}))
+    memory.enable_checkpointing(model, SimpleNamespace(**{name: False, f"{name}_kwargs": None}))
+    assert calls == [(({"use_reentrant": False},), {"every_n_layers": 2})]
+    assert options == {"use_reentrant": False, "every_n_layers": 2}  # the Trainer reads them again
