@@ -8,6 +8,7 @@ and hashes included; its peak resident memory is what the kernel reports for tha
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from pointalign.convert import files
+from pointalign.efficient.memory import peak_resident_bytes
 from pointalign.models import PointAlignConfig, PointAlignForConditionalGeneration, PointAlignPhiConfig
 from pointalign.storage import ROOT, provenance
 
@@ -115,16 +117,21 @@ def run(folder: Path, *options: str) -> dict[str, float]:
                "--point-encoder", folder / "point_model.pth", "--checkpoint", folder / "stage3.pth",
                "--output", output, *options]  # fmt: skip
     start = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], cwd=ROOT)
-    _, status, usage = os.wait4(process.pid, 0)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = 0
+    with subprocess.Popen([str(word) for word in command], cwd=ROOT) as process:
+        while process.poll() is None:
+            peak = max(peak, peak_resident_bytes(process.pid) or 0)
+            time.sleep(0.05)
     seconds = time.perf_counter() - start
-    if os.waitstatus_to_exitcode(status) != 0:
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode != 0:
         raise SystemExit(f"the conversion failed: {' '.join(map(str, command))}")
     written = sum(path.stat().st_size for path in output.iterdir())
     return {
         "seconds": round(seconds, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_resident_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "peak_resident_gb": round(peak / 1e9, 2),
         "written_gb": round(written / 1e9, 2),
     }
 

@@ -6,7 +6,6 @@ Needs the embedded language model, which `python -m pointalign.assets` prepares.
 """
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from turns import quantiles
 
 from pointalign import assets
 from pointalign.build import load
+from pointalign.efficient.memory import peak_resident_bytes
 from pointalign.storage import ROOT
 from pointalign_kernels import farthest_point_sample, group_points, point_ops
 
@@ -38,19 +38,6 @@ def coloured_cloud() -> np.ndarray:
     """`[8192, 6]` float32."""
     points = surfaces(1, 8192)[0]
     return torch.cat([points, torch.rand(points.shape)], dim=-1).numpy()
-
-
-def peak_bytes(process: int) -> int | None:
-    """The most memory that a running process has held; None where the system does not tell.
-
-    getrusage would count the memory of the process that started it, too.
-    """
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except FileNotFoundError:
-        return None
-    peak = re.search(r"VmHWM:\s*(\d+) kB", status)
-    return int(peak[1]) * 1024 if peak else None
 
 
 def talk(file: Path) -> dict[str, Any]:
@@ -76,7 +63,7 @@ def talk(file: Path) -> dict[str, Any]:
             answer = process.stdout.readline()
             assert answer.startswith("> "), f"expected the prompt and an answer, got {answer!r}"
             answered.append((asked, time.perf_counter()))
-        peak = peak_bytes(process.pid)
+        peak = peak_resident_bytes(process.pid)
         process.stdin.close()
         assert process.wait(timeout=60) == 0
     return {

@@ -1,6 +1,5 @@
 """The two losses under `transformers.Trainer`: equally normalised, logged apart; checkpoints that resume exactly."""
 
-import resource
 import shutil
 import signal
 import time
@@ -17,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from pointalign import storage
 from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens
 from pointalign.data.collator import TokenBudgetSampler
-from pointalign.efficient.memory import device_used_bytes
+from pointalign.efficient.memory import device_used_bytes, peak_resident_bytes
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
 from pointalign.options import published_rate
 
@@ -241,7 +240,8 @@ class PointAlignTrainer(Trainer):
                     value = self.accelerator.gather(value).sum()
                 logs[name] = value.item() / steps
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / elapsed, 1)
-            logs["peak_memory_gb"] = round(peak_memory_bytes() / 1e9, 3)
+            if peak := peak_memory_bytes():
+                logs["peak_memory_gb"] = round(peak / 1e9, 3)
             if self.args.device.type == "cuda":
                 logs["device_memory_gb"] = round(device_used_bytes(self.args.device) / 1e9, 3)
             self._parts = dict.fromkeys(self._parts, 0.0)
@@ -387,8 +387,8 @@ class TellEpoch(TrainerCallback):
             self.dataset.set_epoch(int(state.epoch or 0))
 
 
-def peak_memory_bytes() -> int:
+def peak_memory_bytes() -> int | None:
     """Peak memory of this process: the allocator's on CUDA, resident set size elsewhere."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()

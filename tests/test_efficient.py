@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -309,3 +311,10 @@ def test_the_memory_plan_checkpoints_as_the_trainer_does(name):
     memory.enable_checkpointing(model, SimpleNamespace(**{name: False, f"{name}_kwargs": None}))
     assert calls == [(({"use_reentrant": False},), {"every_n_layers": 2})]
     assert options == {"use_reentrant": False, "every_n_layers": 2}  # the Trainer reads them again
+
+
+def test_peak_memory_leaves_out_the_process_that_started_this_one():
+    measure = "from pointalign.efficient.memory import peak_resident_bytes; print(peak_resident_bytes())"
+    start = f"import subprocess, sys; block = b'x' * {2 * 10**9}; subprocess.run([sys.executable, '-c', {measure!r}])"
+    output = subprocess.run([sys.executable, "-c", start], check=True, capture_output=True, text=True).stdout
+    assert 0 < int(output) < 1.5e9

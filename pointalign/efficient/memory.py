@@ -6,8 +6,11 @@ on the device, counting every tensor that autograd saves; they grow linearly wit
 
 import heapq
 import os
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +30,27 @@ CUDA_CONTEXT = 0.6 * GB  # driver, cuBLAS workspaces, fragmentation: outside of 
 MARGIN = 0.95  # share of the device that a batch may fill
 CANDIDATES = 256  # samples whose tokens are counted to find the longest
 BYTES_PER_TOKEN = 4  # of English text
+
+
+def peak_resident_bytes(process: int | None = None) -> int | None:
+    """The most memory a running process (default: this one) has held, in bytes; None where the system does not tell.
+
+    On Linux this is read from /proc: getrusage also counts the memory of the process that started this one, and with
+    a large parent that is all it shows.
+    """
+    try:
+        status = Path(f"/proc/{process or 'self'}/status").read_text()
+    except FileNotFoundError:
+        if process is not None:
+            return None
+    else:
+        peak = re.search(r"VmHWM:\s*(\d+) kB", status)
+        return int(peak[1]) * 1024 if peak else None  # a process that has ended has no memory left to show
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @dataclass
