@@ -22,13 +22,14 @@ LAYERS = [
     ["pointalign.embedded.neighbours", "pointalign.embedded.procedural", "pointalign.embedded.procedural_parts"],
     ["pointalign.models"],
     ["pointalign.efficient"],
-    ["pointalign.embedded.warm_up"],
+    ["pointalign.embedded.views", "pointalign.embedded.words"],
     ["pointalign.convert"],
     ["pointalign.stage_file"],
     ["pointalign.build"],
     ["pointalign.feature_cache", "pointalign.trainer"],
     ["pointalign.evaluation"],
-    ["pointalign.train", "pointalign.chat", "pointalign.evaluate"],
+    ["pointalign.held_out"],
+    ["pointalign.train", "pointalign.chat", "pointalign.evaluate", "pointalign.embedded.stage1"],
     ["pointalign"],  # the file __init__.py alone
     ["experiments"],
 ]

@@ -33,11 +33,13 @@ class Conversation:
         object_ids: names of the objects.
         conversation_type: as in the file.
         turns: pairs (role, text), "user" and "assistant" in turn; the first text holds `<point>` once per object id.
+        kind: of question, such as `colour`, where the file says it.
     """
 
     object_ids: tuple[str, ...]
     conversation_type: str
     turns: tuple[tuple[str, str], ...]
+    kind: str | None = None
 
 
 def load_conversations(path: str | Path, types: Collection[str] | None = None) -> list[Conversation]:
@@ -205,7 +207,13 @@ def _parse_entry(entry) -> Conversation:
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         count = len(turns) if isinstance(turns, list) else type(turns).__name__
         raise AnnotationError(f"conversations must be a list of human and gpt turns in pairs, got {count}")
-    return Conversation(tuple(ids), kind, tuple(_parse_turn(i, turn, len(ids)) for i, turn in enumerate(turns)))
+    question_kind = entry.get("kind")
+    return Conversation(
+        tuple(ids),
+        kind,
+        tuple(_parse_turn(i, turn, len(ids)) for i, turn in enumerate(turns)),
+        question_kind if isinstance(question_kind, str) else None,
+    )
 
 
 def _parse_turn(index: int, turn, num_objects: int) -> tuple[str, str]:

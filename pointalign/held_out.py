@@ -1,0 +1,118 @@
+"""Both losses on held-out conversations while a model trains, by kind of question, always on the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from pointalign.data.collator import ConversationCollator
+from pointalign.data.conversations import Conversation
+from pointalign.data.dataset import ConversationDataset
+
+if TYPE_CHECKING:
+    from pointalign.models import PointAlignProcessor
+    from pointalign.options import Options
+    from pointalign.trainer import AlignedModel, PointAlignTrainer
+
+PER_KIND = 8  # samples of a kind of question
+PREFIX = "held_out"  # of the names in the log
+
+
+class HeldOutLosses(TrainerCallback):
+    """Logs `held_out/<kind>` before the first step and at every log: the mean next-token loss of each kind of question,
+    and `held_out/alignment_loss`, on a fixed batch per kind.
+
+    Args:
+        batches: kind -> a collated batch.
+    """
+
+    def __init__(self, trainer: PointAlignTrainer, aligned: AlignedModel, batches: Mapping[str, dict[str, Any]]):
+        self.trainer, self.aligned, self.batches = trainer, aligned, batches
+
+    @classmethod
+    def of(
+        cls, trainer: PointAlignTrainer, aligned: AlignedModel, processor: PointAlignProcessor, options: Options
+    ) -> HeldOutLosses | None:
+        """For the conversations of `data.validation`, or of the embedded objects' validation part; else None."""
+        paths = validation_paths(options)
+        if paths is None or options.training.process_index != 0 or options.training.world_size > 1:
+            return None
+        annotations, clouds = paths
+        dataset = ConversationDataset(annotations, clouds, None, options.data.up_axis)
+        collator = ConversationCollator(processor, options.data.max_length)
+        batches = {}
+        for kind, rows in rows_by_kind(dataset.conversations).items():
+            batch = collator([dataset[row] for row in rows])
+            batches[kind] = without_clouds(aligned, batch)
+        return cls(trainer, aligned, batches)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.measure()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "ntp_loss" in logs:
+            self.measure()
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        self.aligned.eval()
+        logs, alignment = {}, []
+        for kind, batch in self.batches.items():
+            inputs = {
+                name: value.to(self.aligned.device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
+            losses = self.aligned(**inputs)
+            logs[f"{PREFIX}/{kind}"] = losses["ntp_loss"].item()
+            alignment.append(losses["alignment_loss"].item())
+        if self.aligned.alignment is not None:
+            logs[f"{PREFIX}/alignment_loss"] = sum(alignment) / len(alignment)
+        self.aligned.train()
+        self.trainer.log(logs)
+
+
+def validation_paths(options: Options) -> tuple[Path, Any] | None:
+    """Annotation file and folders of clouds of the held-out conversations; None where there are none."""
+    data = options.data
+    if data.validation is not None:
+        return Path(data.validation), data.clouds
+    if data.annotations is not None or data.fold is not None:
+        return None
+    from pointalign import assets
+
+    folder = assets.embedded_objects()
+    return folder / "annotations" / "validation.json", folder / "clouds"
+
+
+def rows_by_kind(conversations: Sequence[Conversation]) -> dict[str, list[int]]:
+    """Rows of up to PER_KIND conversations of each kind, evenly over all of that kind."""
+    rows: dict[str, list[int]] = {}
+    for row, conversation in enumerate(conversations):
+        rows.setdefault(conversation.kind or conversation.conversation_type, []).append(row)
+    return {
+        kind: [places[i * len(places) // PER_KIND] for i in range(PER_KIND)] if len(places) > PER_KIND else places
+        for kind, places in sorted(rows.items())
+    }
+
+
+@torch.no_grad()
+def without_clouds(aligned: AlignedModel, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with Q-Former features in place of clouds where the point branch is frozen: it is not run again."""
+    model = aligned.model.model
+    frozen = not any(parameter.requires_grad for part in (model.point_encoder, model.point_mlp, model.qformer)
+                     for parameter in part.parameters())  # fmt: skip
+    if not frozen or aligned.alignment_config.target == "encoder" or "point_values" not in batch:
+        return batch
+    aligned.eval()
+    tokens = model.get_encoder_tokens(batch["point_values"], batch["point_lengths"])
+    features = model.query(tokens).float()
+    aligned.train()
+    return {name: value for name, value in batch.items() if name not in ("point_values", "point_lengths")} | {
+        "query_features": features
+    }
