@@ -5,6 +5,7 @@ same batches.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from pointalign.models import PointAlignFeatureExtractor
 STRETCH = 0.4  # of the views: a table half as wide is still a table, and its sides are measured again
 ALIGNED = 0.3  # share of the views whose sides lie along the axes, as in the catalogue, where sides are asked about
 PROCEDURAL_POOL = 12_000  # different procedural objects; each takes 3 ms
-PROCEDURAL_SHARE = 0.35  # share of procedural objects in every batch
+PROCEDURAL_SHARE = 0.4  # share of procedural objects in every batch
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 LOWEST, STEP = -2.0, 0.5  # of log2(height / width): its first bucket ends at LOWEST + STEP
 LEGS = {3: "three", 4: "four", 5: "five", 6: "six"}
@@ -99,15 +100,18 @@ class TrainingViews:
         seed: int,
     ):
         self.clouds, self.records, self.extractor, self.seed = clouds, records, extractor, seed
-        trained = {record["head_noun"] for record in records}
-        self.nouns = [noun for noun in MAKERS if noun in trained]
+        counts = Counter(record["head_noun"] for record in records)
+        self.nouns = [noun for noun in MAKERS if noun in counts]
+        # frequent nouns have more variety, and are asked about more often
+        frequency = np.sqrt([counts[noun] for noun in self.nouns])
+        self.noun_shares = frequency / frequency.sum()
         self.batch_size = batch_size
         self.num_real = batch_size - round(PROCEDURAL_SHARE * batch_size) if self.nouns else batch_size
         self.procedural = cache(self._procedural)
 
     def _procedural(self, number: int) -> tuple[dict, np.ndarray]:
         rng = np.random.default_rng([self.seed, 1, number])
-        return procedural_object(self.nouns[rng.integers(len(self.nouns))], rng)
+        return procedural_object(self.nouns[rng.choice(len(self.nouns), p=self.noun_shares)], rng)
 
     def _real(self, place: int) -> tuple[dict, np.ndarray]:
         """The object at a place of the endless sequence in which every object occurs once per round."""
