@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 from pointalign.embedded.debatable import could_be
@@ -143,6 +144,7 @@ def partners(count: int, allowed: Callable[[int, int], bool]) -> list[int | None
     """
     partner: list[int | None] = [None] * count
     taken_by: list[int | None] = [None] * count
+    closed: set[int] = set()  # places from which no free place can be reached, now or later
     for start in range(count):
         reached_from: dict[int, int] = {}
         queue = deque([start])
@@ -150,7 +152,7 @@ def partners(count: int, allowed: Callable[[int, int], bool]) -> list[int | None
         while queue and end is None:
             item = queue.popleft()
             for place in ((item + step) % count for step in range(1, count)):
-                if place in reached_from or not allowed(item, place):
+                if place in reached_from or place in closed or not allowed(item, place):
                     continue
                 reached_from[place] = item
                 holder = taken_by[place]
@@ -158,6 +160,8 @@ def partners(count: int, allowed: Callable[[int, int], bool]) -> list[int | None
                     end = place
                     break
                 queue.append(holder)
+        if end is None:
+            closed.update(reached_from)
         while end is not None:  # every item on the path moves on by one place
             item = reached_from[end]
             previous, partner[item], taken_by[end] = partner[item], end, item
@@ -227,8 +231,8 @@ def comparisons(records: Sequence[dict]) -> list[Asked]:
         aspect = record["height"] / record["width"]
         others = order[place + 1 :] + order[:place]
         ratios = ((other, other["height"] / other["width"] / aspect) for other in others)
-        clear = [(other, ratio > 1) for other, ratio in ratios if not 1 / PAIR_MARGIN <= ratio <= PAIR_MARGIN]
-        for other, taller in clear[:PAIRS]:
+        clear = ((other, ratio > 1) for other, ratio in ratios if not 1 / PAIR_MARGIN <= ratio <= PAIR_MARGIN)
+        for other, taller in islice(clear, PAIRS):
             ids = record["object_id"], other["object_id"]
             for first, second, last_is_taller in ((*ids, taller), (*ids[::-1], not taller)):
                 answer = "The second." if last_is_taller else "The first."
@@ -315,9 +319,7 @@ def _cm(value: float) -> str:
 # -------------------------------------------------------------------------------------------------------------- entries
 
 
-def _entry(
-    object_ids: tuple[str, ...], conversation_type: str, kind: str, *turns: tuple[str, str], **fact: str
-) -> dict:
+def _entry(object_ids: tuple[str, ...], type_name: str, kind: str, *turns: tuple[str, str], **fact: str) -> dict:
     values = [{"from": who, "value": turn[i]} for turn in turns for i, who in enumerate(("human", "gpt"))]
     values[0]["value"] = "<point>\n" * len(object_ids) + values[0]["value"]
     ids = object_ids[0] if len(object_ids) == 1 else list(object_ids)

@@ -193,7 +193,7 @@ def report(results: dict[str, np.ndarray], families: Sequence[str], noun_in_trai
 def ask_ten(
     model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, objects: ObjectSet, seed: int = 0
 ) -> str:
-    """A Markdown table; objects from different families, every other one asked about geometry, colour, place or size."""
+    """A Markdown table; objects from different families, every other one asked about its sides, colour or place."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(objects.ids))
     _, first = np.unique([objects.families[i] for i in order], return_index=True)
