@@ -37,7 +37,8 @@ from pointalign.embedded.catalogue import (
     read_catalogues,
     sample_object,
 )
-from pointalign.embedded.facts import PALETTE, conversations, read_name
+from pointalign.embedded.facts import PALETTE, read_name
+from pointalign.embedded.questions import conversations
 
 SHARES = (0.64, 0.11, 0.25)  # a quarter for the test: with fewer families the intervals would be too wide
 SAMPLES = {
@@ -189,13 +190,13 @@ def attribution(entries: list[CatalogueEntry], ids: set[str]) -> str:
 def write_samples(entries: list[CatalogueEntry], splits: dict[str, dict[str, str]], folder: Path) -> None:
     """The first 2048 points of a few CC0 objects in float16, and their annotations, as a tiny data set for tests."""
     folder.mkdir(parents=True, exist_ok=True)
-    annotations = []
+    records = []
     for entry in entries:
         if entry.object_id in SAMPLES:
             points = sample_object(entry)
             np.save(folder / f"{entry.object_id}_{POINTS}.npy", points[:2048].astype(np.float16))
-            annotations += conversations(describe_object(entry, points, **splits[entry.object_id]))
-    (folder / "annotations.json").write_text(json.dumps(annotations, indent=1) + "\n", encoding="utf-8")
+            records.append(describe_object(entry, points, **splits[entry.object_id]))
+    (folder / "annotations.json").write_text(json.dumps(conversations(records), indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -13,7 +13,9 @@ from pointalign import assets, storage
 from pointalign.build import load
 from pointalign.data.point_cloud import normalise, subsample, turn
 from pointalign.embedded import facts
+from pointalign.embedded.descriptions import named
 from pointalign.embedded.neighbours import chamfer
+from pointalign.embedded.questions import NAME, choice_questions
 from pointalign.evaluation import markdown_table
 from pointalign.evaluation.statistics import Estimate, cluster_mean, paired_difference
 from pointalign.evaluation.tasks import ObjectSet, embedded_objects
@@ -21,7 +23,7 @@ from pointalign.models import PointAlignForConditionalGeneration, PointAlignProc
 
 CHAMFER_POINTS, COARSE_POINTS, SHORTLIST = 1024, 256, 32
 CHAMFER_CHUNK = 2  # reference clouds at a time: their distances stay in the processor's cache
-QUESTION = "What is this?"
+QUESTION = NAME
 PAIRS = (  # which method is tested against which, where both were run
     ("model, random yaw", "1-NN Chamfer, random yaw"),
     ("model", "1-NN Chamfer, fixed pose"),
@@ -191,18 +193,18 @@ def report(results: dict[str, np.ndarray], families: Sequence[str], noun_in_trai
 def ask_ten(
     model: PointAlignForConditionalGeneration, processor: PointAlignProcessor, objects: ObjectSet, seed: int = 0
 ) -> str:
-    """A Markdown table; objects from different families, every other one asked about geometry or colour."""
+    """A Markdown table; objects from different families, every other one asked about its sides, colour or place."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(objects.ids))
     _, first = np.unique([objects.families[i] for i in order], return_index=True)
     chosen = order[np.sort(first)][:10]
     questions, truths = [], []
     for place, index in enumerate(chosen):
-        entries = facts.conversations(objects.records[index])
-        kind = "simple_description" if place % 2 == 0 else "single_round"
-        turns = next(entry for entry in entries if entry["conversation_type"] == kind)["conversations"]
-        questions.append(QUESTION if place % 2 == 0 else turns[0]["value"].removeprefix("<point>\n"))
-        truths.append(turns[1]["value"])
+        record = objects.records[index]
+        asked = choice_questions(record)
+        item = asked[int(rng.integers(len(asked)))]
+        questions.append(QUESTION if place % 2 == 0 else item.question)
+        truths.append(named(record) if place % 2 == 0 else item.answer)
     answers = ask(model, processor, [objects.clouds[i] for i in chosen], questions, description="sample answers")
     rows = [list(row) for row in zip(questions, answers, truths, strict=True)]
     return markdown_table(["question", "answer", "truth"], rows, "lll") + "\n"
