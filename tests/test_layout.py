@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pointalign", "kernels/pointalign_kernels", "experiments")
 MAX_LINES = 400
 
+PROCEDURAL = ("furniture", "household", "outdoors", "rooms")  # kinds of procedural objects
+
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
     ["pointalign_kernels"],
@@ -19,7 +21,10 @@ LAYERS = [
     ["pointalign.embedded.facts", "pointalign.embedded.catalogue"],
     ["pointalign.assets"],
     ["pointalign.data"],
-    ["pointalign.embedded.neighbours", "pointalign.embedded.procedural", "pointalign.embedded.procedural_parts"],
+    ["pointalign.embedded.procedural_parts"],
+    ["pointalign.embedded.procedural_groups"],
+    [f"pointalign.embedded.procedural_{kind}" for kind in PROCEDURAL],
+    ["pointalign.embedded.neighbours", "pointalign.embedded.procedural"],
     ["pointalign.models"],
     ["pointalign.efficient"],
     ["pointalign.embedded.warm_up"],
