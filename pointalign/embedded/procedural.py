@@ -17,8 +17,10 @@ from pointalign.embedded.procedural_household import HOUSEHOLD
 from pointalign.embedded.procedural_outdoors import OUTDOORS
 from pointalign.embedded.procedural_parts import Draw, Part
 from pointalign.embedded.procedural_rooms import ROOMS
+from pointalign.embedded.procedural_small import SMALL
+from pointalign.embedded.procedural_structures import STRUCTURES
 
-MAKERS: dict[str, Callable[[Draw], list[Part]]] = {**FURNITURE, **ROOMS, **HOUSEHOLD, **OUTDOORS}
+MAKERS: dict[str, Callable[[Draw], list[Part]]] = {**FURNITURE, **ROOMS, **HOUSEHOLD, **OUTDOORS, **SMALL, **STRUCTURES}
 
 
 def procedural_object(noun: str, rng: np.random.Generator, points: int = 1024) -> tuple[dict, np.ndarray]:

@@ -104,12 +104,12 @@ def ball(w, h, d, x, y, z, colour) -> Part:
 
 def rod(start, end, thick: float, colour, taper: float = 1.0, leg: bool = False, flat: float = 1.0) -> Part:
     """A cone from one point to another; `flat` is its second thickness over its first."""
-    along = np.subtract(end, start)
-    length = float(np.linalg.norm(along))
-    along = along / length
-    across = np.cross(along, (0, 0, 1) if abs(along[2]) < 0.9 else (1, 0, 0))
-    across = across / np.linalg.norm(across)
-    turn_matrix = np.array([across, along, np.cross(across, along)])
+    x, y, z = (float(b - a) for a, b in zip(start, end, strict=True))
+    length, level = math.sqrt(x * x + y * y + z * z), math.hypot(x, z)
+    x, y, z, level = x / length, y / length, z / length, level / length
+    across = (z / level, 0.0, -x / level) if level > 1e-6 else (1.0, 0.0, 0.0)
+    third = (across[1] * z - across[2] * y, across[2] * x - across[0] * z, across[0] * y - across[1] * x)
+    turn_matrix = np.array([across, (x, y, z), third])
     return Part("cone", (thick, length, thick * flat), tuple(start), colour, taper, turn_matrix, leg)
 
 
