@@ -11,7 +11,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pointalign", "kernels/pointalign_kernels", "experiments")
 MAX_LINES = 400
 
-PROCEDURAL = ("furniture", "household", "outdoors", "rooms", "small", "structures")  # kinds of procedural objects
+PROCEDURAL = (
+    "figures",
+    "furniture",
+    "household",
+    "outdoors",
+    "rooms",
+    "small",
+    "structures",
+    "vehicles",
+)  # kinds of procedural objects
 
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
