@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pointalign.embedded.facts import colour_shares
+from pointalign.embedded.procedural_devices import DEVICES
 from pointalign.embedded.procedural_figures import FIGURES
 from pointalign.embedded.procedural_furniture import FURNITURE
 from pointalign.embedded.procedural_household import HOUSEHOLD
@@ -20,18 +21,12 @@ from pointalign.embedded.procedural_parts import Draw, Part
 from pointalign.embedded.procedural_rooms import ROOMS
 from pointalign.embedded.procedural_small import SMALL
 from pointalign.embedded.procedural_structures import STRUCTURES
+from pointalign.embedded.procedural_things import THINGS
 from pointalign.embedded.procedural_vehicles import VEHICLES
 
 MAKERS: dict[str, Callable[[Draw], list[Part]]] = {
-    **FURNITURE,
-    **ROOMS,
-    **HOUSEHOLD,
-    **OUTDOORS,
-    **SMALL,
-    **STRUCTURES,
-    **FIGURES,
-    **VEHICLES,
-}
+    **FURNITURE, **ROOMS, **HOUSEHOLD, **OUTDOORS, **SMALL, **STRUCTURES, **FIGURES, **VEHICLES, **DEVICES, **THINGS,
+}  # fmt: skip
 
 
 def procedural_object(noun: str, rng: np.random.Generator, points: int = 1024) -> tuple[dict, np.ndarray]:

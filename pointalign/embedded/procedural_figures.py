@@ -210,7 +210,7 @@ def horse(u: Draw) -> list[Part]:
     toy = u.chance(0.3)
     size = u(0.4, 0.5) if toy else u(1.3, 1.6)
     parts = four_legged(
-        u, size, size * u(0.9, 1.05), size * u(0.32, 0.4), size * u(0.4, 0.55), size * 0.22, size * 0.32, size * 0.4
+        u, size, size * u(0.9, 1.1), size * u(0.27, 0.34), size * u(0.4, 0.55), size * 0.22, size * 0.32, size * 0.4
     )
     mane = u.colour(FUR)
     y = size * 1.1

@@ -140,15 +140,16 @@ def lathe(profile: Sequence[tuple[float, float]], colour, at=(0.0, 0.0, 0.0), fl
 def tube(path, thick: float, colour, at=(0.0, 0.0, 0.0), turn=None) -> Part:
     """A tube of diameter `thick` along a path `[k, 3]`."""
     path = np.asarray(path, dtype=float)
-    along = np.gradient(path, axis=0)
-    if np.allclose(path[0], path[-1]):
-        along[0] = along[-1] = path[1] - path[-2]
-    along /= np.linalg.norm(along, axis=1, keepdims=True)
+    closed = np.abs(path[0] - path[-1]).max() < 1e-9
+    before, after = (path[-2], path[1]) if closed else (path[0], path[-1])
+    along = np.concatenate([path[1:], [after]]) - np.concatenate([[before], path[:-1]])
+    along /= np.sqrt((along**2).sum(axis=1, keepdims=True))
     normal = np.linalg.svd(path - path.mean(axis=0))[2][2]  # of the plane that fits the path best
-    side = np.cross(along, normal)
-    side /= np.linalg.norm(side, axis=1, keepdims=True) + 1e-9
+    side = along[:, [1, 2, 0]] * normal[[2, 0, 1]] - along[:, [2, 0, 1]] * normal[[1, 2, 0]]  # cross product
+    side /= np.sqrt((side**2).sum(axis=1, keepdims=True)) + 1e-9
+    third = side[:, [1, 2, 0]] * along[:, [2, 0, 1]] - side[:, [2, 0, 1]] * along[:, [1, 2, 0]]
     angle = np.linspace(0, 2 * math.pi, 9)[None, :, None]
-    round_ = np.cos(angle) * side[:, None] + np.sin(angle) * np.cross(side, along)[:, None]
+    round_ = np.cos(angle) * side[:, None] + np.sin(angle) * third[:, None]
     return surface(path[:, None] + thick / 2 * round_, colour, at, turn)
 
 

@@ -213,7 +213,7 @@ def pot(u: Draw) -> list[Part]:
 
 
 def pan(u: Draw) -> list[Part]:
-    if u.chance(0.35):
+    if u.chance(0.25):
         return pot(u)
     metal, grip, r = u.colour(PLAIN[1:], METAL), u.colour(PLAIN[2:], WOOD), u(0.1, 0.16)
     h, long = r * u(0.25, 0.9), r * u(1, 1.8)
