@@ -11,6 +11,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pointalign", "kernels/pointalign_kernels", "experiments")
 MAX_LINES = 400
 
+PROCEDURAL = (
+    "figures",
+    "furniture",
+    "household",
+    "outdoors",
+    "rooms",
+    "small",
+    "structures",
+    "vehicles",
+)  # kinds of procedural objects
+
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
     ["pointalign_kernels"],
@@ -22,7 +33,10 @@ LAYERS = [
     ["pointalign.embedded.catalogue"],
     ["pointalign.assets"],
     ["pointalign.data"],
-    ["pointalign.embedded.neighbours", "pointalign.embedded.procedural", "pointalign.embedded.procedural_parts"],
+    ["pointalign.embedded.procedural_parts"],
+    ["pointalign.embedded.procedural_groups"],
+    [f"pointalign.embedded.procedural_{kind}" for kind in PROCEDURAL],
+    ["pointalign.embedded.neighbours", "pointalign.embedded.procedural"],
     ["pointalign.embedded.procedural_questions"],
     ["pointalign.models"],
     ["pointalign.efficient"],
