@@ -16,7 +16,7 @@ LAYERS = [
     ["pointalign_kernels"],
     ["pointalign.alignment", "pointalign.storage"],
     ["pointalign.options"],
-    ["pointalign.embedded.facts", "pointalign.embedded.catalogue"],
+    ["pointalign.embedded.facts", "pointalign.embedded.catalogue", "pointalign.embedded.extra_objects"],
     ["pointalign.assets"],
     ["pointalign.data"],
     ["pointalign.embedded.neighbours", "pointalign.embedded.procedural", "pointalign.embedded.procedural_parts"],
