@@ -20,7 +20,8 @@ VALUE = r'("[^"\n]+\.png[^"\n]*"|\{[^{}\n]*\.png[^{}\n]*\}|0x[0-9a-fA-F]{8})'
 VARIABLE = re.compile(r"(?:\blocal[ \t]+(\w+)|\b(\w+\.[\w.]+))[ \t]*=[ \t]*" + VALUE)
 MESH = re.compile(r"""\bmesh\s*=\s*["']([\w.-]+\.obj)["']\s*(?=[,}])""")
 REGISTERED = re.compile(r"""\bregister\w*\(\s*["']:?(?:\w+:)?(\w+)["'][^,{}()]*,\s*\{""")
-BOX = re.compile(r"\{((?:\s*-?[\d.]+(?:/\d+)?\s*,?){6}\s*)\}")
+NUMBER = r"-?[\d.]+(?:/\d+)?"
+BOX = re.compile(rf"\{{\s*({NUMBER}(?:\s*,\s*{NUMBER}){{5}})\s*,?\s*\}}")
 ITEM = re.compile(r"\s*(\{(?:[^{}]|\{[^{}]*\})*\}|[^,{}]+)\s*(?:,|$)")
 TEXTURE = re.compile(r"""["']\(?([\w.-]+\.png)[^"']*["']""")  # of layers, the lowest
 COLOUR = re.compile(r"(?:\bcolor\s*=\s*)?0x[0-9a-fA-F]{2}([0-9a-fA-F]{6})\b|\.png#([0-9a-fA-F]{6})")
@@ -115,7 +116,7 @@ def read_look(definition: str, variables: dict[str, str]) -> Look:
         read_tile(item[1], variables) for item in ITEM.finditer(_field(definition, "tiles") or "") if item[1].strip()
     ]
     boxes = BOX.findall(_field(definition, "node_box") or "")
-    corners = [tuple(_number(number) for number in re.sub(r"\s", "", box).strip(",").split(",")) for box in boxes]
+    corners = [tuple(_number(number) for number in box.split(",")) for box in boxes]
     return Look(tuple(tiles), tuple(corners) or (FULL_BOX,))
 
 
