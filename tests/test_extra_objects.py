@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from pointalign import assets
-from pointalign.embedded import extra_objects, facts
-from pointalign.embedded.extra_objects import Tile
+from pointalign.embedded import extra_objects, facts, lua_definitions
+from pointalign.embedded.lua_definitions import FULL_BOX, Look, Tile
 
 SQUARES = """# two unit squares, the second one above the first and twice as long
 o thing
@@ -49,10 +49,24 @@ register("thing", {
     mesh = "thing.obj",
     selection_box = { fixed = { {0, 0, 0}, {1, 1, 1} } },
 })
-register("thing, again", { mesh = "thing.obj", tiles = { "later.png" } })
+register("thing_again", { mesh = "thing.obj", tiles = { "later.png" } })
 for _, shape in ipairs(shapes) do
     register(shape, { mesh = "table_"..shape..".obj", tiles = { "table.png" } })
+    register(shape.."_chair", { mesh = "chair.obj", tiles = { "chair_"..shape..".png" } })
+    made.register("shelf_"..shape, {
+        tiles = { "plain.png", "shelf_"..shape..".png" },
+        node_box = {
+            type = "fixed",
+            fixed = {
+                { -0.5, -0.5, -8/16, 0.5, 0.375, 0.5 }, -- body
+                { -4/16, 0.375, 0, 0.25, 0.5, 0.5, },
+                { 0.125, 0.25, 0.5 },
+            },
+        },
+    })
 end
+register("chair", { mesh = "chair.obj", tiles = { "chair.png" } })
+register_node(":other:cube", { tiles = { "cube.png" } })
 """
 
 
@@ -69,25 +83,64 @@ def texture(path, *rows):
 
 def test_tiles_are_read_from_lua():
     red, grey = (128 / 255, 0.0, 0.0), (128 / 255,) * 3
-    assert extra_objects.read_tiles({"made/init.lua": LUA}) == {
-        "thing.obj": [
-            Tile("plain.png", red),
-            Tile("plain.png", grey),
-            Tile("plain.png"),
-            Tile("plain.png"),
-            Tile("fire.png", frame=(16, 8)),
-            Tile("plain.png"),
-            Tile(""),
-        ]
-    }
+    looks = lua_definitions.read_looks({"made/init.lua": LUA})
+    assert looks["thing.obj"].tiles == (
+        Tile("plain.png", red),
+        Tile("plain.png", grey),
+        Tile("plain.png"),
+        Tile("plain.png"),
+        Tile("fire.png", frame=(16, 8)),
+        Tile("plain.png"),
+        Tile(""),
+    )
+    assert looks["thing"] == looks["thing.obj"] and looks["thing_again"].tiles == (Tile("later.png"),)
+    assert looks["chair.obj"].tiles == (Tile("chair.png"),), "the first that can be read"
+    assert looks.keys() == {"thing.obj", "chair.obj", "thing", "thing_again", "chair", "shelf_", "cube"}
+
+
+def test_boxes_are_read_from_lua():
+    looks = lua_definitions.read_looks({"made/init.lua": LUA})
+    assert looks["shelf_"] == Look(
+        (Tile("plain.png"), Tile("")), ((-0.5, -0.5, -0.5, 0.5, 0.375, 0.5), (-0.25, 0.375, 0.0, 0.25, 0.5, 0.5))
+    )
+    assert looks["cube"] == Look((Tile("cube.png"),), (FULL_BOX,))
 
 
 def test_names_without_a_dot_belong_to_their_file():
-    files = {
-        "a": 'local wood = "oak.png"\nshared.iron = "iron.png"',
-        "b": '{ mesh = "x.obj", tiles = { wood, shared.iron } }',
-    }
-    assert extra_objects.read_tiles(files) == {"x.obj": [Tile(""), Tile("iron.png")]}
+    first = 'local wood = "oak.png"\nshared.iron = "iron.png"'
+    second = '{ mesh = "x.obj", tiles = { wood, shared.iron } }'
+    looks = lua_definitions.read_looks({"a": first, "b": second})
+    assert looks == {"x.obj": Look((Tile(""), Tile("iron.png")))}
+
+
+def test_boxes_have_a_group_for_each_tile(tmp_path, monkeypatch):
+    """A flat box of the colours red, green ... on its top, bottom, right, left, back and front, in the game's axes."""
+    sides = {"top": (1, 0, 0), "bottom": (0, 1, 0), "right": (0, 0, 1), "left": (1, 1, 0), "back": (1, 0, 1)}
+    sides["front"] = (0, 1, 1)
+    colours = {f"{side}.png": "#" + "".join(f"{255 * value:02x}" for value in rgb) for side, rgb in sides.items()}
+    write(tmp_path, {"crate": "box"}, colours, monkeypatch)
+    names = ", ".join(f'"{name}"' for name in colours)
+    box = "{ -8/16, -0.5, -0.5, 0.5, 0, 0.5 }"
+    (tmp_path / "init.lua").write_text(
+        f'register("crate", {{ tiles = {{ {names} }}, node_box = {{ fixed = {box} }} }})'
+    )
+    ((record, cloud),) = extra_objects.read_objects(tmp_path)
+    assert record["object_id"] == "homedecor-crate" and record["width"] == pytest.approx(2 * record["height"], rel=0.01)
+    ends = {"top": (1, 1), "bottom": (1, -1), "right": (0, -1), "left": (0, 1), "back": (2, 1), "front": (2, -1)}
+    for side, (axis, sign) in ends.items():
+        here = cloud[(cloud[:, 3:] == np.float32(sides[side])).all(axis=1)]
+        assert np.ptp(here[:, axis]) < 1e-6 and sign * here[0, axis] > 0, side
+
+
+def test_a_texture_on_boxes_is_read_from_left_to_right():
+    """The front, which the game shows at -z with x to the right; the model's x points the other way."""
+    lines = extra_objects.boxes_model([FULL_BOX]).splitlines()
+    start = lines.index("g 5")
+    corners = [tuple(map(float, line.split()[1:])) for line in lines[start + 1 : start + 9]]
+    assert {corners[k][:2]: corners[k + 1] for k in (0, 2, 4, 6)} == {
+        (0.5, -0.5): (0, 0), (-0.5, -0.5): (1, 0), (-0.5, 0.5): (1, 1), (0.5, 0.5): (0, 1)
+    }  # fmt: skip
+    assert all(corners[k][2] == -0.5 for k in (0, 2, 4, 6))
 
 
 def test_groups_with_faces_become_materials():
@@ -143,7 +196,7 @@ def test_transparent_parts_have_no_points(tmp_path, monkeypatch):
 
 def test_a_missing_model_is_named(tmp_path, monkeypatch):
     write(tmp_path, {"thing.obj": "chair", "lost.obj": "chair"}, monkeypatch=monkeypatch)
-    with pytest.raises(ValueError, match=r"expected 2 models, but lost\.obj is missing"):
+    with pytest.raises(ValueError, match=r"expected 2 objects, but lost\.obj is missing"):
         list(extra_objects.read_objects(tmp_path))
 
 
@@ -168,9 +221,9 @@ def test_the_committed_table_names_objects():
     objects, colours = extra_objects.table()["objects"], extra_objects.table()["colours"]
     entries = [{"name": entry} if isinstance(entry, str) else entry for entry in objects.values()]
     assert all(facts.read_name(entry["name"]).head for entry in entries)
-    tiles = [extra_objects.read_tile(f'"{tile}"', {}) for entry in entries for tile in entry.get("tiles", [])]
+    tiles = [lua_definitions.read_tile(f'"{tile}"', {}) for entry in entries for tile in entry.get("tiles", [])]
     assert tiles and all(tile.texture for tile in tiles)
-    assert all(len(extra_objects._rgb(code)) == 3 for code in colours.values())
+    assert all(len(lua_definitions.read_colour(code)) == 3 for code in colours.values())
 
 
 def test_the_built_objects_are_complete_and_have_known_nouns():

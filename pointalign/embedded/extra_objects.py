@@ -1,13 +1,8 @@
 """More labelled objects for training a point encoder: household things of the Debian package minetest-mod-homedecor.
 
-The package holds OBJ models without materials. Lua files assign textures to them, in the form
-
-    mesh = "homedecor_desk.obj",
-    tiles = { homedecor.plain_wood, "homedecor_desk_drawers.png", { name = "metal.png", color = 0xff303030 } },
-
-where the n-th tile belongs to the n-th group of the model. What a regular expression cannot read there, such as names
-put together in a loop, is in `furniture_data/homedecor.json`, as are the names of the objects and the colours of
-textures that belong to other packages. `build_extra_objects` writes
+The package holds OBJ models without materials, and Lua files that assign textures to them or describe objects as boxes,
+see `lua_definitions`. The names of the objects, textures that cannot be read from there, and the colours of textures of
+other packages are in `furniture_data/homedecor.json`. `build_extra_objects` writes
 
     clouds/{object_id}_8192.npy   [8192, 6] float32, xyz in the unit sphere (y up) + rgb in 0..1
     objects.json                  one record per object: what `facts.facts` reads, its name, creator and licence
@@ -20,8 +15,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,124 +24,58 @@ import numpy as np
 
 from pointalign.embedded.catalogue import POINTS, UNTEXTURED, normalise, sample_surface
 from pointalign.embedded.facts import colour_shares, read_name, seed_of
+from pointalign.embedded.lua_definitions import Look, Tile, read_colour, read_looks, read_tile
 
 TABLE_FILE = Path(__file__).parent / "furniture_data" / "homedecor.json"
+SIDES = (  # of a box, in the order of its tiles: axis and end, then axis and sign of the texture's u and of its v
+    (1, 1, (0, 1), (2, 1)),
+    (1, 0, (0, 1), (2, -1)),
+    (0, 1, (2, 1), (1, 1)),
+    (0, 0, (2, -1), (1, 1)),
+    (2, 1, (0, -1), (1, 1)),
+    (2, 0, (0, 1), (1, 1)),
+)
 Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # turns a model that stands along z: (x, y, z) -> (x, z, -y)
 LICENSE, CREATOR = "CC-BY-SA-4.0", "Vanessa Ezekowitz and contributors of homedecor_modpack"
 OTHER_AUTHORS = {  # start of the model's name -> creator and SPDX licence, by the package's copyright file
     "lavalamp": ("thefamilygrog66", "WTFPL"),
     "plasmascreen": ("qwrwed", "WTFPL"),
 }
-COMMENT = re.compile(r"--\[\[.*?\]\]|--[^\n]*", re.DOTALL)
-VALUE = r'("[^"\n]+\.png[^"\n]*"|\{[^{}\n]*\.png[^{}\n]*\}|0x[0-9a-fA-F]{8})'
-VARIABLE = re.compile(r"(?:\blocal[ \t]+(\w+)|\b(\w+\.[\w.]+))[ \t]*=[ \t]*" + VALUE)
-MESH = re.compile(r"""\bmesh\s*=\s*["']([\w.-]+\.obj)["']\s*(?=[,}])""")
-TILES = re.compile(r"\btiles\s*=\s*\{")
-ITEM = re.compile(r"\s*(\{(?:[^{}]|\{[^{}]*\})*\}|[^,{}]+)\s*(?:,|$)")
-TEXTURE = re.compile(r"""["']\(?([\w.-]+\.png)[^"']*["']""")  # of layers, the lowest
-COLOUR = re.compile(r"(?:\bcolor\s*=\s*)?0x[0-9a-fA-F]{2}([0-9a-fA-F]{6})\b|\.png#([0-9a-fA-F]{6})")
-FRAMES = re.compile(r"aspect_w\s*=\s*(\d+).*?aspect_h\s*=\s*(\d+)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The look of a model's group: a texture, "" for none, times a colour. `frame` is (width, height) of an animation's
-    frames, which lie one above the other in the texture.
-    """
-
-    texture: str
-    colour: tuple[float, ...] = (1.0, 1.0, 1.0)
-    frame: tuple[int, int] | None = None
 
 
 @cache
 def table() -> dict[str, dict]:
     """The committed table.
 
-    "objects": model file -> name, or {"name", "tiles", "z_up"}. "tiles" replaces what the Lua files say: texture names,
-    followed by "#rrggbb" if they are coloured. "z_up": the model lies on its back, for the
-    game turns it.
+    "objects": model file, or registered name of an object made of boxes -> name, or {"name", "tiles", "z_up"}.
+    "tiles" replaces what the Lua files say: texture names, followed by "#rrggbb" if they are coloured. "z_up": the
+    model lies on its back, for the game turns it.
     "colours": texture of another package -> "#rrggbb".
     """
     return json.loads(TABLE_FILE.read_text(encoding="utf-8"))
 
 
-def _rgb(code: str) -> tuple[float, ...]:
-    """The colour of "rrggbb" or "#rrggbb", in 0..1."""
-    return tuple(int(code.lstrip("#")[i : i + 2], 16) / 255 for i in (0, 2, 4))
-
-
-# ------------------------------------------------------------------------------------------------------------ Lua files
-
-
-def read_variables(texts: dict[str, str]) -> dict[str, dict[str, str]]:
-    """File -> name -> expression of every variable that is set to a texture or a colour; the first value counts.
-
-    Names with a dot, such as `homedecor.plain_wood`, are known in all files.
-    """
-    variables: dict[str, dict[str, str]] = {}
-    shared: dict[str, str] = {}
-    for file, text in texts.items():
-        file_names = variables.setdefault(file, {})
-        for match in VARIABLE.finditer(text):
-            (file_names if match[1] else shared).setdefault(match[1] or match[2], match[3])
-    return {file: shared | names for file, names in variables.items()}
-
-
-def read_tile(expression: str, variables: dict[str, str]) -> Tile:
-    """A tile as Lua writes it: a name in quotes, a table with `name` and `color`, or a variable that holds either."""
-    expression = re.sub(r"[A-Za-z_][\w.]*", lambda name: variables.get(name[0], name[0]), expression)
-    texture, colour, frames = TEXTURE.search(expression), COLOUR.search(expression), FRAMES.search(expression)
-    return Tile(
-        texture[1] if texture else "",
-        _rgb(colour[1] or colour[2]) if colour else (1.0, 1.0, 1.0),
-        (int(frames[1]), int(frames[2])) if frames else None,
-    )
-
-
-def _end_of_table(text: str, start: int) -> int:
-    """Position after the brace that closes the one at `start`; the text's end if none does."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "{") - (text[place] == "}")
-        if depth == 0:
-            return place + 1
-    return len(text)
-
-
-def _start_of_table(text: str, place: int) -> int:
-    """Position of the brace that opens the table around `place`, or 0."""
-    depth = 0
-    for start in range(place - 1, -1, -1):
-        depth += (text[start] == "{") - (text[start] == "}")
-        if depth == 1:
-            return start
-    return 0
-
-
-def read_tiles(texts: dict[str, str]) -> dict[str, list[Tile]]:
-    """Model file -> its tiles, from the text of Lua files; the first definition of a model that names a texture counts.
-
-    Args:
-        texts: file name -> text.
-    """
-    texts = {file: COMMENT.sub("", text) for file, text in texts.items()}
-    variables = read_variables(texts)
-    tiles: dict[str, list[Tile]] = {}
-    for file, text in texts.items():
-        for mesh in MESH.finditer(text):
-            start = _start_of_table(text, mesh.start())
-            field = TILES.search(text, start, _end_of_table(text, start))
-            if not field:
-                continue
-            inside = text[field.end() : _end_of_table(text, field.end() - 1) - 1]
-            read = [read_tile(item[1], variables[file]) for item in ITEM.finditer(inside) if item[1].strip()]
-            if any(tile.texture for tile in read):
-                tiles.setdefault(mesh[1], read)
-    return tiles
-
-
 # --------------------------------------------------------------------------------------------------------------- models
+
+
+def boxes_model(boxes: Sequence[Sequence[float]]) -> str:
+    """The OBJ text of boxes (x0, y0, z0, x1, y1, z1), with a group for each direction, in the order of the tiles.
+
+    Textures lie on the sides as on those of the unit cube about the origin. The boxes are left-handed, unlike models.
+    """
+    lines, count = [], 0
+    for group, (axis, end, (u_axis, u_sign), (v_axis, v_sign)) in enumerate(SIDES):
+        lines.append(f"g {group}")
+        for box in boxes:
+            corner = [0.0, 0.0, 0.0]
+            corner[axis] = box[axis + 3 * end]
+            for u_end, v_end in ((0, 0), (1, 0), (1, 1), (0, 1)):
+                corner[u_axis], corner[v_axis] = box[u_axis + 3 * u_end], box[v_axis + 3 * v_end]
+                lines.append(f"v {-corner[0]} {corner[1]} {corner[2]}")
+                lines.append(f"vt {u_sign * corner[u_axis] + 0.5} {v_sign * corner[v_axis] + 0.5}")
+            lines.append("f " + " ".join(f"{count + k}/{count + k}" for k in (1, 2, 3, 4)))
+            count += 4
+    return "\n".join(lines) + "\n"
 
 
 def with_materials(model: str) -> tuple[str, int]:
@@ -180,17 +108,18 @@ def _texture(tile: Tile, path: Path) -> bytes:
     return packed.getvalue()
 
 
-def load_scene(model: Path, tiles: list[Tile], textures: dict[str, Path]) -> Any:
+def load_scene(model: str, tiles: Sequence[Tile], textures: dict[str, Path]) -> Any:
     """The model as a `trimesh.Scene`, one geometry per group. A model with more groups than tiles repeats the last.
 
     Args:
+        model: the text of an OBJ file.
         tiles: one per group; where there are none, the model is grey.
         textures: file name -> file. A texture that is not there counts as its colour of the table, else as grey.
     """
     import trimesh
     from trimesh.resolvers import ZipResolver
 
-    text, parts = with_materials(model.read_text(encoding="latin-1"))
+    text, parts = with_materials(model)
     files, materials = {}, []
     for part in range(parts):
         tile = tiles[min(part, len(tiles) - 1)] if tiles else Tile("")
@@ -201,7 +130,7 @@ def load_scene(model: Path, tiles: list[Tile], textures: dict[str, Path]) -> Any
         else:
             code = table()["colours"].get(tile.texture)
             plain = (1.0, 1.0, 1.0) if tile.colour != (1.0, 1.0, 1.0) and not tile.texture else UNTEXTURED
-            colour = np.array(_rgb(code) if code else plain) * tile.colour
+            colour = np.array(read_colour(code) if code else plain) * tile.colour
             materials.append("Kd " + " ".join(f"{value:.4f}" for value in colour))
     files["parts.mtl"] = io.BytesIO("\n".join(materials).encode())
     resolver = ZipResolver(files)
@@ -221,21 +150,22 @@ def read_objects(package: Path) -> Iterator[tuple[dict, np.ndarray]]:
     """
     models = {path.name: path for path in sorted(package.rglob("*.obj"))}
     textures = {path.name: path for path in sorted(package.rglob("*.png"))}
-    if missing := table()["objects"].keys() - models.keys():
-        raise ValueError(f"{package}: expected {len(table()['objects'])} models, but {min(missing)} is missing")
     scripts = {str(path): path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.lua"))}
-    tiles = read_tiles(scripts)
-    for model, entry in table()["objects"].items():
+    looks = read_looks(scripts)
+    if missing := table()["objects"].keys() - models.keys() - looks.keys():
+        raise ValueError(f"{package}: expected {len(table()['objects'])} objects, but {min(missing)} is missing")
+    for key, entry in table()["objects"].items():
         entry = {"name": entry} if isinstance(entry, str) else entry
-        looks = tiles.get(model, [])
-        if "tiles" in entry:
-            looks = [read_tile(f'"{tile}"', {}) for tile in entry["tiles"]]
-        object_id = "homedecor-" + re.sub(r"[^a-z0-9]+", "-", model.removeprefix("homedecor_").removesuffix(".obj"))
-        points = sample_surface(load_scene(models[model], looks, textures), POINTS, seed_of(object_id))
+        look = looks.get(key, Look())
+        tiles = [read_tile(f'"{tile}"', {}) for tile in entry["tiles"]] if "tiles" in entry else look.tiles
+        model = models[key].read_text(encoding="latin-1") if key in models else boxes_model(look.boxes)
+        words = re.findall(r"[a-z0-9]+", key.removeprefix("homedecor_").removesuffix(".obj"))
+        object_id = "-".join(["homedecor", *words])
+        points = sample_surface(load_scene(model, tiles, textures), POINTS, seed_of(object_id))
         if entry.get("z_up"):
             points[:, :3] @= Z_UP.T
         cloud = normalise(points)
-        authors = [author for start, author in OTHER_AUTHORS.items() if model.startswith(start)]
+        authors = [author for start, author in OTHER_AUTHORS.items() if key.startswith(start)]
         creator, license = authors[0] if authors else (CREATOR, LICENSE)
         width, height, depth = np.ptp(cloud[:, :3].astype(np.float64), axis=0).round(4).tolist()
         record = {
