@@ -1,5 +1,4 @@
 import hashlib
-import io
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from made_records import box, committed_names
 from experiments import families
 from pointalign import assets
 from pointalign.embedded import catalogue, facts
+from pointalign.embedded.questions import conversations
 from pointalign.evaluation import naming, tasks
 
 TILT = "1 0 0 0 0 1 0 -1 0"  # z up -> y up
@@ -295,10 +295,14 @@ def check_geometry(entry, points):
     """Answers about the box agree with the cloud itself."""
     width, height, depth = np.ptp(points[:, :3].astype(float), axis=0)
     answer = entry["conversations"][1]["value"]
-    if entry["fact"] == "taller_than_wide":
-        assert answer.startswith("Yes, " if height > width else "No, ")
-    elif entry["fact"] == "wider_than_deep":
-        assert answer.startswith("Yes, " if width > depth else "No, ")
+    compared = {
+        "taller_than_wide": height > width,
+        "wider_than_tall": width > height,
+        "wider_than_deep": width > depth,
+        "deeper_than_wide": depth > width,
+    }
+    if entry["fact"] in compared:
+        assert answer.startswith("Yes, " if compared[entry["fact"]] else "No, ")
     elif entry["fact"] in ("longest_side", "shortest_side"):
         pick = max if entry["fact"] == "longest_side" else min
         assert answer == f"The {pick([(width, 'width'), (height, 'height'), (depth, 'depth')])[1]}."
@@ -330,12 +334,16 @@ def test_built_objects_match_the_committed_split(monkeypatch):
     checked = 0
     for split in catalogue.SPLITS:
         entries = json.loads((folder / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
-        assert {e["object_id"] for e in entries} == {i for i, v in splits.items() if v["split"] == split}
+        members = [record for record in records.values() if record["split"] == split]
+        assert entries == conversations(members)
+        assert {r["object_id"] for r in members} == {i for i, v in splits.items() if v["split"] == split}
+        if split != "test":
+            continue
+        clouds = {r["object_id"]: np.load(folder / "clouds" / f"{r['object_id']}_8192.npy") for r in members}
         for entry in entries:
-            text = " ".join(turn["value"] for turn in entry["conversations"])
-            if entry["conversation_type"] == "simple_description":
+            if entry["kind"] == "brief":
+                text = entry["conversations"][1]["value"]
                 assert records[entry["object_id"]]["name"].lower() in text.lower()
-            if split == "test" and "fact" in entry:
-                points = np.load(io.BytesIO((folder / "clouds" / f"{entry['object_id']}_8192.npy").read_bytes()))
-                checked += check_geometry(entry, points)
-    assert checked > 50
+            if entry["conversation_type"] == "single_round":
+                checked += check_geometry(entry, clouds[entry["object_id"]])
+    assert checked > 1000

@@ -65,7 +65,7 @@ class Property:
 def _longer(first: str, second: str) -> Callable[[dict], bool | None]:
     def holds(record: dict) -> bool | None:
         a, b = record[first], record[second]
-        return a > b if max(a, b) > MARGIN * min(a, b) else None
+        return bool(a > b) if max(a, b) > MARGIN * min(a, b) else None
 
     return holds
 
