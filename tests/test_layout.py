@@ -11,16 +11,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pointalign", "kernels/pointalign_kernels", "experiments")
 MAX_LINES = 400
 
-PROCEDURAL = (
-    "figures",
-    "furniture",
-    "household",
-    "outdoors",
-    "rooms",
-    "small",
-    "structures",
+PROCEDURAL = (  # kinds of procedural objects
+    "containers", "devices", "figures", "furniture", "household", "outdoors", "rooms", "small", "structures", "things",
     "vehicles",
-)  # kinds of procedural objects
+)  # fmt: skip
 
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [

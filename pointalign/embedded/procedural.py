@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pointalign.embedded.facts import colour_shares
+from pointalign.embedded.procedural_containers import CONTAINERS
 from pointalign.embedded.procedural_devices import DEVICES
 from pointalign.embedded.procedural_figures import FIGURES
 from pointalign.embedded.procedural_furniture import FURNITURE
@@ -26,6 +27,7 @@ from pointalign.embedded.procedural_vehicles import VEHICLES
 
 MAKERS: dict[str, Callable[[Draw], list[Part]]] = {
     **FURNITURE, **ROOMS, **HOUSEHOLD, **OUTDOORS, **SMALL, **STRUCTURES, **FIGURES, **VEHICLES, **DEVICES, **THINGS,
+    **CONTAINERS,
 }  # fmt: skip
 
 

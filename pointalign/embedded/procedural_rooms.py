@@ -140,7 +140,8 @@ def sink(u: Draw) -> list[Part]:
 
 def refrigerator(u: Draw) -> list[Part]:
     enamel, grip = u.colour(METAL, METAL, PLAIN), u.colour(PLAIN[1:])
-    w, h, d = u(0.55, 0.95), u(0.85, 1.9), u(0.55, 0.75)
+    w, d = u(0.55, 0.95), u(0.55, 0.75)
+    h = u(max(0.85, 1.4 * w), 2)
     parts = [box(w, h, d, 0, 0, 0, enamel if u.chance(0.6) else u.colour(PLAIN))]
     columns = 2 if w > 0.75 and u.chance(0.6) else 1
     split = u(0.25, 0.75) if columns == 1 or u.chance(0.4) else 1.0

@@ -310,7 +310,7 @@ def knife(u: Draw) -> list[Part]:
     hold = long * u(0.5, 0.9)
     middle = wide * 0.5
     parts.append(
-        rod((middle, 0.008, 0), (middle, 0.008, -hold), wide * u(0.5, 0.9), grip, u(0.8, 1.2), flat=u(0.8, 1.2))
+        rod((middle, 0.008, 0), (middle, 0.008, -hold), wide * u(0.5, 0.9), grip, u(0.8, 1.2), flat=u(0.4, 0.9))
     )
     return parts
 

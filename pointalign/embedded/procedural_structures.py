@@ -1,4 +1,4 @@
-"""Procedural structures: goals, mailboxes, pallets, staircases.
+"""Procedural structures: goals, mailboxes, staircases, workbenches, boats.
 
 The order of the random draws is fixed: the clouds of a seed, and with them the trained encoder, depend on it.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from pointalign.embedded.procedural_groups import GLASS
 from pointalign.embedded.procedural_parts import (
-    BRIGHT, PLAIN, WOOD, Draw, Part, ball, box, cone, lathe, lean, prism, ring, rod, tube,
+    BRIGHT, GREEN, PLAIN, WOOD, Draw, Part, ball, box, cone, lathe, lean, prism, ring, rod, surface, tube,
 )  # fmt: skip
 
 
@@ -137,6 +137,67 @@ def staircase(u: Draw) -> list[Part]:
     return parts
 
 
+def workbench(u: Draw) -> list[Part]:
+    wood, frame, w, h, d = u.colour(WOOD), u.colour(WOOD, PLAIN), u(1, 1.8), u(0.75, 0.95), u(0.5, 0.75)
+    parts = [box(w, u(0.03, 0.08), d, 0, h, 0, wood)]
+    t = u(0.05, 0.1)
+    parts += [box(t, h, t, sx * w * 0.46, 0, sz * d * 0.44, frame, leg=True) for sx in (-1, 1) for sz in (-1, 1)]
+    if u.chance(0.7):
+        parts.append(box(w * 0.95, 0.03, d * 0.9, 0, h * u(0.1, 0.3), 0, wood))
+    if u.chance(0.6):
+        rise = u(0.4, 0.8)
+        parts += [box(w, rise, 0.02, 0, h, -d * 0.48, wood), box(w, 0.03, d * 0.3, 0, h + rise, -d * 0.35, wood)]
+    if u.chance(0.5):  # a vice
+        parts += [
+            box(0.14, 0.1, 0.12, w * 0.35, h + 0.06, d * 0.45, frame),
+            box(0.2, 0.02, 0.02, w * 0.35, h + 0.1, d * 0.6, frame),
+        ]
+    return parts
+
+
+def rowboat(u: Draw) -> list[Part]:
+    hull, inside, long = u.colour(WOOD, PLAIN, GREEN, BRIGHT), u.colour(WOOD, PLAIN), u(2.5, 4)
+    w, h, stern = long * u(0.3, 0.42), long * u(0.12, 0.18), u(0.3, 0.7)
+    z = np.linspace(-1, 1, 14)
+    half = np.where(z > 0, np.sqrt(np.maximum(1 - np.maximum(z, 0) ** 2.2, 0)), 1 - (1 - stern) * np.abs(z) ** 2)
+    across = np.linspace(-1, 1, 11)
+    x = w / 2 * half[:, None] * across
+    y = h * (np.abs(across) ** 2.5) * np.ones((14, 1)) + 0.25 * h * z[:, None] ** 2
+    grid = np.stack([x, y, np.broadcast_to(z[:, None] * long / 2, x.shape)], axis=2)
+    parts = [surface(grid, hull), surface(grid * (0.95, 1, 0.97) + (0, 0.02, 0), inside)]
+    parts += [box(w * 0.9, 0.03, 0.22, 0, h * 0.7, long * at, inside) for at in (-0.3, 0.0, 0.2)[: u.integer(1, 3)]]
+    end = grid[0]
+    parts.append(surface(np.stack([end, np.stack([end[:, 0], np.full(11, end[:, 1].max()), end[:, 2]], axis=1)]), hull))
+    if u.chance(0.5):
+        parts += [
+            rod((side * w * 0.1, h, 0), (side * w * 1.3, h * u(0.3, 1), -long * u(0, 0.3)), 0.05, u.colour(WOOD))
+            for side in (-1, 1)
+        ]
+    return parts
+
+
+def doghouse(u: Draw) -> list[Part]:
+    wood, roof, w = u.colour(WOOD, BRIGHT, PLAIN), u.colour(BRIGHT, WOOD, PLAIN), u(0.6, 0.9)
+    h, d, rise = w * u(0.6, 0.9), w * u(0.9, 1.4), w * u(0.3, 0.5)
+    parts = [prism([(-w / 2, 0), (w / 2, 0), (w / 2, h), (0, h + rise), (-w / 2, h)], d, wood)]
+    slope = math.atan2(rise, w / 2)
+    for side in (-1, 1):
+        over = w * 0.1
+        corners = [
+            [(side * (w / 2 + over), h - over * math.tan(slope) + 0.03, z), (0, h + rise + 0.03, z)]
+            for z in (-d * 0.58, d * 0.58)
+        ]
+        parts.append(surface(np.array(corners), roof))
+    high, wide = h * u(0.6, 0.8), w * u(0.35, 0.5)
+    arch = [
+        (-wide / 2, 0),
+        (wide / 2, 0),
+        *[(wide / 2 * math.cos(a), high - wide / 2 + wide / 2 * math.sin(a)) for a in np.linspace(0, math.pi, 7)],
+    ]
+    return [*parts, prism(arch, 0.01, PLAIN[3], (0, 0.03, d / 2 + 0.005))]
+
+
 STRUCTURES: dict[str, Callable[[Draw], list[Part]]] = {
-    "goal": goal, "hoop": hoop, "mailbox": mailbox, "pallet": pallet, "snowman": snowman, "staircase": staircase,
+    "doghouse": doghouse, "goal": goal, "hoop": hoop, "mailbox": mailbox, "pallet": pallet, "rowboat": rowboat,
+    "snowman": snowman, "staircase": staircase, "workbench": workbench,
 }  # fmt: skip
