@@ -6,6 +6,7 @@ definition) and one OBJ + MTL + textures folder per object. `build_objects` writ
     clouds/{object_id}_8192.npy          [8192, 6] float32, xyz in the unit sphere (y up) + rgb in 0..1
     annotations/{train,validation,test}.json
     objects.json                         one record of facts per object
+    procedural.json                      records of procedural objects, which the training part is asked about too
 
 Coordinates follow the catalogue: after its `modelRotation`, x is the object's width, y its height, z its depth.
 """
@@ -29,12 +30,15 @@ from typing import Any
 import numpy as np
 
 from pointalign.embedded.facts import measure, read_name, seed_of
+from pointalign.embedded.procedural import MAKERS, procedural_object
+from pointalign.embedded.procedural_questions import procedural_record
 from pointalign.embedded.questions import conversations
 
 POINTS = 8192
 SPLITS = ("train", "validation", "test")
 SPLIT_FILE = Path(__file__).parent / "furniture_data" / "splits.json"
 FOLDS = 5
+PROCEDURAL = 4  # procedural objects of every noun that has a generator
 FOLD_SALT = 530  # the first salt that gives every fold a fifth of objects and of families, within 0.015
 LICENSES = {  # catalogue -> SPDX licence of its models (file LICENSE.TXT inside each)
     "BlendSwap-CC-0": "CC0-1.0",
@@ -258,16 +262,37 @@ def build_objects(catalogues: Path, out: Path, progress: Callable[[list], Iterab
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         jobs = [pool.submit(_build_object, entry, **splits[entry.object_id], clouds=clouds) for entry in entries]
         records = [job.result() for job in progress(jobs)]
+    (out / "procedural.json").write_text(json.dumps(write_procedural_clouds(clouds), indent=1), encoding="utf-8")
     write_annotations(records, out, SPLITS)
     return {split: sum(record["split"] == split for record in records) for split in SPLITS}
 
 
+def write_procedural_clouds(clouds: Path) -> list[dict]:
+    """Write PROCEDURAL objects of every noun that has a generator, `[POINTS, 6]` each; returns their records."""
+    records = []
+    for noun in MAKERS:
+        for number in range(PROCEDURAL):
+            object_id = f"procedural-{noun.replace(' ', '-')}-{number}"
+            record, points = procedural_object(noun, np.random.default_rng(seed_of(object_id)), POINTS)
+            np.save(clouds / f"{object_id}_{POINTS}.npy", normalise(points))
+            records.append(procedural_record(record, object_id))
+    return records
+
+
 def write_annotations(records: list[dict], out: Path, splits: Iterable[str]) -> None:
-    """Write `objects.json` and, for each of the splits that the records name, `annotations/{split}.json`."""
+    """Write `objects.json` and, for each of the splits that the records name, `annotations/{split}.json`.
+
+    The training part is also asked about the procedural objects of `procedural.json` whose noun it has: they cover what
+    the catalogues have few of, and are the only ones that know their legs.
+    """
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     (out / "objects.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    trained = {record["head_noun"] for record in records if record["split"] == "train"}
+    procedural = json.loads((out / "procedural.json").read_text(encoding="utf-8"))
     for split in splits:
         entries = conversations([record for record in records if record["split"] == split])
+        if split == "train":
+            entries += conversations([record for record in procedural if record["head_noun"] in trained])
         (out / "annotations" / f"{split}.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
@@ -290,5 +315,7 @@ def write_fold(built: Path, fold: int, out: Path) -> None:
     records = json.loads((built / "objects.json").read_text(encoding="utf-8"))
     part = {record["object_id"]: "test" if fold_of(record["family"]) == fold else "train" for record in records}
     records = [record | {"split": part[record["object_id"]]} for record in records]
+    out.mkdir(parents=True)
+    (out / "procedural.json").symlink_to(Path("..", "..", "procedural.json"))
     write_annotations(records, out, ("train", "test"))
     (out / "clouds").symlink_to(Path("..", "..", "clouds"), target_is_directory=True)
