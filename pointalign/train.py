@@ -52,7 +52,7 @@ def run(options: "Options") -> int:
     """Train as the options say. Returns the exit status: 0, or 130 after Ctrl-C."""
     from pointalign import storage
     from pointalign.efficient import training_form
-    from pointalign.evaluation.naming import HeldOutNaming
+    from pointalign.evaluation.held_out import HeldOutReport
 
     folder = run_folder(options)
     trainer, model, processor = make_trainer(options)
@@ -61,7 +61,7 @@ def run(options: "Options") -> int:
         storage.write_json(folder / "options.json", describe(options))
     evaluation = None
     if options.data.evaluate != "none" and main_process:
-        evaluation = HeldOutNaming(options.data.fold, options.data.evaluate, folder)
+        evaluation = HeldOutReport(options.data.fold, options.data.evaluate, folder)
     if evaluation is not None and options.model.checkpoint is not None:
         evaluation.before(model, processor)
 
@@ -80,7 +80,7 @@ def run(options: "Options") -> int:
     written = write_results(trainer, model, processor, options, folder)
     if evaluation is not None:
         evaluation.after(folder / "model")
-        written |= {"accuracy": "accuracy.json", "answers": "answers.md"}
+        written |= {"accuracy": "accuracy.json", "answers": "answers.md", "answers, pictures": "answers.png"}
     print("\nwritten:")
     for name, file in written.items():
         print(f"  {name:17} {folder / file}")
@@ -136,7 +136,7 @@ def make_trainer(
     from pointalign.data.collator import ConversationCollator, TokenBudgetSampler, token_counts
     from pointalign.data.dataset import MixtureCollator, make_datasets
     from pointalign.efficient import memory, training_form
-    from pointalign.held_out import HeldOutLosses
+    from pointalign.held_out_losses import HeldOutLosses
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
     data, training = options.data, options.training

@@ -42,7 +42,7 @@ LAYERS = [
     ["pointalign.build"],
     ["pointalign.feature_cache", "pointalign.trainer"],
     ["pointalign.evaluation"],
-    ["pointalign.held_out"],
+    ["pointalign.held_out_losses"],
     ["pointalign.train", "pointalign.chat", "pointalign.evaluate", "pointalign.embedded.stage1"],
     ["pointalign"],  # the file __init__.py alone
     ["experiments"],
