@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from pointalign.data.collator import ConversationCollator
 from pointalign.data.conversations import Conversation
 from pointalign.data.dataset import ConversationDataset
+from pointalign.efficient import frozen_parts
 
 if TYPE_CHECKING:
     from pointalign.models import PointAlignProcessor
@@ -44,7 +45,8 @@ class HeldOutLosses(TrainerCallback):
             return None
         annotations, clouds = paths
         dataset = ConversationDataset(annotations, clouds, None, options.data.up_axis)
-        collator = ConversationCollator(processor, options.data.max_length)
+        # packed where training is: its attention then reads packed batches only
+        collator = ConversationCollator(processor, options.data.max_length, packing=options.data.packing)
         batches = {}
         for kind, rows in rows_by_kind(dataset.conversations).items():
             batch = collator([dataset[row] for row in rows])
@@ -103,16 +105,20 @@ def rows_by_kind(conversations: Sequence[Conversation]) -> dict[str, list[int]]:
 
 @torch.no_grad()
 def without_clouds(aligned: AlignedModel, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with Q-Former features in place of clouds where the point branch is frozen: it is not run again."""
-    model = aligned.model.model
-    frozen = not any(parameter.requires_grad for part in (model.point_encoder, model.point_mlp, model.qformer)
-                     for parameter in part.parameters())  # fmt: skip
-    if not frozen or aligned.alignment_config.target == "encoder" or "point_values" not in batch:
+    """The batch with the features of the point branch in place of clouds, where the branch is frozen.
+
+    It is then not run again, and beside a feature cache it is not even part of the model in training.
+    """
+    branch = aligned.model.model
+    parameters = [parameter for part in frozen_parts(branch) for parameter in getattr(branch, part).parameters()]
+    parameters += [branch.query_tokens] if branch.query_tokens is not None else []
+    if any(parameter.requires_grad for parameter in parameters) or "point_values" not in batch:
         return batch
     aligned.eval()
-    tokens = model.get_encoder_tokens(batch["point_values"], batch["point_lengths"])
-    features = model.query(tokens).float()
+    clouds = {name: batch[name].to(aligned.device) for name in ("point_values", "point_lengths")}
+    tokens = branch.get_encoder_tokens(**clouds)
+    features = {"query_features": branch.query(tokens).float()}
+    if aligned.alignment_config.target == "encoder":
+        features["encoder_tokens"] = tokens.float()
     aligned.train()
-    return {name: value for name, value in batch.items() if name not in ("point_values", "point_lengths")} | {
-        "query_features": features
-    }
+    return {name: value for name, value in batch.items() if name not in clouds} | features

@@ -232,7 +232,8 @@ class PointAlignTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         steps = self.state.global_step - (self._steps_at_log or 0)
-        if "loss" in logs and steps > 0:
+        counted = "loss" in logs and steps > 0
+        if counted:
             elapsed = time.perf_counter() - self._time_at_log
             for name, value in self._parts.items():
                 value = torch.as_tensor(value, device=self.args.device)
@@ -246,8 +247,9 @@ class PointAlignTrainer(Trainer):
                 logs["device_memory_gb"] = round(device_used_bytes(self.args.device) / 1e9, 3)
             self._parts = dict.fromkeys(self._parts, 0.0)
             self._tokens = 0
-            self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
         super().log(logs, start_time)
+        if counted:  # only now: callbacks may have measured held-out losses, which is not training
+            self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
 
     def gathered_state(self) -> dict[str, Tensor] | None:
         """An FSDP model's full state, on the first process; None without FSDP. All processes must call it."""
