@@ -31,7 +31,7 @@ def build(folder, clouds, pairs=()):
 
 def broken():
     cloud = CLOUD.copy()
-    cloud[5, 0] = np.nan
+    cloud[5:20, 0] = np.nan
     return {"good": CLOUD, "missing": None, "nan": cloud, "small": CLOUD[:31], "other": CLOUD + 1 / 255}
 
 

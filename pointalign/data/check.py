@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pointalign.data.conversations import AnnotationError
 from pointalign.data.dataset import ConversationDataset, find_cloud
-from pointalign.data.point_cloud import UP_AXES, PointCloudError, load_point_cloud, point_count
+from pointalign.data.point_cloud import UP_AXES, PointCloudError, point_count, read_point_cloud
 
 FULL_READ_LIMIT = 20_000  # objects; beyond it a sample is read in full
 FULL_READ_SAMPLE = 2_000
@@ -67,7 +67,7 @@ def check(dataset: ConversationDataset, num_groups: int, skip_bad: bool = False)
     def reason(object_id: str) -> str | None:
         try:
             path = find_cloud(dataset.clouds, object_id)
-            count = len(load_point_cloud(path, dataset.up_axis)) if object_id in full else point_count(path)
+            count = len(read_point_cloud(path, dataset.reading).points) if object_id in full else point_count(path)
         except PointCloudError as error:
             return str(error)
         if count is not None and count < num_groups:
