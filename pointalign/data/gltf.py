@@ -6,12 +6,14 @@ extension compresses the geometry, and drops textures that it cannot open. Sourc
 """
 
 import base64
+import io
 import json
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from pointalign.data.point_records import Buffer, PointCloudError
 from pointalign.data.textures import BesideFiles
@@ -27,11 +29,11 @@ _RESAVE = "open the file in an editor such as Blender and export it again withou
 
 
 class Tree(NamedTuple):
-    """The JSON of a file, its buffers, and whether it is a .glb."""
+    """The JSON of a file, its buffers, and the numbers of the images that were opened."""
 
     header: dict[str, Any]
     buffers: list[bytes]
-    binary: bool
+    opened: set[int]
 
 
 def plain_gltf(data: Buffer, path: Path, beside: BesideFiles) -> bytes:
@@ -55,7 +57,7 @@ def plain_gltf(data: Buffer, path: Path, beside: BesideFiles) -> bytes:
                 _decode_draco(tree, primitive)
             _check_sparse(header, primitive)
             if "material" in primitive:
-                _set_texture_coordinates(tree, primitive, header["materials"][primitive["material"]])
+                _set_texture_coordinates(tree, primitive, header["materials"][primitive["material"]], beside)
     return _write_glb(tree)
 
 
@@ -89,7 +91,7 @@ def _read_tree(data: Buffer, beside: BesideFiles) -> Tree:
             if file is None:
                 raise PointCloudError(f"the buffer {uri!r} that the file refers to is missing beside it")
             buffers.append(file.read_bytes())
-    return Tree(header, buffers, binary)
+    return Tree(header, buffers, set())
 
 
 def _check_buffers(header: dict[str, Any]) -> None:
@@ -132,12 +134,14 @@ def _decode_draco(tree: Tree, primitive: dict[str, Any]) -> None:
         primitive["indices"] = _add_accessor(tree, np.asarray(mesh.faces, np.uint32).reshape(-1))
 
 
-def _set_texture_coordinates(tree: Tree, primitive: dict[str, Any], material: dict[str, Any]) -> None:
+def _set_texture_coordinates(
+    tree: Tree, primitive: dict[str, Any], material: dict[str, Any], beside: BesideFiles
+) -> None:
     """Put the coordinates of the base colour's texture, transformed, in the place that trimesh reads."""
     texture = base_texture(material)
     if texture is None:
         return
-    _check_texture(tree.header, texture["index"])
+    _check_texture(tree, texture["index"], beside)
     transform = texture.get("extensions", {}).get(_TRANSFORM, {})
     channel = f"TEXCOORD_{transform.get('texCoord', texture.get('texCoord', 0))}"
     attributes = primitive["attributes"]
@@ -156,7 +160,9 @@ def base_texture(material: dict[str, Any]) -> dict[str, Any] | None:
     return material.get("pbrMetallicRoughness", {}).get("baseColorTexture") or glossy.get("diffuseTexture")
 
 
-def _check_texture(header: dict[str, Any], index: int) -> None:
+def _check_texture(tree: Tree, index: int, beside: BesideFiles) -> None:
+    """Refuse an image that trimesh would leave out; one that is missing beside the file is noted when it is read."""
+    header = tree.header
     texture = header["textures"][index]
     extensions = texture.get("extensions", {})
     source = texture.get("source", extensions.get("EXT_texture_webp", {}).get("source"))
@@ -166,6 +172,23 @@ def _check_texture(header: dict[str, Any], index: int) -> None:
     image = header["images"][source]
     if "ktx" in image.get("mimeType", "") or image.get("uri", "").lower().endswith((".ktx2", ".ktx")):
         raise PointCloudError(f"a base colour texture is a KTX image, which is not read: {_RESAVE}")
+    if source in tree.opened:
+        return
+    tree.opened.add(source)
+    if "bufferView" in image:
+        view = header["bufferViews"][image["bufferView"]]
+        start = view.get("byteOffset", 0)
+        content = tree.buffers[view["buffer"]][start : start + view["byteLength"]]
+    elif image["uri"].startswith("data:"):
+        content = base64.b64decode(image["uri"].partition(",")[2])
+    elif file := beside.find(image["uri"]):
+        content = file.read_bytes()
+    else:
+        return
+    try:
+        Image.open(io.BytesIO(content)).close()
+    except (OSError, Image.DecompressionBombError) as error:
+        raise PointCloudError(f"a base colour texture is no image that Pillow reads ({error})") from error
 
 
 def _transformed(uv: np.ndarray, transform: dict[str, Any]) -> np.ndarray:

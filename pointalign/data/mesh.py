@@ -51,10 +51,8 @@ def load_scene(data: Buffer, path: Path) -> tuple[trimesh.Scene, tuple[str, ...]
     # process=False: else trimesh drops non-finite vertices, which are to be reported
     scene = trimesh.load_scene(io.BytesIO(data), file_type=kind, resolver=beside, process=False)
     missing = dict.fromkeys(beside.missing)
-    notes = (
-        (f"missing beside it: {', '.join(missing)[:200]}; the materials' plain colours stand in",) if missing else ()
-    )
-    return scene, notes
+    note = f"missing beside it: {', '.join(missing)[:200]}; plain colours stand in"
+    return scene, (note,) if missing else ()
 
 
 def sample_mesh(scene: trimesh.Scene | trimesh.Trimesh, options: MeshOptions, seed: int) -> Sampled:

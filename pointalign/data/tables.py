@@ -89,7 +89,7 @@ def _named_arrays(arrays: Mapping[str, np.ndarray]) -> RawPoints:
     """Points of the arrays by their names; colours beside them must be as many."""
     tables = {name.lower(): array for name, array in arrays.items() if array.ndim == 2}
     xyz = next((tables[name] for name in _XYZ_KEYS if name in tables), None)
-    if xyz is None and len(tables) == 1:
+    if xyz is None and len(tables) == 1 and tables.keys().isdisjoint(_RGB_KEYS):
         xyz = next(iter(tables.values()))
     if xyz is None or xyz.shape[1] not in (3, 6, 7, 9):
         listed = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())[:300] or "none"
@@ -205,7 +205,7 @@ def _text_head(head: str) -> tuple[int, list[str] | None, int | None, str]:
             continue
         if not bare or bare.startswith(("#", "//")):
             continue
-        if promised is None and names is None and bare.isdecimal():
+        if promised is None and bare.isdecimal():
             promised = int(bare)
             continue
         return number, names, promised, bare
