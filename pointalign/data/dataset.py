@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,21 @@ if TYPE_CHECKING:
 def find_cloud(folders: str | Path | Sequence[str | Path], object_id: str) -> Path:
     """The file of an object, from the first folder that has it.
 
-    In a folder `{object_id}_8192.npy` comes first, then `{object_id}.npy`, then the other readable formats.
+    In a folder `{object_id}_8192.npy` comes first, then `{object_id}.npy`, then the other readable formats. An id may
+    also be the path of a file in the folder.
 
     Raises: PointCloudError: no folder has such a file.
     """
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     names = [f"{object_id}_8192.npy", *(f"{object_id}{suffix}" for suffix in FORMATS)]
+    exact = [object_id] if Path(object_id).suffix.lower() in FORMATS else []
     for folder in folders:
-        for name in names:
+        for name in exact + names:
             if (path := Path(folder) / name).is_file():
                 return path
+    others = [path for folder in folders for path in Path(folder).glob(f"{escape(object_id)}.*") if path.is_file()]
+    if others:
+        raise PointCloudError(f"{others[0]}: not a format that is read, expected one of {', '.join(FORMATS)}")
     raise PointCloudError(
         f"no cloud of object {object_id!r} in {', '.join(map(str, folders))}: expected {', '.join(names[:2])} or "
         f"another format of {', '.join(FORMATS)}"
