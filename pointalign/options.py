@@ -93,7 +93,11 @@ class DataOptions:
         mixture: parts that every batch is drawn from, one part a batch; needs `training.max_steps` and
             `training.per_device_train_batch_size=1`, the batch of a step being one part's.
         types: conversation types; all by default.
-        up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z.
+        up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z; see docs/data.md for published weights and clouds.
+        missing_color: colour of points that have none: black (what the published encoders saw of ModelNet40), grey or
+            white.
+        max_nonfinite: the largest share of NaN or infinite points that is left out of a cloud; with more, it is bad.
+        parts: what is used of a file that holds points and surfaces: points, mesh or all.
         num_points: the most points of a cloud that are used; by default what the point encoder is made for.
         max_length: the most tokens of a sample.
         augmentation: resample, turn, scale and jitter clouds.
@@ -117,6 +121,9 @@ class DataOptions:
     mixture: list[MixturePart] = field(default_factory=list)
     types: list[str] | None = None
     up_axis: str = "y"
+    missing_color: str = "black"
+    max_nonfinite: float = 0.05
+    parts: str = "points"
     num_points: int | None = None
     max_length: int = 512
     augmentation: bool = False
@@ -132,6 +139,12 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.evaluate not in ("none", "validation", "test"):
             raise ValueError(f"data.evaluate={self.evaluate!r}: expected none, validation or test")
+        if self.missing_color not in ("black", "grey", "white"):
+            raise ValueError(f"data.missing_color={self.missing_color!r}: expected black, grey or white")
+        if not 0 <= self.max_nonfinite < 1:
+            raise ValueError(f"data.max_nonfinite={self.max_nonfinite}: expected a share from 0 to below 1")
+        if self.parts not in ("points", "mesh", "all"):
+            raise ValueError(f"data.parts={self.parts!r}: expected points, mesh or all")
 
 
 @dataclass
