@@ -71,7 +71,7 @@ class MixturePart:
     """One part of a mixture: conversations of some types, how often a batch is drawn from them, and its size.
 
     Attributes:
-        types: conversation types; None means all.
+        types: conversation types, or kinds of question that the entries name; None means all.
         ratio: weight of this part among all.
         batch_size: samples per batch.
         annotations: file of this part, by default `data.annotations`.
@@ -92,7 +92,7 @@ class DataOptions:
         clouds: folder of `{object_id}_8192.npy` or other point and mesh files, or several.
         mixture: parts that every batch is drawn from, one part a batch; needs `training.max_steps` and
             `training.per_device_train_batch_size=1`, the batch of a step being one part's.
-        types: conversation types; all by default.
+        types: conversation types or kinds of question; all by default.
         up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z; see docs/data.md for published weights and clouds.
         missing_color: colour of points that have none: black (what the published encoders saw of ModelNet40), grey or
             white.
