@@ -25,7 +25,7 @@ from experiments.ablation.comparison import run_file, summarise
 from experiments.ablation.recipe import Recipe, read_recipe
 from pointalign import stage_file, storage, train
 from pointalign.embedded import catalogue
-from pointalign.trainer import checkpoints
+from pointalign.run_checkpoints import checkpoints
 
 DIFFERENT = ("fold", "weights")  # keys of `recipe.json` that differ between folds: each has its stage 1
 

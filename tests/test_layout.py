@@ -15,7 +15,9 @@ MAX_LINES = 400
 LAYERS = [
     ["pointalign_kernels"],
     ["pointalign.alignment", "pointalign.storage"],
-    ["pointalign.options"],
+    ["pointalign.options", "pointalign.run_checkpoints"],
+    ["pointalign.step_checks", "pointalign.interruptions"],
+    ["pointalign.resumable_trainer"],
     ["pointalign.embedded.facts", "pointalign.embedded.catalogue"],
     ["pointalign.assets"],
     ["pointalign.data"],
