@@ -24,7 +24,7 @@ from pointalign import build, storage, train
 from pointalign.evaluation import markdown_table, probe, tasks
 from pointalign.evaluation.report import HELD_OUT, curve
 from pointalign.evaluation.statistics import paired_difference
-from pointalign.trainer import checkpoints
+from pointalign.run_checkpoints import checkpoints
 
 ARMS = {"without": 0.0, "with": 0.1}  # folder -> lambda
 METHODS = ("model", "model, random yaw")

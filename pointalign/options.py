@@ -154,6 +154,8 @@ class TrainingOptions(TrainingArguments):
     Attributes:
         output_dir: folder of the run; a new run takes a free name, with a number appended. With
             `resume_from_checkpoint` the folder of the checkpoint is used.
+        resume_from_checkpoint: a checkpoint, a run's folder for its newest complete checkpoint, or `latest` (`true`)
+            for that of `output_dir`; `auto` for that if there is any, else a new run in `output_dir`.
         point_learning_rate: for the point branch where it trains; `learning_rate` is the adapters' and projectors'.
         auto_batch: split every batch over gradient accumulation until it fits the memory; the training is the same.
         memory_limit_gb: use no more of a CUDA device than a card of that size has.
@@ -175,6 +177,7 @@ class TrainingOptions(TrainingArguments):
     save_total_limit: int | None = 2
     remove_unused_columns: bool = False
     report_to: str | list[str] | None = "tensorboard"
+    resume_from_checkpoint: str | bool | None = None
     seed: int = 0
     dataloader_pin_memory: bool = False
     point_learning_rate: float | None = None
