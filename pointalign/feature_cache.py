@@ -90,10 +90,7 @@ class FeatureCache:
                 f"{fingerprint[:12]}): write another one with python -m pointalign.feature_cache"
             )
         self.names = ["queries", *(["encoder"] if encoder else [])]
-        missing = [
-            name for name in self.names for shard in range(self.shards) if not _shard(self.folder, name, shard).exists()
-        ]
-        if missing:
+        if missing := _missing_shards(self.folder, self.index, self.names):
             raise ValueError(
                 f"{self.folder} is not complete: {len(missing)} of {self.shards * len(self.names)} shards are missing "
                 f"({', '.join(sorted(set(missing)))}); run python -m pointalign.feature_cache again, it goes on"
@@ -136,6 +133,26 @@ class FeatureCache:
             inputs[name]: torch.from_numpy(np.stack([self.get(name, object_id) for object_id in object_ids]))
             for name in self.names
         }
+
+
+def _missing_shards(folder: Path, index: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """The name of every shard that is not there."""
+    shards = range(math.ceil(index["objects"] / index["shard_size"]))
+    return [name for name in names for shard in shards if not _shard(folder, name, shard).exists()]
+
+
+def _names(options: Options) -> list[str]:
+    """The features that a training with these options reads."""
+    return ["queries", *(["encoder"] if options.alignment.target == "encoder" else [])]
+
+
+def is_complete(options: Options) -> bool:
+    """Whether the cache of `--data.feature_cache` is there with all its shards."""
+    assert options.data.feature_cache is not None
+    folder = Path(options.data.feature_cache)
+    if not (folder / "index.json").exists():
+        return False
+    return not _missing_shards(folder, json.loads((folder / "index.json").read_text()), _names(options))
 
 
 def open_cache(
@@ -297,7 +314,7 @@ def write_for(
             names,
             encoder_of(model, processor.feature_extractor, datasets[0].clouds, device, encoder, views),
             fingerprint(model, processor.feature_extractor),
-            names=["queries", *(["encoder"] if encoder else [])],
+            names=_names(options),
             rank=rank,
             world=world,
             progress=bar.update,

@@ -262,13 +262,13 @@ def point_features(
     datasets: "list[ConversationDataset]",
     options: "Options",
 ) -> "FeatureCache | None":
-    """The feature cache that the options name, or None; one of augmented views is written first where it is missing."""
+    """The feature cache that the options name, or None; one of augmented views is completed first."""
     from pointalign import feature_cache
 
     data, training = options.data, options.training
-    if data.views and data.feature_cache is not None and not (Path(data.feature_cache) / "index.json").exists():
+    if data.views:
         with training.main_process_first(local=False, desc="encoding clouds"):
-            if training.process_index == 0:
+            if training.process_index == 0 and not feature_cache.is_complete(options):
                 feature_cache.write_for(options, model, processor, datasets, training.device)
     return feature_cache.open_cache(model, processor.feature_extractor, options)
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_two_and_two_steps_are_four(tmp_path):
     options = ["--data.evaluate", "none", "--training.max_steps", "4", "--training.save_steps", "2"]
-    options += ["--training.contrastive_steps", "4", "--training.report_to", "none"]
+    options += ["--training.report_to", "none", "--data.feature_cache", str(tmp_path / "features")]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main(["demo", *options, "--training.output_dir", str(whole)]) == 0
     assert train.main(["demo", *options, "--training.output_dir", str(parts)]) == 0
