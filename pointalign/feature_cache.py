@@ -262,8 +262,10 @@ def encoder_of(
     def view_of(name: str) -> np.ndarray:
         object_id, _, number = name.rpartition("#")
         cloud = load_point_cloud(find_cloud(clouds, object_id), extractor.up_axis)
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-        return augment(cloud, np.random.default_rng(seed), int(number) >= views // 2, extractor.min_points)
+        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+        # no more points than the model reads: the rest would be augmented in vain
+        cloud = cloud[rng.permutation(len(cloud))[: extractor.num_points]]
+        return augment(cloud, rng, int(number) >= views // 2, extractor.min_points)
 
     @torch.inference_mode()
     def encode(names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from pointalign.data.collator import ConversationCollator
-from pointalign.data.conversations import Conversation
 from pointalign.data.dataset import ConversationDataset
 from pointalign.efficient import frozen_parts
 
@@ -20,16 +19,16 @@ if TYPE_CHECKING:
     from pointalign.options import Options
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
-PER_KIND = 8  # samples of a kind of question
+PER_KIND = 8  # samples of a batch
 PREFIX = "held_out"  # of the names in the log
 
 
 class HeldOutLosses(TrainerCallback):
-    """Logs `held_out/<kind>` before the first step and at every log: the mean next-token loss of each kind of question,
-    and `held_out/alignment_loss`, on a fixed batch per kind.
+    """Logs `held_out/<kind>` before the first step and at every log: the mean next-token loss of each part of the
+    mixture, on a fixed batch of its own, and `held_out/alignment_loss`, their mean.
 
     Args:
-        batches: kind -> a collated batch.
+        batches: kind of question -> a collated batch.
     """
 
     def __init__(self, trainer: PointAlignTrainer, aligned: AlignedModel, batches: Mapping[str, dict[str, Any]]):
@@ -44,13 +43,13 @@ class HeldOutLosses(TrainerCallback):
         if paths is None or options.training.process_index != 0 or options.training.world_size > 1:
             return None
         annotations, clouds = paths
-        dataset = ConversationDataset(annotations, clouds, None, options.data.up_axis)
         # packed where training is: its attention then reads packed batches only
         collator = ConversationCollator(processor, options.data.max_length, packing=options.data.packing)
         batches = {}
-        for kind, rows in rows_by_kind(dataset.conversations).items():
-            batch = collator([dataset[row] for row in rows])
-            batches[kind] = without_clouds(aligned, batch)
+        for label, types in kinds(options).items():
+            dataset = ConversationDataset(annotations, clouds, types, options.data.up_axis)
+            rows = sorted({i * len(dataset) // PER_KIND for i in range(PER_KIND)})  # evenly over the file
+            batches[label] = without_clouds(aligned, collator([dataset[row] for row in rows]))
         return cls(trainer, aligned, batches)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -92,15 +91,10 @@ def validation_paths(options: Options) -> tuple[Path, Any] | None:
     return folder / "annotations" / "validation.json", folder / "clouds"
 
 
-def rows_by_kind(conversations: Sequence[Conversation]) -> dict[str, list[int]]:
-    """Rows of up to PER_KIND conversations of each kind, evenly over all of that kind."""
-    rows: dict[str, list[int]] = {}
-    for row, conversation in enumerate(conversations):
-        rows.setdefault(conversation.kind or conversation.conversation_type, []).append(row)
-    return {
-        kind: [places[i * len(places) // PER_KIND] for i in range(PER_KIND)] if len(places) > PER_KIND else places
-        for kind, places in sorted(rows.items())
-    }
+def kinds(options: Options) -> dict[str, list[str] | None]:
+    """Label -> conversation types that share a held-out batch: the parts of the mixture, or all that is trained on."""
+    parts = [part.types for part in options.data.mixture] or [options.data.types]
+    return {(types[0] if types else "all"): types for types in parts}
 
 
 @torch.no_grad()

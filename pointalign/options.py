@@ -71,7 +71,7 @@ class MixturePart:
     """One part of a mixture: conversations of some types, how often a batch is drawn from them, and its size.
 
     Attributes:
-        types: conversation types; None means all.
+        types: conversation types, or kinds of question that the entries name; None means all.
         ratio: weight of this part among all.
         batch_size: samples per batch.
         annotations: file of this part, by default `data.annotations`.
@@ -92,8 +92,12 @@ class DataOptions:
         clouds: folder of `{object_id}_8192.npy` or other point and mesh files, or several.
         mixture: parts that every batch is drawn from, one part a batch; needs `training.max_steps` and
             `training.per_device_train_batch_size=1`, the batch of a step being one part's.
-        types: conversation types; all by default.
-        up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z.
+        types: conversation types or kinds of question; all by default.
+        up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z; see docs/data.md for published weights and clouds.
+        missing_color: colour of points that have none: black (what the published encoders saw of ModelNet40), grey or
+            white.
+        max_nonfinite: the largest share of NaN or infinite points that is left out of a cloud; with more, it is bad.
+        parts: what is used of a file that holds points and surfaces: points, mesh or all.
         num_points: the most points of a cloud that are used; by default what the point encoder is made for.
         max_length: the most tokens of a sample.
         augmentation: resample, turn, scale and jitter clouds.
@@ -117,6 +121,9 @@ class DataOptions:
     mixture: list[MixturePart] = field(default_factory=list)
     types: list[str] | None = None
     up_axis: str = "y"
+    missing_color: str = "black"
+    max_nonfinite: float = 0.05
+    parts: str = "points"
     num_points: int | None = None
     max_length: int = 512
     augmentation: bool = False
@@ -132,6 +139,12 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.evaluate not in ("none", "validation", "test"):
             raise ValueError(f"data.evaluate={self.evaluate!r}: expected none, validation or test")
+        if self.missing_color not in ("black", "grey", "white"):
+            raise ValueError(f"data.missing_color={self.missing_color!r}: expected black, grey or white")
+        if not 0 <= self.max_nonfinite < 1:
+            raise ValueError(f"data.max_nonfinite={self.max_nonfinite}: expected a share from 0 to below 1")
+        if self.parts not in ("points", "mesh", "all"):
+            raise ValueError(f"data.parts={self.parts!r}: expected points, mesh or all")
 
 
 @dataclass
@@ -141,6 +154,8 @@ class TrainingOptions(TrainingArguments):
     Attributes:
         output_dir: folder of the run; a new run takes a free name, with a number appended. With
             `resume_from_checkpoint` the folder of the checkpoint is used.
+        resume_from_checkpoint: a checkpoint, a run's folder for its newest complete checkpoint, or `latest` (`true`)
+            for that of `output_dir`; `auto` for that if there is any, else a new run in `output_dir`.
         point_learning_rate: for the point branch where it trains; `learning_rate` is the adapters' and projectors'.
         auto_batch: split every batch over gradient accumulation until it fits the memory; the training is the same.
         memory_limit_gb: use no more of a CUDA device than a card of that size has.
@@ -162,6 +177,7 @@ class TrainingOptions(TrainingArguments):
     save_total_limit: int | None = 2
     remove_unused_columns: bool = False
     report_to: str | list[str] | None = "tensorboard"
+    resume_from_checkpoint: str | bool | None = None
     seed: int = 0
     dataloader_pin_memory: bool = False
     point_learning_rate: float | None = None

@@ -7,23 +7,23 @@ import importlib.metadata
 import json
 import os
 import platform
-import random
 import re
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 DRIVER_QUERY = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+# What safetensors raises for a header that names types or shapes PyTorch does not know, beside its own error.
+DAMAGED_TENSORS = (KeyError, AttributeError, TypeError, ValueError, OverflowError, RuntimeError)
 ROOT = Path(__file__).parents[1]  # the checkout, where there is one
 # Import names of what a result may depend on beside torch; absent ones are left out of the record.
 PACKAGES = (
@@ -34,23 +34,62 @@ PACKAGES = (
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`, renamed to it when the block ends well and removed when it does not."""
+    """A temporary path beside `target`, renamed to it when the block ends well and removed when it does not.
+
+    What the block wrote is on the disk before it takes the name, and has the mode of any new file of this user:
+    safetensors alone would let nobody else read it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.incomplete")
     _remove(temporary)
+    temporary.touch()
+    mode = stat.S_IMODE(temporary.stat().st_mode)
+    _remove(temporary)
     try:
         yield temporary
-        if target.is_dir() and not target.is_symlink():
-            previous = target.with_name(f".{target.name}.previous")  # a folder cannot be renamed over another
-            _remove(previous)
-            os.replace(target, previous)
-            os.replace(temporary, target)
-            _remove(previous)
-        else:
-            os.replace(temporary, target)
+        files = [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]
+        for path in files:
+            if path.is_file() and not path.is_symlink():
+                path.chmod(mode)
+        move_into_place(temporary, target)
     except BaseException:
         _remove(temporary)
         raise
+
+
+def move_into_place(complete: Path, target: Path) -> None:
+    """Rename a file or folder to `target` once its bytes are on the disk; a `target` that exists is replaced.
+
+    A folder cannot be renamed over another: the one that is replaced gets a name of its own and is then deleted.
+    """
+    flush(complete)
+    if target.is_dir() and not target.is_symlink():
+        previous = target.with_name(f".{target.name}.previous")
+        _remove(previous)
+        os.replace(target, previous)
+        os.replace(complete, target)
+        _flush_path(target.parent)
+        _remove(previous)
+    else:
+        os.replace(complete, target)
+        _flush_path(target.parent)
+
+
+def flush(path: Path) -> None:
+    """Return when a file, or a folder with all in it, is on the disk and outlives a power failure."""
+    for inner in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        if not inner.is_symlink() and (inner.is_file() or inner.is_dir()):
+            _flush_path(inner)
+
+
+def _flush_path(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return  # other systems cannot open folders
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
@@ -65,10 +104,40 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The value of a JSON file, a `kind` (dict or list).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or holds another kind of value; the message names the file.
+    """
+    try:
+        return parse_json(path.read_bytes(), kind)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_json(text: str | bytes, kind: type = dict) -> Any:
+    """Raises: ValueError: it is no JSON, nested too deep, or another kind of value than `kind`."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("expected JSON, its lists and objects are nested too deep") from error
+    except ValueError as error:
+        raise ValueError(f"expected JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"expected a JSON {kind.__name__}, got a {type(value).__name__}")
+    return value
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Raises: OSError: the file could not be written, for example because the disk is full."""
     with replacing(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=metadata)
+        try:
+            save_file(contiguous, temporary, metadata=metadata)
+        except SafetensorError as error:  # what safetensors makes of every failure of the system
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def file_hash(*paths: Path) -> str:
@@ -181,6 +250,21 @@ def training_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged; the message names it.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, *DAMAGED_TENSORS) as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+
+
 def read_tensors(path: Path, expected: set[str], ignored: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, without those whose names contain `ignored`.
 
@@ -188,12 +272,7 @@ def read_tensors(path: Path, expected: set[str], ignored: str | None = None) -> 
         FileNotFoundError: there is no such file.
         ValueError: the names differ from `expected`, or the file is damaged.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        state = {key: tensor for key, tensor in load_file(path).items() if ignored is None or ignored not in key}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+    state = {key: tensor for key, tensor in load_tensors(path).items() if ignored is None or ignored not in key}
     problems = [f"missing {key}" for key in sorted(expected - state.keys())]
     problems += [f"unexpected {key}" for key in sorted(state.keys() - expected)]
     _refuse(path, problems)
@@ -222,54 +301,3 @@ def load_state(model: nn.Module, path: Path, expected: set[str], ignored: str | 
     with torch.no_grad():
         for key, value in state.items():
             parameters[key].copy_(value)
-
-
-# -- optimizer and random numbers, for a run that is resumed -----------------------------------------------------------
-
-
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
-    """`optimizer.safetensors` and `optimizer.json` under the folder `path`, the scheduler included."""
-    state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            target = tensors if isinstance(value, Tensor) else scalars
-            target[f"{index}.{name}"] = value
-    schedule = {name: value for name, value in scheduler.state_dict().items() if not name.startswith("lr_lambdas")}
-    write_tensors(path / "optimizer.safetensors", tensors)
-    write_json(path / "optimizer.json", {"groups": state["param_groups"], "scalars": scalars, "scheduler": schedule})
-
-
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
-    described = json.loads((path / "optimizer.json").read_text())
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in [*load_file(path / "optimizer.safetensors").items(), *described["scalars"].items()]:
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": described["groups"]})
-    scheduler.load_state_dict(scheduler.state_dict() | described["scheduler"])
-
-
-def save_random(path: Path) -> None:
-    """The states of Python's, NumPy's and PyTorch's generators, as `random.safetensors` and `random.json`."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    tensors = {"cpu": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
-    if torch.cuda.is_available():
-        tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    write_tensors(path.with_suffix(".safetensors"), tensors)
-    described = {"python": [version, list(words), gauss], "numpy": [kind, position, has_gauss, cached]}
-    write_json(path.with_suffix(".json"), described)
-
-
-def load_random(path: Path) -> None:
-    described = json.loads(path.with_suffix(".json").read_text())
-    tensors = load_file(path.with_suffix(".safetensors"))
-    version, words, gauss = described["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, position, has_gauss, cached = described["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensors["cpu"])
-    if torch.cuda.is_available():
-        count = sum(key.startswith("cuda.") for key in tensors)
-        torch.cuda.set_rng_state_all([tensors[f"cuda.{index}"] for index in range(count)])

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pointalign.trainer import PointAlignTrainer
 
 USER_LOG_FOLDER = os.environ.get("TENSORBOARD_LOGGING_DIR")
+LOCK = ".lock"  # in a run's folder, held by the process that trains there
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,14 +27,15 @@ def main(arguments: list[str] | None = None) -> int:
     from pointalign.options import parse
 
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return run(options)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; complete files are in {options.training.output_dir}", file=sys.stderr)
-        return 130
+    with ExitStack() as held:  # the lock of the run's folder
+        try:
+            return run(options, held)
+        except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; complete files are in {options.training.output_dir}", file=sys.stderr)
+            return 130
 
 
 def keep_freed_memory() -> None:
@@ -48,13 +51,19 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def run(options: "Options") -> int:
-    """Train as the options say. Returns the exit status: 0, or 130 after Ctrl-C."""
+def run(options: "Options", held: ExitStack) -> int:
+    """Train as the options say.
+
+    Args:
+        held: until it closes, no other process trains in the run's folder.
+
+    Returns: The exit status: 0, or 128 and the number of the signal that stopped it, as 130 after Ctrl-C.
+    """
     from pointalign import storage
     from pointalign.efficient import training_form
     from pointalign.evaluation.held_out import HeldOutReport
 
-    folder = run_folder(options)
+    folder = run_folder(options, held)
     trainer, model, processor = make_trainer(options)
     main_process = trainer.is_world_process_zero()
     if main_process:
@@ -68,11 +77,11 @@ def run(options: "Options") -> int:
     with training_form(model, options):
         trainer.train(resume_from_checkpoint=options.training.resume_from_checkpoint)
     gathered = trainer.gathered_state()
-    if trainer.stop.interrupted:
+    if trainer.stop.number:
         if main_process:
             print(f"\nstopped at step {trainer.state.global_step}; saved in {trainer.checkpoints[-1]}")
             print(f"go on with --training.resume_from_checkpoint {trainer.checkpoints[-1]}")
-        return 130
+        return 128 + trainer.stop.number
     if not main_process:
         return 0
     if gathered is not None:  # this process trained shards: save from a complete model
@@ -91,36 +100,76 @@ def run(options: "Options") -> int:
 # -- before training ---------------------------------------------------------------------------------------------------
 
 
-def run_folder(options: "Options") -> Path:
-    """The run's folder, the same in all processes.
+def run_folder(options: "Options", held: ExitStack | None = None) -> Path:
+    """The run's folder, the same in all processes; the checkpoint to resume from is looked up.
 
     A new run never writes into a folder that has files: a free number is appended. A resumed run goes on in the folder
-    of its checkpoint.
+    of its checkpoint. With `resume_from_checkpoint=auto` the folder is `output_dir` and has a checkpoint or does not.
+
+    Args:
+        held: keeps the folder locked until it closes.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint to resume from.
+        ValueError: another process trains in the folder.
     """
+    from pointalign import run_checkpoints, storage
+
     training = options.training
-    if training.resume_from_checkpoint is not None:
-        folder = Path(training.resume_from_checkpoint).parent
-    else:
-        folder = free_folder(Path(training.output_dir or "runs/align"), training)
-    training.output_dir = str(folder)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = USER_LOG_FOLDER or str(folder / "tensorboard")
-    return folder
-
-
-def free_folder(requested: Path, training: "TrainingOptions") -> Path:
-    """`requested`, or with the first number appended that is free; chosen and created by the first process."""
-    chosen = [requested]
+    requested = Path(training.output_dir or "runs/align")
+    chosen: list[str | None] = [None, None]  # folder and checkpoint
     if training.process_index == 0:
-        number = 2
-        while chosen[0].exists() and any(chosen[0].iterdir()):
-            chosen[0] = requested.with_name(f"{requested.name}-{number}")
-            number += 1
-        chosen[0].mkdir(parents=True, exist_ok=True)
+        if not training.resume_from_checkpoint:
+            folder, checkpoint = free_folder(requested), None
+        else:
+            checkpoint, skipped = run_checkpoints.find(training.resume_from_checkpoint, requested)
+            print("\n".join(skipped), end="\n" if skipped else "")
+            folder = checkpoint.parent if checkpoint else began_before(requested)
+        held = held or ExitStack()  # without a stack of the caller's the lock ends here
+        if not held.enter_context(storage.lock(folder / LOCK, wait=False)):
+            raise ValueError(f"{folder} is in use: another process trains there")
+        chosen = [str(folder), str(checkpoint) if checkpoint else None]
     if training.world_size > 1:
         from accelerate.utils import broadcast_object_list
 
         broadcast_object_list(chosen)
-    return chosen[0]
+    training.output_dir, training.resume_from_checkpoint = chosen
+    os.environ["TENSORBOARD_LOGGING_DIR"] = USER_LOG_FOLDER or f"{training.output_dir}/tensorboard"
+    return Path(str(training.output_dir))
+
+
+def began_before(folder: Path) -> Path:
+    """The folder of a run without checkpoints, which begins again there; it may also be empty or missing.
+
+    Raises: ValueError: the folder holds something else, or results.
+    """
+    from pointalign import stage_file
+
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / LOCK).exists() or (folder / stage_file.STAGE_FILE).exists():
+            raise ValueError(f"{folder} has files but no checkpoint to go on from: choose another training.output_dir")
+    return folder
+
+
+def free_folder(requested: Path) -> Path:
+    """`requested`, or with the first number appended that is free, created and taken by this process."""
+    folder, number = requested, 2
+    while not take(folder):
+        folder = requested.with_name(f"{requested.name}-{number}")
+        number += 1
+    return folder
+
+
+def take(folder: Path) -> bool:
+    """Whether the folder was empty or missing, and no other process took it at the same moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        return False
+    try:
+        (folder / LOCK).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def make_trainer(
@@ -179,6 +228,8 @@ def make_trainer(
         data_collator=MixtureCollator(collator) if data.mixture else collator,
         point_learning_rate=training.point_learning_rate,
         batch_sampler=sampler,
+        depends_on=depends_on(options, model),
+        budget=budget,
     )
     if held_out := HeldOutLosses.of(trainer, aligned, processor, options):
         trainer.add_callback(held_out)
@@ -304,6 +355,19 @@ def write_results(
     stage_file.save_stage(model, folder / stage_file.STAGE_FILE, description)
     build.export(model, processor, folder / "model")
     return {"loss curves": "loss.png", "stage checkpoint": stage_file.STAGE_FILE, "model": "model"}
+
+
+def depends_on(options: "Options", model: "PointAlignForConditionalGeneration") -> dict[str, Any]:
+    """What the checkpoints of a run can be resumed with: its options, and hashes of what the options name by path."""
+    from pointalign import stage_file, storage
+
+    training, start = options.training, options.model.checkpoint
+    return describe(options) | {
+        "language_model": getattr(model.model.language_model, "weights_fingerprint", None),
+        "start_sha256": storage.file_hash(stage_file.find_stage(start)) if start else None,
+        "processes": training.world_size,
+        "samples_per_step": training.per_device_train_batch_size * training.gradient_accumulation_steps,
+    }
 
 
 def describe(options: "Options") -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The two losses under `transformers.Trainer`: equally normalised, logged apart; checkpoints that resume exactly."""
 
-import shutil
-import signal
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerCallback
 
-from pointalign import storage
+from pointalign import run_checkpoints, step_checks
 from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, pool_tokens
 from pointalign.data.collator import TokenBudgetSampler
 from pointalign.efficient.memory import device_used_bytes, peak_resident_bytes
 from pointalign.models.modeling import PointAlignForConditionalGeneration, PointFeatures
 from pointalign.options import published_rate
+from pointalign.resumable_trainer import ResumableTrainer
 
 # `point_learning_rate` is for these parameters.
 POINT_PARTS = tuple(f"model.model.{part}" for part in ("point_encoder", "point_mlp", "qformer", "query_tokens"))
@@ -122,32 +121,34 @@ class AlignedModel(nn.Module):
         return self.model.device
 
 
-class PointAlignTrainer(Trainer):
+class PointAlignTrainer(ResumableTrainer):
     """`transformers.Trainer` for an `AlignedModel`.
 
     Args:
         point_learning_rate: of the point branch where it trains; everything else has `args.learning_rate`.
         batch_sampler: this process's batches; by default `args.per_device_train_batch_size` samples each.
+        options: those of `ResumableTrainer`.
     """
 
     def __init__(
         self,
-        *args: Any,
+        *,
         point_learning_rate: float | None = None,
         batch_sampler: TokenBudgetSampler | None = None,
-        **kwargs: Any,
+        **options: Any,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(**options)
+        self.data_collator = step_checks.BatchWithObjects(self.data_collator)
         self.point_learning_rate = point_learning_rate
         self.batch_sampler = batch_sampler
         if batch_sampler is not None:
             self.add_callback(TellEpoch(batch_sampler))
-        self.stop = StopOnInterrupt()
-        self.add_callback(self.stop)
+        self.add_callback(CountSkippedSteps(self))
         self.add_callback(TellEpoch(self.train_dataset))
-        self.checkpoints: list[Path] = []  # that this run wrote or continues, oldest first; no other is ever deleted
         self._parts = {"ntp_loss": 0.0, "alignment_loss": 0.0}
         self._tokens = 0
+        self._step = Step()
+        self._skipped_steps = 0  # by the gradient scaler of fp16
         self._steps_at_log: int | None = None
         self._time_at_log = time.perf_counter()
 
@@ -157,8 +158,15 @@ class PointAlignTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if dimensions.get(name, 0) > 1]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.point_learning_rate is None or self.optimizer is not None:
-            return super().create_optimizer(model)
+        if self.optimizer is None:
+            self._create_optimizer(model)
+            self.optimizer.register_step_pre_hook(self._check_step)
+        return self.optimizer
+
+    def _create_optimizer(self, model: nn.Module | None) -> None:
+        if self.point_learning_rate is None:
+            super().create_optimizer(model)
+            return
         model = self.model if model is None else model
         decaying = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -177,7 +185,6 @@ class PointAlignTrainer(Trainer):
             ],
             **options,
         )
-        return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         if self.batch_sampler is None:
@@ -205,6 +212,7 @@ class PointAlignTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step = Step([batch.pop("object_ids") for batch in batches], batches, num_items)
         if self._steps_at_log is None:
             self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
         if batches:
@@ -219,16 +227,39 @@ class PointAlignTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         # Both terms are normalised over the global batch, as the Trainer does for tokens. It averages gradients over
         # ranks afterwards, which the factor undoes.
+        if self._step.losses is None:
+            self._step.random = run_checkpoints.torch_random()
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         for name in self._parts:
             self._parts[name] = self._parts[name] + outputs[name]
+        losses = torch.stack([outputs["loss"].detach(), outputs["ntp_loss"], outputs["alignment_loss"]])
+        self._step.losses = losses if self._step.losses is None else self._step.losses + losses
         loss = outputs["loss"] * self.args.world_size
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (next-token "
-                f"{float(outputs['ntp_loss'])}, alignment {float(outputs['alignment_loss'])}); nothing was updated"
-            )
         return (loss, outputs) if return_outputs else loss
+
+    def _check_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Called by the optimizer before it changes a weight. Raises: FloatingPointError: a number is not finite."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.accelerator.scaler is not None:  # fp16: infinite gradients are usual, and its scaler skips the step
+            gradients = []
+        if self._step.losses is not None and not step_checks.all_finite(gradients, self._step.losses):
+            raise self._failed_step(sum(not bool(torch.isfinite(gradient).all()) for gradient in gradients))
+
+    def _failed_step(self, bad_gradients: int) -> FloatingPointError:
+        number, step = self.state.global_step + 1, self._step
+        assert step.losses is not None
+        loss, ntp, alignment = step.losses.tolist()
+        objects = [object_id for batch in step.object_ids for object_id in batch]
+        path = Path(self.args.output_dir) / f"failed-step-{number}-process-{self.args.process_index}.safetensors"
+        num_items = None if step.num_items is None else int(step.num_items)
+        header = {"number": number, "object_ids": step.object_ids, "num_items": num_items}
+        model = self.accelerator.unwrap_model(self.model)
+        step_checks.write_failed_step(path, model, step.batches, step.random, header)
+        return FloatingPointError(
+            f"the loss is {loss} at step {number} (next-token {ntp}, alignment {alignment}), {bad_gradients} gradients "
+            f"are not finite; nothing was updated. Objects of the step: {', '.join(objects[:20]) or 'unknown'}. "
+            f"{path} holds weights, batches and random state: pointalign.step_checks.repeat_step runs the step again"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         steps = self.state.global_step - (self._steps_at_log or 0)
@@ -245,137 +276,49 @@ class PointAlignTrainer(Trainer):
                 logs["peak_memory_gb"] = round(peak / 1e9, 3)
             if self.args.device.type == "cuda":
                 logs["device_memory_gb"] = round(device_used_bytes(self.args.device) / 1e9, 3)
+            if self.accelerator.scaler is not None:
+                logs["skipped_steps"] = self._skipped_steps
+            if spike := step_checks.spike(self.state.log_history, logs["loss"]):
+                print(f"step {self.state.global_step}: {spike}", flush=True)
             self._parts = dict.fromkeys(self._parts, 0.0)
             self._tokens = 0
         super().log(logs, start_time)
         if counted:  # only now: callbacks may have measured held-out losses, which is not training
             self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
 
-    def gathered_state(self) -> dict[str, Tensor] | None:
-        """An FSDP model's full state, on the first process; None without FSDP. All processes must call it."""
-        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
 
-    # -- checkpoints: complete or absent, safetensors and JSON ---------------------------------------------------------
+@dataclass
+class Step:
+    """A training step in the making: what it is computed from, for a report if its numbers are not finite."""
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        run = Path(self.args.output_dir)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        unfinished = run / ".incomplete"
-        self._unfinished = unfinished
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                shutil.rmtree(run / name, ignore_errors=True)
-                (unfinished / name).rename(run / name)
-        except OSError as error:
-            complete = ", ".join(map(str, checkpoints(run))) or "none"
-            raise OSError(
-                f"checkpoint {name} could not be written: {error}; complete checkpoints: {complete}"
-            ) from error
-        finally:
-            self._unfinished = None
-            if self.args.should_save:
-                shutil.rmtree(unfinished, ignore_errors=True)
-        self.checkpoints = [path for path in self.checkpoints if path != run / name] + [run / name]
-        while self.args.save_total_limit and len(self.checkpoints) > self.args.save_total_limit:
-            superseded = self.checkpoints.pop(0)
-            if self.args.should_save:
-                shutil.rmtree(superseded, ignore_errors=True)
-
-    _unfinished: Path | None = None
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self._unfinished or self.args.output_dir)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        state = storage.training_state(self.accelerator.unwrap_model(self.model))
-        if self.is_fsdp_enabled:  # this process holds shards; the first process received the full state
-            if not self.args.should_save:
-                return
-            assert state_dict is not None
-            state = {name: state_dict[name] for name in state}
-        storage.write_tensors(folder / "model.safetensors", state)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        earlier = checkpoints(Path(resume_from_checkpoint).parent)
-        resumed = Path(resume_from_checkpoint)
-        if resumed in earlier and resumed.parent == Path(self.args.output_dir):
-            self.checkpoints = earlier[: earlier.index(resumed) + 1]  # later ones are of a run that went another way
-        target = self.accelerator.unwrap_model(model or self.model)
-        expected = set(storage.training_state(target))
-        if self.is_fsdp_enabled:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-            state = storage.read_tensors(Path(resume_from_checkpoint) / "model.safetensors", expected)
-            set_model_state_dict(target, state, options=StateDictOptions(full_state_dict=True, strict=False))
-            return
-        storage.load_state(target, Path(resume_from_checkpoint) / "model.safetensors", expected)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            storage.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None:
-            storage.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        storage.save_random(Path(output_dir) / f"random_{self.args.process_index}")
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            storage.load_random(Path(checkpoint) / f"random_{self.args.process_index}")
+    object_ids: list[list[str]] = field(default_factory=list)  # of every batch
+    batches: list[dict[str, Any]] = field(default_factory=list)
+    num_items: Tensor | int | None = None  # supervised tokens of the global batch
+    random: dict[str, Tensor] = field(default_factory=dict)  # PyTorch's generators before the first forward pass
+    losses: Tensor | None = None  # `[3]`: loss, next-token and alignment, summed over batches
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    folders = [path for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+class CountSkippedSteps(TrainerCallback):
+    """Counts the steps that fp16's gradient scaler skips, and stops if the loss itself is not finite."""
 
-
-class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the current step, saves, and stops; a second one stops at once.
-
-    Attributes:
-        interrupted: this run was stopped so, in all its processes at the same step.
-    """
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._pressed = False  # here; other processes may hear of it a step later, or not at all
+    def __init__(self, trainer: PointAlignTrainer):
+        self.trainer = trainer
+        self.scale = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = signal.getsignal(signal.SIGINT)
-
-        def handle(_signal, _frame):
-            if self._pressed:
-                raise KeyboardInterrupt
-            self._pressed = True
-            print("\nstopping after this step; press Ctrl-C again to stop without saving", flush=True)
-
-        try:
-            signal.signal(signal.SIGINT, handle)
-        except ValueError:  # not in the main thread, which alone can catch Ctrl-C
-            self.previous = None
+        scaler = self.trainer.accelerator.scaler
+        self.scale = scaler.get_scale() if scaler is not None else 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
-        pressed = self._pressed
-        if args.world_size > 1:  # in any process
-            shared = torch.tensor(int(pressed), device=args.device)
-            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-            pressed = bool(shared)
-        if pressed:
-            self.interrupted = control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
+        trainer = self.trainer
+        if trainer.accelerator.scaler is None:
+            return
+        scale = trainer.accelerator.scaler.get_scale()
+        if scale < self.scale:  # it falls after a skipped step only
+            trainer._skipped_steps += 1
+            if not step_checks.all_finite([], trainer._step.losses):
+                raise trainer._failed_step(0)
+        self.scale = scale
 
 
 class TellEpoch(TrainerCallback):

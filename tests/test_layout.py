@@ -20,7 +20,9 @@ PROCEDURAL = (  # kinds of procedural objects
 LAYERS = [
     ["pointalign_kernels"],
     ["pointalign.alignment", "pointalign.storage"],
-    ["pointalign.options"],
+    ["pointalign.options", "pointalign.run_checkpoints"],
+    ["pointalign.step_checks", "pointalign.interruptions"],
+    ["pointalign.resumable_trainer"],
     ["pointalign.embedded.facts"],
     ["pointalign.embedded.debatable", "pointalign.embedded.descriptions"],
     ["pointalign.embedded.questions"],

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pointalign import storage
+from pointalign import run_checkpoints, storage
 
 
 def hidden_files(folder) -> list[str]:
@@ -122,11 +122,11 @@ def test_an_optimizer_goes_on_where_it_stopped(kind, tmp_path):
     first = start()
     for x in inputs[:3]:
         step(*first, x)
-    storage.save_optimizer(tmp_path, *first[1:])
+    run_checkpoints.save_optimizer(tmp_path, *first[1:])
     storage.write_tensors(tmp_path / "m.safetensors", first[0].state_dict())
     second = start()
     storage.load_state(second[0], tmp_path / "m.safetensors", set(first[0].state_dict()))
-    storage.load_optimizer(tmp_path, *second[1:])
+    run_checkpoints.load_optimizer(tmp_path, *second[1:])
     for x in inputs[3:]:
         step(*second, x)
     assert all(torch.equal(a, b) for a, b in zip(straight[0].parameters(), second[0].parameters(), strict=True))
@@ -145,10 +145,10 @@ def test_random_numbers_go_on_where_they_stopped(tmp_path):
 
     keep = random.getstate(), np.random.get_state(), torch.get_rng_state()
     draw()
-    storage.save_random(tmp_path / "random_0")
+    run_checkpoints.save_random(tmp_path / "random_0")
     expected = draw()
     draw()
-    storage.load_random(tmp_path / "random_0")
+    run_checkpoints.load_random(tmp_path / "random_0")
     assert draw() == expected
     random.setstate(keep[0])
     np.random.set_state(keep[1])
@@ -160,8 +160,8 @@ def test_only_safetensors_and_json_are_written(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
-    storage.save_optimizer(tmp_path, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
-    storage.save_random(tmp_path / "random_0")
+    run_checkpoints.save_optimizer(tmp_path, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    run_checkpoints.save_random(tmp_path / "random_0")
     assert sorted(one.name for one in tmp_path.iterdir()) == [
         "optimizer.json", "optimizer.safetensors", "random_0.json", "random_0.safetensors",
     ]  # fmt: skip

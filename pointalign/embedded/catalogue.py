@@ -38,7 +38,6 @@ POINTS = 8192
 SPLITS = ("train", "validation", "test")
 SPLIT_FILE = Path(__file__).parent / "furniture_data" / "splits.json"
 FOLDS = 5
-PROCEDURAL = 4  # procedural objects of every noun that has a generator
 FOLD_SALT = 530  # the first salt that gives every fold a fifth of objects and of families, within 0.015
 LICENSES = {  # catalogue -> SPDX licence of its models (file LICENSE.TXT inside each)
     "BlendSwap-CC-0": "CC0-1.0",
@@ -268,14 +267,13 @@ def build_objects(catalogues: Path, out: Path, progress: Callable[[list], Iterab
 
 
 def write_procedural_clouds(clouds: Path) -> list[dict]:
-    """Write PROCEDURAL objects of every noun that has a generator, `[POINTS, 6]` each; returns their records."""
+    """Write a procedural object of every noun that has a generator, `[POINTS, 6]` each; returns their records."""
     records = []
     for noun in MAKERS:
-        for number in range(PROCEDURAL):
-            object_id = f"procedural-{noun.replace(' ', '-')}-{number}"
-            record, points = procedural_object(noun, np.random.default_rng(seed_of(object_id)), POINTS)
-            np.save(clouds / f"{object_id}_{POINTS}.npy", normalise(points))
-            records.append(procedural_record(record, object_id))
+        object_id = f"procedural-{noun.replace(' ', '-')}"
+        record, points = procedural_object(noun, np.random.default_rng(seed_of(object_id)), POINTS)
+        np.save(clouds / f"{object_id}_{POINTS}.npy", normalise(points))
+        records.append(procedural_record(record, object_id))
     return records
 
 

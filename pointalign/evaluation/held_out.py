@@ -41,38 +41,54 @@ class HeldOutReport:
         self.split, self.folder = split, folder
         self.held_out = embedded_objects(objects, self.split)
         self.training = embedded_objects(objects, "train")
+        known = np.isin(self.held_out.labels, self.training.labels)
+        # only these can be named right, so accuracies are of these
+        self.known = self.held_out.subset(np.flatnonzero(known))
+        self.unknown = self.held_out.subset(np.flatnonzero(~known))
         self.results: dict[str, np.ndarray] = {}
 
     def before(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor) -> None:
-        answers = ask_names(model, processor, self.held_out.clouds, "naming before training")
-        self.results["model before training"] = correct(answers, self.held_out)
+        answers = ask_names(model, processor, self.known.clouds, "naming before training")
+        self.results["model before training"] = correct(answers, self.known)
 
     def after(self, exported: Path) -> None:
         """Evaluate the exported model, not the one in memory."""
         model, processor, _ = load(exported)
-        clouds = self.held_out.clouds
+        clouds = self.known.clouds
         inputs = {
             "model": clouds,
             "model, random yaw": random_yaw(clouds),
             "model, shuffled clouds": [clouds[i] for i in shuffled(len(clouds))],
         }
         answers = {name: ask_names(model, processor, part, name) for name, part in inputs.items()}
-        self.results |= {name: correct(texts, self.held_out) for name, texts in answers.items()}
-        self.results |= controls(self.held_out, self.training)
-        noun_in_training = np.isin(self.held_out.labels, self.training.labels)
-        summary = report(self.results, self.held_out.families, noun_in_training)
+        self.results |= {name: correct(texts, self.known) for name, texts in answers.items()}
+        self.results |= controls(self.known, self.training)
+        summary = report(self.results, self.known.families, np.ones(len(self.known.ids), dtype=bool))
         kinds = self.kinds(model, processor)
         per_object = [
             {
                 "object_id": record["object_id"],
                 "family": record["family"],
                 "truth": record["head_noun"],
-                "noun_in_training": bool(noun_in_training[row]),
+                "noun_in_training": True,
                 "answer": answers["model"][row],
                 "right": [name for name, right in self.results.items() if right[row]],
             }
-            for row, record in enumerate(self.held_out.records)
+            for row, record in enumerate(self.known.records)
         ]
+        if self.unknown.ids:
+            others = ask_names(model, processor, self.unknown.clouds, "objects of unknown nouns")
+            per_object += [
+                {
+                    "object_id": record["object_id"],
+                    "family": record["family"],
+                    "truth": record["head_noun"],
+                    "noun_in_training": False,
+                    "answer": text,
+                    "right": [],
+                }
+                for record, text in zip(self.unknown.records, others, strict=True)
+            ]
         content = {"split": self.split} | summary.as_dict() | {"kinds": kinds, "objects": per_object}
         storage.write_json(self.folder / "accuracy.json", content)
         samples = answer_samples(model, processor, self.held_out)

@@ -82,7 +82,7 @@ def ask(
     processor: PointAlignProcessor,
     clouds: Sequence[Sequence[np.ndarray]],
     questions: Sequence[str],
-    max_new_tokens: int = 24,
+    max_new_tokens: int = 16,
     batch_size: int = 16,
     description: str = "answers",
 ) -> list[str]:
@@ -161,12 +161,15 @@ class NamingReport:
     def table(self) -> str:
         width = max(len(name) for name in self.accuracy)
         seen, total = (next(iter(self.accuracy.values()))[key].count for key in ("noun in training", "all"))
-        lines = [f"{'head-noun accuracy':{width}}  {f'noun in training (n={seen})':28}  all (n={total})"]
+        columns = {f"noun in training (n={seen})": "noun in training"}
+        if total != seen:
+            columns[f"all (n={total})"] = "all"
+        lines = [f"{'head-noun accuracy':{width}}  " + "  ".join(f"{title:28}" for title in columns)]
         for name, parts in self.accuracy.items():
-            lines.append(f"{name:{width}}  {parts['noun in training']!s:28}  {parts['all']}")
+            lines.append(f"{name:{width}}  " + "  ".join(f"{parts[key]!s:28}" for key in columns.values()))
         for name, test in self.tests.items():
             lines.append(f"{name}: {100 * test['mean']:+.1f} points, p = {test['p']:.4f}")
-        return "\n".join(lines)
+        return "\n".join(line.rstrip() for line in lines)
 
     def as_dict(self) -> dict:
         accuracy = {
