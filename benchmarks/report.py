@@ -268,7 +268,8 @@ def summary() -> str:
     return (
         f"{table(header, rows)}\nOf objects whose noun occurs in training, with 95 % intervals over families. "
         "Shuffled: asked with another object's cloud. 1-NN: the name of the nearest training cloud, in the best of 16 "
-        f"turns about the vertical. Random yaw: clouds turned about the vertical. First column: {stamps[0]} Second column: {stamps[1]}\n"
+        "turns about the vertical. Random yaw: clouds turned about the vertical. "
+        f"First column: {stamps[0]} Second column: {stamps[1]}\n"
     )
 
 

@@ -49,7 +49,7 @@ def test_a_shipped_pair(folders, tmp_path):
 def test_a_run_of_another_stage_1_is_not_shipped(folders, tmp_path):
     stage1, run = folders
     save_file({"model.query_tokens": torch.zeros(2)}, stage1 / "stage.safetensors")
-    with pytest.raises(ValueError, match="does not start from .*model.query_tokens differs"):
+    with pytest.raises(ValueError, match=r"does not start from .*model\.query_tokens differs"):
         record_run.main([str(run), "--ship", str(stage1)])
     assert not list((tmp_path / "checkpoints").iterdir())
 
