@@ -153,6 +153,15 @@ def test_an_evaluation_is_written_resumed_and_identical(saved, tmp_path, monkeyp
     assert "belongs to another run (asked, generation differ)" in capsys.readouterr().err
 
 
+def test_without_a_name_the_newest_run_is_evaluated(saved, tmp_path, monkeypatch, capsys):
+    shutil.copytree(saved, tmp_path / "runs" / "demo" / "model")
+    monkeypatch.chdir(tmp_path)
+    _, *unnamed = arguments(saved, tmp_path / "out", "--task", "captioning", "--limit", "1")
+    assert evaluate.main(unnamed) == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["model"] == "runs/demo/model"
+    assert "model: runs/demo/model, which `make train` made" in capsys.readouterr().err
+
+
 def test_the_report_is_one_file(saved, tmp_path):
     assert evaluate.main(arguments(saved, tmp_path, "--task", "classification", "--inputs", "true", "blind")) == 0
     page = (tmp_path / "report.html").read_text()
