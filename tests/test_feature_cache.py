@@ -94,7 +94,7 @@ def test_fingerprint_changes_with_weights_and_preprocessing(processor):
 
 
 def test_a_view_is_the_same_in_every_process_and_the_first_half_keeps_the_pose(processor, monkeypatch):
-    from conftest import CLOUDS, tiny_model
+    from conftest import CLOUDS, lively, tiny_model
 
     turned = []
 
@@ -108,16 +108,16 @@ def test_a_view_is_the_same_in_every_process_and_the_first_half_keeps_the_pose(p
 
     def encode_views(names):
         encode = feature_cache.encoder_of(
-            tiny_model(), processor.feature_extractor, [CLOUDS], torch.device("cpu"), encoder=False, views=4
+            lively(tiny_model()), processor.feature_extractor, [CLOUDS], torch.device("cpu"), encoder=False, views=4
         )
         return encode(names)["queries"]
 
     together = encode_views(names)
     assert turned == [False, False, True, True] * 2
     apart = np.concatenate([encode_views([name]) for name in reversed(names)])[::-1]
-    np.testing.assert_allclose(apart, together, atol=1e-5)
+    np.testing.assert_allclose(apart, together, rtol=1e-3, atol=1e-4)
     distances = [np.abs(together[i] - together[j]).max() for i in range(8) for j in range(i)]
-    assert min(distances) > 1e-3, "no two views are alike"
+    assert min(distances) > 1e-2, "no two views are alike"
 
 
 def test_660_thousand_objects_are_mapped_not_read(tmp_path):
