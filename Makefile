@@ -13,7 +13,7 @@ GPU_VENV ?= .venv-gpu
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-long check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check \
+.PHONY: train test test-long check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check compare \
   held-out-naming report clean
 
 train: assets
@@ -42,6 +42,9 @@ gpu-rehearsal:
 
 alignment-check: assets
 	$(BIN)/python -m experiments.alignment_check $(ARGS)
+
+compare: assets
+	$(BIN)/python -m experiments.compare $(ARGS)
 
 held-out-naming: assets
 	$(BIN)/python -m experiments.held_out_naming $(ARGS)

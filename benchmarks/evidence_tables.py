@@ -20,6 +20,7 @@ SHOWN = {
     "classification": ("head noun", "head noun, closed set", "closed-set accuracy", "likelihood margin"),
     "captioning": ("ROUGE-L", "METEOR", "MiniLM cosine"),
     "geometry": ("accuracy",),
+    "yesno": ("accuracy",),
 }
 
 

@@ -37,7 +37,8 @@ from pointalign.embedded.catalogue import (
     read_catalogues,
     sample_object,
 )
-from pointalign.embedded.facts import PALETTE, conversations, read_name
+from pointalign.embedded.facts import PALETTE, read_name
+from pointalign.embedded.questions import conversations
 
 SHARES = (0.64, 0.11, 0.25)  # a quarter for the test: with fewer families the intervals would be too wide
 SAMPLES = {
@@ -161,6 +162,16 @@ def attribution(entries: list[CatalogueEntry], ids: set[str]) -> str:
         "- SmolLM2-135M-Instruct, Hugging Face, Apache-2.0 (converted from its Q4_1 GGUF to bf16 safetensors)",
         "- all-MiniLM-L6-v2, sentence-transformers, Apache-2.0",
         "",
+        "## Further objects, of the recipes that name them",
+        "",
+        "`pointalign.assets.extra_objects` builds more objects, which only trainings whose recipe names them use:",
+        "household things of the Minetest mods [homedecor_modpack](https://gitlab.com/VanessaE/homedecor_modpack),",
+        "version of 2021-03-27, by Vanessa Ezekowitz and contributors,",
+        "[CC-BY-SA-4.0](https://creativecommons.org/licenses/by-sa/4.0/); of it the lava lamp by thefamilygrog66",
+        "and the television by qwrwed, WTFPL. Changes: sampled as coloured point clouds, turned upright, centred",
+        "and scaled; textures of other packages replaced by plain colours. Whoever publishes a checkpoint trained",
+        "on them names them in its attribution.",
+        "",
         "## Objects",
         "",
         "3D models of the Sweet Home 3D furniture libraries 1.8, collected and converted to OBJ by Emmanuel Puybaret /",
@@ -179,13 +190,13 @@ def attribution(entries: list[CatalogueEntry], ids: set[str]) -> str:
 def write_samples(entries: list[CatalogueEntry], splits: dict[str, dict[str, str]], folder: Path) -> None:
     """The first 2048 points of a few CC0 objects in float16, and their annotations, as a tiny data set for tests."""
     folder.mkdir(parents=True, exist_ok=True)
-    annotations = []
+    records = []
     for entry in entries:
         if entry.object_id in SAMPLES:
             points = sample_object(entry)
             np.save(folder / f"{entry.object_id}_{POINTS}.npy", points[:2048].astype(np.float16))
-            annotations += conversations(describe_object(entry, points, **splits[entry.object_id]))
-    (folder / "annotations.json").write_text(json.dumps(annotations, indent=1) + "\n", encoding="utf-8")
+            records.append(describe_object(entry, points, **splits[entry.object_id]))
+    (folder / "annotations.json").write_text(json.dumps(conversations(records), indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

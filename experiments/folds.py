@@ -11,7 +11,6 @@ Finished work is kept: the same command continues where it was stopped. Two proc
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -23,10 +22,10 @@ import numpy as np
 from experiments.ablation.ablation import run_ablation
 from experiments.ablation.comparison import run_file, summarise
 from experiments.ablation.recipe import Recipe, read_recipe
-from pointalign import stage_file, storage, train
-from pointalign.embedded import catalogue
-from pointalign.run_checkpoints import checkpoints
+from pointalign import stage_file, storage
+from pointalign.embedded import catalogue, stage1
 
+ENCODER_SHARE = 0.75  # share of the steps of stage 1 that train the encoder
 DIFFERENT = ("fold", "weights")  # keys of `recipe.json` that differ between folds: each has its stage 1
 
 
@@ -100,16 +99,19 @@ def require_agreement(folders: Sequence[Path], descriptions: Sequence[dict[str, 
 # -- the ablation ------------------------------------------------------------------------------------------------------
 
 
-def train_stage(recipe: str, fold: int, folder: Path) -> int:
+def train_stage(fold: int, folder: Path, steps: int) -> int:
     """Train stage 1 without the families of a fold, unless that is done. Returns an exit status."""
     if (folder / stage_file.STAGE_FILE).exists():
         return 0
-    command = [recipe, f"--data.fold={fold}", "--data.evaluate=none", f"--training.output_dir={folder}"]
-    if resumable := checkpoints(folder):
-        command.append(f"--training.resume_from_checkpoint={resumable[-1]}")
-    elif folder.exists():  # stopped before its first checkpoint
-        shutil.rmtree(folder)
-    return train.main(command)
+    encoder_steps = round(ENCODER_SHARE * steps)
+    return stage1.main(
+        [
+            f"--output={folder}",
+            f"--fold={fold}",
+            f"--encoder-steps={encoder_steps}",
+            f"--query-steps={steps - encoder_steps}",
+        ]
+    )
 
 
 def pool(recipe: Recipe, folder: Path) -> str:
@@ -165,7 +167,7 @@ def weighted_mean(values: list[Any], weights: list[int]) -> Any:
 def main(arguments: list[str] | None = None) -> int:
     parser = fold_parser("python -m experiments.folds", __doc__, "runs/folds")
     parser.add_argument("--recipe", default="objects", help="ablation on the embedded objects (default: %(default)s)")
-    parser.add_argument("--stage1", default="scratch", help="recipe of `pointalign.train` (default: %(default)s)")
+    parser.add_argument("--stage1-steps", type=int, default=1000, help="of each fold's stage 1 (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="paired seeds (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
@@ -176,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     recipe.seeds = options.seeds
 
     def run(fold: int, folder: Path) -> int:
-        if status := train_stage(options.stage1, fold, folder / "stage1"):
+        if status := train_stage(fold, folder / "stage1", options.stage1_steps):
             return status
         table = run_ablation(options.recipe, options.seeds, str(folder), fold, str(folder / "stage1"))
         print(f"fold {fold}:\n{table}\n")

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.folds import fold_parser, require_agreement, run_folds
+from experiments.folds import fold_parser, require_agreement, run_folds, train_stage
 from pointalign import storage
 from pointalign.embedded.catalogue import read_splits
 from pointalign.evaluation import naming
 
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "held_out_naming.json"
-# LoRA is new as well and must learn to answer, hence more steps and a higher rate than in the demo.
-COMMAND = ["demo", "--model.checkpoint=null", "--training.max_steps=60", "--training.learning_rate=6e-4"]
+STAGE1_STEPS = 1000
+COMMAND = ["demo"]
 SHARED = ("model", "alignment", "versions", "commit", "device")  # what the folds must have in common
 
 
@@ -36,8 +36,11 @@ def run(fold: int, folder: Path) -> int:
     if finished(folder):
         return 0
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-    options = [*COMMAND, f"--data.fold={fold}", f"--training.output_dir={folder}"]
     began = time.perf_counter()
+    stage1 = folder.with_name(f"{folder.name}-stage1")
+    if status := train_stage(fold, stage1, STAGE1_STEPS):
+        return status
+    options = [*COMMAND, f"--model.checkpoint={stage1}", f"--data.fold={fold}", f"--training.output_dir={folder}"]
     status = subprocess.run([sys.executable, "-m", "pointalign.train", *options]).returncode
     print(f"fold {fold}: {(time.perf_counter() - began) / 60:.0f} min")
     return status

@@ -4,6 +4,8 @@
     home()/sentence/all-minilm-l6-v2/   all-MiniLM-L6-v2, from a PyPI wheel
     home()/furniture/                   the embedded objects: clouds, annotations and facts, from the Debian package
                                         sweethome3d-furniture
+    home()/homedecor/                   more objects for training alone, from the Debian package minetest-mod-homedecor;
+                                        built where a training asks for them
     home()/nltk_data/corpora/wordnet/   WordNet 3.0 as nltk reads it (METEOR), from the Debian package wordnet-base
 
 `home()` is `$POINTALIGN_HOME`, or `~/.cache/pointalign`. A folder is built under a temporary name and renamed when it
@@ -29,11 +31,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SHIPPED_CHECKPOINT = "furniture-stage1"  # answers where no model is named
+SHIPPED_CHECKPOINT = "furniture"  # answers where no model is named and `make train` has not made one
 STAMP = ".complete.json"
 LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
 WORDNET_FORMAT = "1"
-OBJECTS_FORMAT = "2"  # raise it when sampling, facts, conversations or folds change; splits and names are hashed
+OBJECTS_FORMAT = "5"  # raise it when sampling, facts, conversations or folds change; splits and names are hashed
+EXTRA_OBJECTS_FORMAT = "1"  # raise it when reading or sampling change; their table is hashed
+FURNITURE_DATA = Path(__file__).parent / "embedded" / "furniture_data"
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,12 @@ SWEETHOME3D = Source(
     "1.8-1",
     "sweethome3d-furniture_1.8-1_all.deb",
     "3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668",
+)
+HOMEDECOR = Source(
+    "minetest-mod-homedecor",
+    "20210327.1-2",
+    "minetest-mod-homedecor_20210327.1-2_all.deb",
+    "555d078c37e2a26a66aea20affa8031ea7ff05e9def7c2f9eb60cd422feb9f6c",
 )
 WORDNET = Source(
     "wordnet-base",
@@ -109,9 +119,7 @@ def embedded_objects(fold: int | None = None) -> Path:
 
     Raises: ValueError: there is no such fold.
     """
-    data = Path(__file__).parent / "embedded" / "furniture_data"
-    committed = hashlib.sha256((data / "splits.json").read_bytes() + (data / "names.json").read_bytes()).hexdigest()
-    folder = _asset("furniture", SWEETHOME3D, f"{OBJECTS_FORMAT} {committed}", _build_embedded_objects)
+    folder = _asset("furniture", SWEETHOME3D, _objects_version(), _build_embedded_objects)
     if fold is None:
         return folder
     from pointalign import storage
@@ -127,12 +135,30 @@ def embedded_objects(fold: int | None = None) -> Path:
     return fold_folder
 
 
+def extra_objects() -> Path:
+    """Folder with `clouds/{object_id}_8192.npy` and `objects.json` of more objects for training, built if missing.
+
+    They are for no test. Their licence asks to share alike, see ATTRIBUTION.md. An object's head noun is None where no
+    embedded object of the training part has it.
+    """
+    version = f"{EXTRA_OBJECTS_FORMAT} {_hash_of_data('homedecor.json')} objects {_objects_version()}"
+    return _asset("homedecor", HOMEDECOR, version, _build_extra_objects)
+
+
 def wordnet() -> Path:
     """Folder of WordNet 3.0 for nltk's `WordNetCorpusReader`, built if missing."""
     return _asset("nltk_data/corpora/wordnet", WORDNET, WORDNET_FORMAT, _extract_wordnet)
 
 
 # ------------------------------------------------------------------------------------------------------------- plumbing
+
+
+def _hash_of_data(*names: str) -> str:
+    return hashlib.sha256(b"".join((FURNITURE_DATA / name).read_bytes() for name in names)).hexdigest()
+
+
+def _objects_version() -> str:
+    return f"{OBJECTS_FORMAT} {_hash_of_data('splits.json', 'names.json')}"
 
 
 def _asset(name: str, source: Source, version: str, build: Callable[[Path, Path], None]) -> Path:
@@ -255,8 +281,10 @@ def _extract_sentence_encoder(wheel: Path, folder: Path) -> None:
                 shutil.copyfileobj(packed, out)
 
 
-def _unpack(package: Path, folder: Path, select: Callable[[str], bool]) -> None:
-    """Write the files of a Debian package whose names `select` accepts into `folder`, without their folders.
+def _unpack(
+    package: Path, folder: Path, select: Callable[[str], bool], rename: Callable[[Path], str] = lambda path: path.name
+) -> None:
+    """Write the files of a Debian package whose names `select` accepts into `folder`, by default without their folders.
 
     The package is an `ar` archive: a magic line, then members with a 60-byte header, one of them `data.tar.*`.
     """
@@ -268,7 +296,7 @@ def _unpack(package: Path, folder: Path, select: Callable[[str], bool]) -> None:
                 with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tar:
                     for member in tar:
                         if select(member.name) and (packed := tar.extractfile(member)):
-                            with (folder / Path(member.name).name).open("wb") as out:
+                            with (folder / rename(Path(member.name))).open("wb") as out:
                                 shutil.copyfileobj(packed, out)
                 return
             file.seek(size + size % 2, os.SEEK_CUR)
@@ -292,6 +320,21 @@ def _build_embedded_objects(package: Path, folder: Path) -> None:
     catalogues.mkdir()
     _unpack(package, catalogues, lambda name: name.endswith(".sh3f"))
     build_objects(catalogues, folder, lambda jobs: tqdm(jobs, "Sampling objects", unit="object", disable=None))
+
+
+def _build_extra_objects(package: Path, folder: Path) -> None:
+    from pointalign.embedded.extra_objects import build_extra_objects
+
+    records = json.loads((embedded_objects() / "objects.json").read_text(encoding="utf-8"))
+    files = folder.parent / "files"
+    files.mkdir()
+    _unpack(
+        package,
+        files,
+        lambda name: name.endswith((".obj", ".png", ".lua")),
+        lambda path: f"{path.parent.name}-{path.name}" if path.suffix == ".lua" else path.name,  # each has an init.lua
+    )
+    build_extra_objects(files, folder, {record["head_noun"] for record in records if record["split"] == "train"})
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """A model from options, a run folder, a stage file or an exported folder: the one loader."""
 
 import json
+import sys
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -249,6 +250,20 @@ def export(model: PointAlignForConditionalGeneration, processor: PointAlignProce
 # -- the one loader of a trained model ---------------------------------------------------------------------------------
 
 
+def default_model() -> str:
+    """The model that answers where none is named: the newest of `make train` below this folder, else the shipped one.
+
+    Prints which.
+    """
+    from pointalign.assets import SHIPPED_CHECKPOINT
+
+    trained = [path.parent for path in Path("runs").glob("demo*/model/config.json")]
+    name = str(max(trained, key=lambda folder: folder.stat().st_mtime)) if trained else SHIPPED_CHECKPOINT
+    source = "which `make train` made" if trained else "which is shipped"
+    print(f"model: {name}, {source}; --model names another", file=sys.stderr)
+    return name
+
+
 def find_model(name: str | Path) -> Path:
     """The exported folder or the stage file that `name` stands for; of a run's folder, its exported model comes first.
 
@@ -269,13 +284,14 @@ def find_model(name: str | Path) -> Path:
 
 
 def load(
-    name: str | Path, up_axis: str | None = None, device: str | torch.device | None = None
+    name: str | Path | None = None, up_axis: str | None = None, device: str | torch.device | None = None
 ) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor, str]:
     """Model in evaluation mode, processor, and a hash of the files that the weights were read from.
 
     Args:
         name: a folder for `from_pretrained`, a run's folder of `pointalign.train`, a stage file, or the name of a
-            shipped checkpoint. A stage file is put on the language model it was trained with.
+            shipped checkpoint; by default that of `default_model`. A stage file is put on the language model it was
+            trained with.
         up_axis: vertical axis of the clouds, in place of the processor's.
         device: by default CUDA where there is one.
 
@@ -283,7 +299,7 @@ def load(
         FileNotFoundError: none of these, or the stage file's language model is gone.
         ValueError: another kind of model, or a stage file that does not fit or does not say what it was trained with.
     """
-    source = find_model(name)
+    source = find_model(name or default_model())
     if source.is_dir():
         model = PointAlignForConditionalGeneration.from_pretrained(source, dtype="auto")
         processor = PointAlignProcessor.from_pretrained(source)

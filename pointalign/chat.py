@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-from pointalign.assets import SHIPPED_CHECKPOINT
-
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -16,8 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--question", action="append", help="ask this and exit; repeat for several questions")
     parser.add_argument(
         "--model",
-        default=SHIPPED_CHECKPOINT,
-        help="folder of a run or a model, stage file, or name of a shipped checkpoint (default: %(default)s)",
+        help="folder of a run or a model, stage file, or name of a shipped checkpoint (default: what `make train` "
+        "made, else the shipped one)",
     )
     parser.add_argument("--up-axis", default="y", help="vertical axis of the files: x y z -x -y -z (default: y)")
     parser.add_argument("--max-new-tokens", type=int, default=64)

@@ -1,6 +1,6 @@
 """Ask a model held-out questions: metrics with intervals, and a report.
 
-python -m pointalign.evaluate                                  the shipped model on the embedded test objects
+python -m pointalign.evaluate                                  the newest demo model, or the shipped one
 python -m pointalign.evaluate MODEL --task captioning --data val_200_GT.json --clouds 8192_npy
 
 Subcommands, each with --help:
@@ -53,7 +53,7 @@ def _parser(usage: str, description: str | None = None) -> "ArgumentParser":
 
 
 def evaluate(arguments: list[str]) -> None:
-    from pointalign import assets
+    from pointalign import build
     from pointalign.evaluation import results
     from pointalign.evaluation.answering import Generation
     from pointalign.evaluation.judge import JudgeOptions, judge_tasks
@@ -68,7 +68,7 @@ def evaluate(arguments: list[str]) -> None:
     options = results.EvaluationOptions(
         **{name: built[name] for name in results.EvaluationOptions.__dataclass_fields__}
     )
-    result = results.evaluate(built.model or assets.SHIPPED_CHECKPOINT, options, built.generation)
+    result = results.evaluate(built.model or build.default_model(), options, built.generation)
     print(results.table(result))
     folder = Path(options.output)
     if built.judge.model is not None:

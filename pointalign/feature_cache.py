@@ -28,9 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pointalign import build, storage
-from pointalign.data.dataset import find_cloud, make_datasets
+from pointalign.data.collator import view_name
+from pointalign.data.dataset import ConversationDataset, find_cloud, make_datasets
+from pointalign.data.point_cloud import augment, load_point_cloud
 from pointalign.efficient import frozen_parts
-from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration
+from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.options import Options, parse
 
 FORMAT = 1
@@ -287,18 +289,79 @@ def encoder_of(
     clouds: Sequence[str | Path],
     device: torch.device,
     encoder: bool,
+    views: int = 0,
 ) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
-    """`encode` for `write`: reads from the folders `clouds` and runs the point branch in float32."""
+    """`encode` for `write`: reads from the folders `clouds` and runs the point branch in float32.
+
+    Args:
+        views: names are those of `view_name`: view v of an object is augmented by a generator that its name seeds, and
+            keeps the object's pose if v < views / 2.
+    """
     model.eval()
 
+    def view_of(name: str) -> np.ndarray:
+        object_id, _, number = name.rpartition("#")
+        cloud = load_point_cloud(find_cloud(clouds, object_id), extractor.up_axis)
+        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+        # no more points than the model reads: the rest would be augmented in vain
+        cloud = cloud[rng.permutation(len(cloud))[: extractor.num_points]]
+        return augment(cloud, rng, int(number) >= views // 2, extractor.min_points)
+
     @torch.inference_mode()
-    def encode(object_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        batch = extractor([find_cloud(clouds, object_id) for object_id in object_ids]).to(device)
+    def encode(names: Sequence[str]) -> dict[str, np.ndarray]:
+        read = view_of if views else lambda name: find_cloud(clouds, name)
+        batch = extractor([read(name) for name in names]).to(device)
         tokens = model.model.get_encoder_tokens(batch["point_values"], batch["point_lengths"])
         features = {"queries": model.model.query(tokens)} | ({"encoder": tokens} if encoder else {})
         return {name: feature.float().cpu().numpy() for name, feature in features.items()}
 
     return encode
+
+
+def entries(datasets: Sequence[ConversationDataset], views: int) -> list[str]:
+    """Names of a cache's rows: the objects of the data sets, or `views` views of each."""
+    objects = sorted({object_id for part in datasets for ids in part.conversations.object_ids for object_id in ids})
+    return [view_name(object_id, view) for object_id in objects for view in range(views)] if views else objects
+
+
+def write_for(
+    options: Options,
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    datasets: Sequence[ConversationDataset],
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> int:
+    """Write the cache that a training with these options reads; goes on where an earlier call was stopped.
+
+    Returns: the number of rows.
+    """
+    assert options.data.feature_cache is not None and processor.feature_extractor is not None
+    parts = [getattr(model.model, part) for part in frozen_parts(model.model)]
+    devices = [next(part.parameters()).device for part in parts]
+    queries = model.model.query_tokens
+    for part in parts:
+        part.to(device)
+    if queries is not None:
+        queries.data = queries.data.to(device)
+    encoder, views = options.alignment.target == "encoder", options.data.views
+    names = entries(datasets, views)
+    with tqdm(total=len(names[rank::world]), desc="encoding clouds", unit="view" if views else "object",
+              disable=rank != 0) as bar:  # fmt: skip
+        write(
+            options.data.feature_cache,
+            names,
+            encoder_of(model, processor.feature_extractor, datasets[0].clouds, device, encoder, views),
+            fingerprint(model, processor.feature_extractor),
+            names=["queries", *(["encoder"] if encoder else [])],
+            rank=rank,
+            world=world,
+            progress=bar.update,
+        )
+    for part, home in zip(parts, devices, strict=True):
+        part.to(home)
+    return len(names)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -308,32 +371,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("expected --data.feature_cache DIR, the folder to write")
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         datasets = make_datasets(options)
-        objects = sorted({object_id for part in datasets for ids in part.conversations.object_ids for object_id in ids})
         model, processor = build.build_model(options.model, options.data, point_branch_only=True)
         device = torch.device("cpu")
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        for part in frozen_parts(model.model):
-            getattr(model.model, part).to(device)
-        if model.model.query_tokens is not None:
-            model.model.query_tokens.data = model.model.query_tokens.data.to(device)
-        encoder = options.alignment.target == "encoder"
-        with tqdm(total=len(objects[rank::world]), unit="object", disable=rank != 0) as bar:
-            write(
-                options.data.feature_cache,
-                objects,
-                encoder_of(model, processor.feature_extractor, datasets[0].clouds, device, encoder),
-                fingerprint(model, processor.feature_extractor),
-                names=["queries", *(["encoder"] if encoder else [])],
-                rank=rank,
-                world=world,
-                progress=bar.update,
-            )
+        count = write_for(options, model, processor, datasets, device, rank, world)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if rank == 0:
-        print(f"{len(objects)} objects in {options.data.feature_cache}; now train with the same --data.feature_cache")
+        print(f"{count} entries in {options.data.feature_cache}; now train with the same --data.feature_cache")
     return 0
 
 

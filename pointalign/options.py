@@ -73,7 +73,7 @@ class MixturePart:
     """One part of a mixture: conversations of some types, how often a batch is drawn from them, and its size.
 
     Attributes:
-        types: conversation types; None means all.
+        types: conversation types, or kinds of question that the entries name; None means all.
         ratio: weight of this part among all.
         batch_size: samples per batch.
         annotations: file of this part, by default `data.annotations`.
@@ -94,8 +94,12 @@ class DataOptions:
         clouds: folder of `{object_id}_8192.npy` or other point and mesh files, or several.
         mixture: parts that every batch is drawn from, one part a batch; needs `training.max_steps` and
             `training.per_device_train_batch_size=1`, the batch of a step being one part's.
-        types: conversation types; all by default.
-        up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z.
+        types: conversation types or kinds of question; all by default.
+        up_axis: vertical axis of the clouds: x, y, z, -x, -y or -z; see docs/data.md for published weights and clouds.
+        missing_color: colour of points that have none: black (what the published encoders saw of ModelNet40), grey or
+            white.
+        max_nonfinite: the largest share of NaN or infinite points that is left out of a cloud; with more, it is bad.
+        parts: what is used of a file that holds points and surfaces: points, mesh or all.
         num_points: the most points of a cloud that are used; by default what the point encoder is made for.
         max_length: the most tokens of a sample.
         augmentation: resample, turn, scale and jitter clouds.
@@ -103,6 +107,10 @@ class DataOptions:
         pack_tokens: fill every packed batch up to so many tokens, with as many samples as fit; 0 for
             `training.per_device_train_batch_size` samples.
         feature_cache: folder written by `python -m pointalign.feature_cache`, read instead of the clouds.
+        views: augmented views of every object in the feature cache, half of them in the object's pose; 0 for the
+            clouds as they are. A run without `feature_cache` then writes one into its folder first.
+        validation: annotations, of objects in `clouds`, whose losses are logged during training and never trained on;
+            for the embedded objects those of their validation part.
         skip_bad: leave out objects that cannot be read, named and counted, instead of stopping.
         fold: of the embedded objects, hold out this fold of five, 0 to 4, instead of the committed split; a fold has
             no validation part.
@@ -115,29 +123,37 @@ class DataOptions:
     mixture: list[MixturePart] = field(default_factory=list)
     types: list[str] | None = None
     up_axis: str = "y"
+    missing_color: str = "black"
+    max_nonfinite: float = 0.05
+    parts: str = "points"
     num_points: int | None = None
     max_length: int = 512
     augmentation: bool = False
     packing: bool = False
     pack_tokens: int = 0
     feature_cache: str | None = None
+    views: int = 0
     skip_bad: bool = False
+    validation: str | None = None
     fold: int | None = None
     evaluate: str = "none"
 
     def __post_init__(self) -> None:
         if self.evaluate not in ("none", "validation", "test"):
             raise ValueError(f"data.evaluate={self.evaluate!r}: expected none, validation or test")
+        if self.missing_color not in ("black", "grey", "white"):
+            raise ValueError(f"data.missing_color={self.missing_color!r}: expected black, grey or white")
+        if not 0 <= self.max_nonfinite < 1:
+            raise ValueError(f"data.max_nonfinite={self.max_nonfinite}: expected a share from 0 to below 1")
+        if self.parts not in ("points", "mesh", "all"):
+            raise ValueError(f"data.parts={self.parts!r}: expected points, mesh or all")
 
 
 @dataclass
 class TrainingOptions(TrainingArguments):
-    """`transformers.TrainingArguments` with this project's defaults, and the warm-up of a new point branch.
+    """`transformers.TrainingArguments` with this project's defaults.
 
     Attributes:
-        contrastive_steps: warm-up steps on the embedded objects, without the language model, that teach a new point
-            encoder shapes and words and the queries to reproduce them.
-        contrastive_batch_size, contrastive_learning_rate: of those steps.
         output_dir: folder of the run; a new run takes a free name, with a number appended. With
             `resume_from_checkpoint` the folder of the checkpoint is used.
         resume_from_checkpoint: a checkpoint, a run's folder for its newest complete checkpoint, or `latest` (`true`)
@@ -166,9 +182,6 @@ class TrainingOptions(TrainingArguments):
     resume_from_checkpoint: str | bool | None = None
     seed: int = 0
     dataloader_pin_memory: bool = False
-    contrastive_steps: int = 0
-    contrastive_batch_size: int = 32
-    contrastive_learning_rate: float = 1e-3
     point_learning_rate: float | None = None
     auto_batch: bool = False
     memory_limit_gb: float | None = None
@@ -203,9 +216,10 @@ class Options:
         if not model.train and self.alignment.weight == 0:
             raise ValueError("nothing trains: model.train is empty and alignment.weight is 0")
         trained = [part for part in CACHED_PARTS if part in model.train]
-        if trained and self.data.feature_cache is not None:
+        if trained and (self.data.feature_cache is not None or self.data.views):
             raise ValueError(
-                f"data.feature_cache holds features of a frozen point branch, but model.train has {trained[0]}"
+                f"data.feature_cache and data.views hold features of a frozen point branch, but model.train has "
+                f"{trained[0]}"
             )
         if self.fused_parts is not None and not self.fused:
             raise ValueError("fused_parts are parts of --fused: add --fused")
@@ -216,8 +230,12 @@ class Options:
             raise ValueError("data.annotations and data.clouds belong together: both, or neither for the embedded set")
         if data.pack_tokens and not data.packing:
             raise ValueError("data.pack_tokens needs data.packing")
-        if data.feature_cache is not None and data.augmentation:
-            raise ValueError("data.feature_cache holds features of the clouds as they are: no data.augmentation")
+        if (data.feature_cache is not None or data.views) and data.augmentation:
+            raise ValueError(
+                "data.feature_cache and data.views stand for the clouds: no data.augmentation (the views are augmented)"
+            )
+        if data.views % 2 or data.views < 0:
+            raise ValueError(f"data.views={data.views}: expected an even number, half of the views keep the pose")
         if data.fold is not None and (data.annotations is not None or data.evaluate == "validation"):
             raise ValueError("data.fold: of the embedded objects only, without validation (data.evaluate=none or test)")
         if data.mixture and (training.max_steps <= 0 or training.per_device_train_batch_size != 1):
@@ -234,13 +252,6 @@ class Options:
         data, training = self.data, self.training
         if training.fsdp and training.device.type == "cpu":
             raise ValueError("training.fsdp: accelerate shards on GPUs only, on a CPU it would copy without a word")
-        if training.contrastive_steps > 0 and data.annotations is not None:
-            raise ValueError(
-                "training.contrastive_steps teaches a new point encoder the names of the embedded objects: with "
-                "data.annotations set it to 0, or take another recipe, such as align"
-            )
-        if training.contrastive_steps > 0 and data.feature_cache is not None:
-            raise ValueError("training.contrastive_steps trains the point branch that data.feature_cache stands for")
         if training.auto_batch and data.mixture:
             raise ValueError("training.auto_batch cannot split a batch of data.mixture: lower its batch_size")
         if training.auto_batch and data.pack_tokens:

@@ -32,7 +32,7 @@ FIXED = (
     *(f"training.{name}" for name in (
         "learning_rate", "point_learning_rate", "warmup", "minimum_learning_rate", "lr_scheduler", "weight_decay",
         "optim", "adam_", "max_grad_norm", "label_smoothing_factor", "seed", "data_seed", "train_sampling_strategy",
-        "fp16", "bf16", "fsdp", "contrastive_",
+        "fp16", "bf16", "fsdp",
     )),
 )  # fmt: skip
 # Files that may move, as what they hold is compared; options that only choose how to compute, or come after training.

@@ -61,7 +61,7 @@ def run(options: "Options", held: ExitStack) -> int:
     """
     from pointalign import storage
     from pointalign.efficient import training_form
-    from pointalign.evaluation.naming import HeldOutNaming
+    from pointalign.evaluation.held_out import HeldOutReport
 
     folder = run_folder(options, held)
     trainer, model, processor = make_trainer(options)
@@ -70,9 +70,7 @@ def run(options: "Options", held: ExitStack) -> int:
         storage.write_json(folder / "options.json", describe(options))
     evaluation = None
     if options.data.evaluate != "none" and main_process:
-        evaluation = HeldOutNaming(options.data.fold, options.data.evaluate, folder)
-    if options.training.contrastive_steps:
-        load_warm_up(model, processor, options, folder / "warm-up.safetensors")
+        evaluation = HeldOutReport(options.data.fold, options.data.evaluate, folder)
     if evaluation is not None and options.model.checkpoint is not None:
         evaluation.before(model, processor)
 
@@ -91,7 +89,7 @@ def run(options: "Options", held: ExitStack) -> int:
     written = write_results(trainer, model, processor, options, folder)
     if evaluation is not None:
         evaluation.after(folder / "model")
-        written |= {"accuracy": "accuracy.json", "answers": "answers.md"}
+        written |= {"accuracy": "accuracy.json", "answers": "answers.md", "answers, pictures": "answers.png"}
     print("\nwritten:")
     for name, file in written.items():
         print(f"  {name:17} {folder / file}")
@@ -187,7 +185,7 @@ def make_trainer(
     from pointalign.data.collator import ConversationCollator, TokenBudgetSampler, token_counts
     from pointalign.data.dataset import MixtureCollator, make_datasets
     from pointalign.efficient import memory, training_form
-    from pointalign.feature_cache import open_cache
+    from pointalign.held_out_losses import HeldOutLosses
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
     data, training = options.data, options.training
@@ -195,12 +193,14 @@ def make_trainer(
     prepare_device(training)
     if data.annotations is None:
         stage_file.require_fold(options.model.checkpoint, data.fold)
+    if data.views and data.feature_cache is None:
+        data.feature_cache = str(Path(training.output_dir or "runs") / "features")
     datasets = make_datasets(options)
     model, processor = build.build_model(options.model, data)
-    features = open_cache(model, processor.feature_extractor, options)
+    features = point_features(model, processor, datasets, options)
     check_data(datasets, processor, features, options)
     aligned = AlignedModel(model, options.alignment, choose_impl(options.fused))
-    collator = ConversationCollator(processor, data.max_length, data.augmentation, data.packing, features)
+    collator = ConversationCollator(processor, data.max_length, data.augmentation, data.packing, features, data.views)
     with training_form(model, options) as parts:
         budget = None
         if not training.fsdp:
@@ -231,6 +231,8 @@ def make_trainer(
         depends_on=depends_on(options, model),
         budget=budget,
     )
+    if held_out := HeldOutLosses.of(trainer, aligned, processor, options):
+        trainer.add_callback(held_out)
     return trainer, model, processor
 
 
@@ -254,6 +256,23 @@ def prepare_device(training: "TrainingOptions") -> None:
         memory.cap_memory(training.memory_limit_gb, training.device)
 
 
+def point_features(
+    model: "PointAlignForConditionalGeneration",
+    processor: "PointAlignProcessor",
+    datasets: "list[ConversationDataset]",
+    options: "Options",
+) -> "FeatureCache | None":
+    """The feature cache that the options name, or None; one of augmented views is written first where it is missing."""
+    from pointalign import feature_cache
+
+    data, training = options.data, options.training
+    if data.views and data.feature_cache is not None and not (Path(data.feature_cache) / "index.json").exists():
+        with training.main_process_first(local=False, desc="encoding clouds"):
+            if training.process_index == 0:
+                feature_cache.write_for(options, model, processor, datasets, training.device)
+    return feature_cache.open_cache(model, processor.feature_extractor, options)
+
+
 def check_data(
     datasets: "list[ConversationDataset]",
     processor: "PointAlignProcessor",
@@ -265,13 +284,14 @@ def check_data(
     Raises: ValueError: clouds are bad or features missing.
     """
     from pointalign.data.check import check
+    from pointalign.feature_cache import entries
 
     for dataset in datasets:
         if features is None:
             report = check(dataset, processor.feature_extractor.min_points, options.data.skip_bad)
         else:
-            features.require(object_id for ids in dataset.conversations.object_ids for object_id in ids)
-            report = f"{len(features)} objects in the feature cache {features.folder}"
+            features.require(entries([dataset], options.data.views))
+            report = f"{len(features)} entries in the feature cache {features.folder}"
         if options.training.process_index == 0:
             print(report)
 
@@ -300,38 +320,6 @@ def choose_impl(fused: bool) -> str:
         return "auto"
     print(f"--fused: no fused alignment loss runs on {device}; the plain-PyTorch reference is used")
     return "reference"
-
-
-def load_warm_up(
-    model: "PointAlignForConditionalGeneration", processor: "PointAlignProcessor", options: "Options", path: Path
-) -> None:
-    """Put the warmed-up point branch into the model; a new run makes it first, in its first process, and writes `path`.
-
-    Checkpoints hold trainable parameters only, so a resumed run reads the frozen point branch from `path` too.
-    """
-    from pointalign import stage_file
-
-    training = options.training
-    if training.resume_from_checkpoint is None:
-        with training.main_process_first(local=False, desc="warm-up"):
-            if training.process_index == 0:
-                warm_up(model, processor, options)
-                stage_file.save_stage(model, path, describe(options))
-    stage_file.load_stage(model, path)
-
-
-def warm_up(model: "PointAlignForConditionalGeneration", processor: "PointAlignProcessor", options: "Options") -> None:
-    from pointalign import assets
-    from pointalign.embedded import warm_up
-    from pointalign.evaluation.tasks import embedded_objects
-
-    objects = embedded_objects(assets.embedded_objects(options.data.fold), "train")
-    training = options.training
-    steps, batch_size = training.contrastive_steps, training.contrastive_batch_size
-    warm_up.warm_up_point_branch(
-        model, processor, objects.clouds, objects.records, steps, batch_size, training.contrastive_learning_rate,
-        training.device,
-    )  # fmt: skip
 
 
 # -- after training ----------------------------------------------------------------------------------------------------

@@ -64,12 +64,13 @@ def quarters(*colours: tuple[int, ...]) -> Image.Image:
     return image
 
 
-def make_deb(path: Path, files: list[Path]) -> Path:
-    """Write a Debian package whose data member holds `files`."""
+def make_deb(path: Path, files: list[Path], root: str = "") -> Path:
+    """Write a Debian package whose data member holds `files`, with their folders if it has a root for them."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:xz") as tar:
         for file in files:
-            tar.add(file, f"./usr/share/sweethome3d/furniture/{file.name}")
+            name = f"{root}/{file.parent.name}" if root else "./usr/share/sweethome3d/furniture"
+            tar.add(file, f"{name}/{file.name}")
     members = [(b"debian-binary", b"2.0\n"), (b"control.tar.xz", b"odd"), (b"data.tar.xz", data.getvalue())]
     with path.open("wb") as out:
         out.write(b"!<arch>\n")

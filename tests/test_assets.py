@@ -14,7 +14,7 @@ import pytest
 from made_catalogue import make_catalogue, make_deb
 
 from pointalign import assets
-from pointalign.embedded import catalogue
+from pointalign.embedded import catalogue, extra_objects
 
 CONTENT = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}"}
 CONTENT |= {"tokenizer_config.json": "{}", "vocab.txt": "a\nb\n"}
@@ -172,6 +172,32 @@ def test_a_package_put_there_by_hand_is_used(home, package, monkeypatch):
     (home / "downloads").mkdir(parents=True)
     package.rename(home / "downloads" / package.name)
     check_furniture(assets.embedded_objects())
+
+
+def test_extra_objects_are_built_once_with_the_nouns_of_the_training_part(home, package, tmp_path, monkeypatch):
+    splits = {"made-up-seat": {"family": "somebody-bar-chair", "split": "train"}}
+    catalogue.SPLIT_FILE.write_text(json.dumps(splits))
+    table = {"objects": {"crate": "box", "seat": "office chair"}, "colours": {"oak.png": "#ff0000"}}
+    monkeypatch.setattr(extra_objects, "table", lambda: table)
+    scripts = []
+    for folder, name in (("boxes", "crate"), ("seats", "seat")):
+        (tmp_path / folder).mkdir()
+        scripts.append(tmp_path / folder / "init.lua")
+        scripts[-1].write_text(f'register("{name}", {{ tiles = {{ "oak.png" }} }})')
+    deb = make_deb(tmp_path / assets.HOMEDECOR.file, scripts, "./mods")
+    sha256 = hashlib.sha256(deb.read_bytes()).hexdigest()
+    monkeypatch.setattr(assets, "HOMEDECOR", dataclasses.replace(assets.HOMEDECOR, sha256=sha256))
+    (home / "downloads").mkdir(parents=True)
+    for path in (package, deb):
+        path.rename(home / "downloads" / path.name)
+    folder = assets.extra_objects()
+    records = json.loads((folder / "objects.json").read_text())
+    assert [(record["object_id"], record["head_noun"]) for record in records] == [
+        ("homedecor-crate", None), ("homedecor-seat", "chair")
+    ]  # fmt: skip
+    assert np.load(folder / "clouds" / "homedecor-seat_8192.npy").shape == (8192, 6)
+    monkeypatch.setattr(assets, "_obtain", None)
+    assert assets.extra_objects() == folder, "the second call only looks"
 
 
 def test_old_package_lists_are_replaced_by_fresh_private_ones(home, package, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def build(folder, clouds, pairs=()):
 
 def broken():
     cloud = CLOUD.copy()
-    cloud[5, 0] = np.nan
+    cloud[5:20, 0] = np.nan
     return {"good": CLOUD, "missing": None, "nan": cloud, "small": CLOUD[:31], "other": CLOUD + 1 / 255}
 
 
@@ -105,3 +105,50 @@ def test_command_line(tmp_path, capsys):
     assert "1 conversations; 1 objects checked (all read in full), none bad" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no such annotation file"):
         check_module.main([str(tmp_path / "gone.json"), "--clouds", str(tmp_path)])
+
+
+def test_what_is_left_out_is_said_and_mixed_verticals_are_warned_of(tmp_path, capsys):
+    cloud = CLOUD.copy()
+    cloud[5, 0] = np.nan
+    dataset = build(tmp_path, {"holes": cloud, "good": CLOUD, "mesh": None})
+    trimesh.creation.box().export(tmp_path / "mesh.glb")
+    report = check(dataset, num_groups=32)
+    assert list(report.notes) == ["holes"] and "1 of 64 points are NaN" in report.notes["holes"]
+    assert report.warning == "" and "holes_8192.npy" in capsys.readouterr().err
+    turned = ConversationDataset(tmp_path / "annotation.json", tmp_path, up_axis="z")
+    assert "the set holds 1 .glb (y up), and --data.up_axis z" in check(turned, num_groups=32).warning
+    assert "docs/data.md" in capsys.readouterr().err
+
+
+def hostile_files(folder):
+    """A small file of every kind that is refused, by name, with a part of the reason."""
+    header = b"ply\nformat ascii 1.0\nelement vertex 99999999999\nproperty float x\nend_header\n"
+    (folder / "lies.ply").write_bytes(header)
+    (folder / "caption.txt").write_text("A chair of wood.")
+    np.save(folder / "nan.npy", np.full((90, 3), np.nan))
+    (folder / "fan.gltf").write_text(json.dumps({"meshes": [{"primitives": [{"mode": 6, "attributes": {}}]}]}))
+    (folder / "broken.npz").write_bytes(b"PK no archive")
+    (folder / "short.laz").write_bytes(b"LASF")
+    return {
+        "lies.ply": "promises 99999999999 vertex", "caption.txt": "rows of numbers", "nan.npy": "90 of 90 points",
+        "fan.gltf": "triangle fans", "broken.npz": "unreadable .npz file", "short.laz": "no LASF header",
+    }  # fmt: skip
+
+
+def test_files_are_checked_by_themselves(tmp_path, capsys):
+    np.save(tmp_path / "good.npy", CLOUD)
+    with pytest.raises(SystemExit) as caught:
+        check_module.main([str(tmp_path / "good.npy"), "--num_groups", "64"])
+    assert not caught.value.code and f"good {tmp_path / 'good.npy'}: 64 points" in capsys.readouterr().out
+    reasons = hostile_files(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        check_module.main([str(tmp_path), str(tmp_path / "gone.ply")])
+    lines = capsys.readouterr().out.splitlines()
+    assert caught.value.code and len(lines) == len(reasons) + 2
+    for name, reason in reasons.items():
+        assert any(line.startswith(f"bad  {tmp_path / name}: ") and reason in line for line in lines), (name, lines)
+    assert any("gone.ply: no such file" in line for line in lines)
+    assert any("64 points, fewer than the 512 that the encoder needs" in line for line in lines)
+    with pytest.raises(SystemExit):
+        check_module.main([str(tmp_path / "annotation.json")])
+    assert "needs --clouds" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Samples to padded batches, with and without augmentation."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,35 @@ def test_a_sample_that_does_not_fit_is_an_error(samples, processor):
         ConversationCollator(processor, max_length=11)(samples)
     with pytest.raises(ValueError, match="leaves no answer"):
         ConversationCollator(processor, max_length=26)(samples)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_text_alone_and_clouds_in_later_turns_train_beside_the_others(tmp_path, processor, packing):
+    """Mixed in a batch and as a batch of their own, with both losses."""
+    from conftest import tiny_model
+
+    from pointalign.alignment import AlignmentConfig
+    from pointalign.trainer import AlignedModel
+
+    name = next(CLOUDS.glob("*_8192.npy")).name.removesuffix("_8192.npy")
+    texts = {
+        "first": ("<point>\nWhat is it?", "A chair."),
+        "later": ("Hello.", "Hi.", "What is <point> here?", "A chair."),
+        "alone": ("What is a chair?", "Something to sit on."),
+    }
+    entries = [
+        {"object_id": None if kind == "alone" else name,
+         "conversations": [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(turns)]}
+        for kind, turns in texts.items()
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    dataset = ConversationDataset(tmp_path / "a.jsonl", CLOUDS)
+    collate = ConversationCollator(processor, max_length=256, augmentation=True, packing=packing)
+    aligned = AlignedModel(tiny_model(), AlignmentConfig(layer=[1], weight=1.0)).train()
+    for members, clouds in (((0, 1, 2), 2), ((2,), 0), ((1, 2), 1)):
+        batch = collate([dataset[i] for i in members])
+        assert int(batch["point_mask"].sum()) == 4 * clouds and ("point_values" in batch) == bool(clouds)
+        losses = aligned(**batch)
+        assert losses["loss"].isfinite() and losses["ntp_loss"] > 0
+        assert bool(losses["alignment_loss"] > 0) == bool(clouds)
+        losses["loss"].backward()

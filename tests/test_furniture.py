@@ -1,5 +1,4 @@
 import hashlib
-import io
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -8,38 +7,17 @@ import numpy as np
 import pytest
 import trimesh
 from made_catalogue import make_catalogue, quarters
+from made_records import box, committed_names
 
 from experiments import families
 from pointalign import assets
 from pointalign.embedded import catalogue, facts
-from pointalign.evaluation import metrics, naming, tasks
+from pointalign.embedded.questions import conversations
+from pointalign.evaluation import naming, tasks
 
 TILT = "1 0 0 0 0 1 0 -1 0"  # z up -> y up
 CLOUDS = Path(__file__).parent / "clouds"
 RED, GREEN, BLUE, WHITE = (255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255), (255, 255, 255, 255)
-
-
-def box(width, height, depth, count=8192, colour=(0.9, 0.1, 0.1), seed=0):
-    mesh = trimesh.creation.box((width, height, depth))
-    points, _ = trimesh.sample.sample_surface(mesh, count, seed=seed)
-    return catalogue.normalise(np.concatenate([points, np.tile(colour, (count, 1))], axis=1))
-
-
-def record(points, name="box", size=(1, 1, 1), **extra):
-    named = facts.read_name(name)
-    return {
-        "object_id": f"made-{name}",
-        "name": named.name,
-        "head_noun": named.head,
-        "noun_phrase": named.phrase,
-        "plural": named.plural,
-        "category": "kitchen",
-        "width_cm": size[0],
-        "height_cm": size[1],
-        "depth_cm": size[2],
-        **facts.measure(points, size),
-        **extra,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------ catalogue
@@ -180,36 +158,12 @@ def test_one_head_noun_for_names_and_answers(name, noun):
     assert facts.head_noun(name) == noun
 
 
-def committed_names() -> dict[str, facts.ObjectName]:
-    """Object id -> name of all embedded objects, from the titles in ATTRIBUTION.md."""
-    text = (catalogue.SPLIT_FILE.parent / "ATTRIBUTION.md").read_text(encoding="utf-8")
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
-    return {object_id: facts.read_name(title, object_id) for object_id, title, *_ in rows}
-
-
 def test_the_committed_objects_keep_their_names():
     """Training texts are made of names and head nouns, so a new rule for answers must not change them."""
     names = committed_names()
     listed = "".join(f"{i}|{name.name}|{name.head}|{name.phrase}|{name.plural}\n" for i, name in names.items())
     assert len(names) == 820
     assert hashlib.sha256(listed.encode()).hexdigest()[:16] == "343de9209d654d0d"
-
-
-def test_reference_answers_of_all_objects_are_right():
-    measured = {"category": "kitchen", "colors": {"red": 0.7, "blue": 0.2}, "catalogue_scale": False}
-    measured |= {"width": 1.0, "height": 2.0, "depth": 0.5, "mirror_left_right": True, "mirror_front_back": None}
-    for object_id, name in committed_names().items():
-        record = measured | {"object_id": object_id, "name": name.name, "head_noun": name.head}
-        record |= {"noun_phrase": name.phrase, "plural": name.plural}
-        entries = facts.conversations(record)
-        answers = [
-            entry["conversations"][1]["value"] for entry in entries if "description" in entry["conversation_type"]
-        ]
-        assert len(answers) == 3 and answers[2] == facts.describe(record)
-        assert answers[0] == facts.name_sentence(name.phrase, name.plural)
-        scores = metrics.naming_scores(answers, [name.head] * 3)["head noun"]
-        assert scores == [1.0] * 3, (object_id, answers)
-        assert naming.correct(answers[:1], tasks.ObjectSet([object_id], dict.get, answers[:1], [name.head])) == 1
 
 
 def test_the_closed_set_names_its_nouns():
@@ -268,64 +222,6 @@ def test_mirror_symmetry_of_known_shapes():
 def test_catalogue_scale_needs_the_same_proportions():
     assert facts.measure(box(1, 2, 3), (20, 40, 60))["catalogue_scale"]
     assert not facts.measure(box(1, 2, 3), (20, 40, 80))["catalogue_scale"]
-
-
-def answers(item):
-    found = facts.questions(item, np.random.default_rng(0))
-    return {fact: answer for questions in found.values() for fact, _, answer in questions}
-
-
-def test_answers_about_a_tall_box():
-    said = answers(record(box(2, 5, 1), size=(40, 100, 20)))
-    assert said["taller_than_wide"].startswith("Yes, ") and said["wider_than_deep"].startswith("Yes, ")
-    assert said["longest_side"] == "The height." and said["shortest_side"] == "The depth."
-    assert said["main_color"] == "Red." and said["mirror_left_right"].startswith("Yes, ")
-    (metric,) = [said[fact] for fact in said if "_from_" in fact]
-    assert metric in {"About 40 cm.", "About 100 cm.", "About 20 cm."}
-
-
-def test_nothing_is_asked_within_ten_percent_of_a_tie():
-    said = answers(record(box(1.05, 1, 1)))
-    assert not said.keys() & {"taller_than_wide", "wider_than_deep", "longest_side", "shortest_side"}
-    said = answers(record(box(3, 1, 2.9)))
-    assert "longest_side" not in said and said["shortest_side"] == "The height."
-    assert said["taller_than_wide"].startswith("No, ")
-
-
-def test_metric_answers_state_their_scale():
-    wrong_scale = answers(record(box(2, 5, 1), size=(40, 100, 60)))
-    assert not [fact for fact in wrong_scale if "_from_" in fact]
-    for entry in facts.conversations(record(box(2, 5, 1), size=(40, 100, 20))):
-        for human, gpt in zip(entry["conversations"][::2], entry["conversations"][1::2], strict=True):
-            assert (" cm" in gpt["value"]) == (" cm " in human["value"])
-
-
-def test_conversations_follow_the_schema_and_repeat_exactly():
-    item = record(box(2, 5, 1), name="Office chair", size=(40, 100, 20))
-    entries = facts.conversations(item)
-    assert entries == facts.conversations(json.loads(json.dumps(item)))
-    kinds = defaultdict(list)
-    for entry in entries:
-        kinds[entry["conversation_type"]].append(entry["conversations"])
-        turns = entry["conversations"]
-        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-        assert turns[0]["value"].startswith("<point>\n")
-        assert sum(turn["value"].count("<point>") for turn in turns) == 1
-    assert {k: len(v) for k, v in kinds.items()} == {
-        "simple_description": 2,
-        "detailed_description": 1,
-        "single_round": 5,
-        "multi_round": 1,
-    }
-    named = {"from": "gpt", "value": "This is an office chair."}
-    assert kinds["simple_description"][0] == [{"from": "human", "value": "<point>\nWhat is this?"}, named]
-    assert len(kinds["multi_round"][0]) >= 4
-    assert "mostly red" in kinds["detailed_description"][0][1]["value"]
-
-
-def test_a_persons_colour_is_not_spoken_of():
-    text = json.dumps(facts.conversations(record(box(1, 4, 1), name="Sitting female")))
-    assert "a sitting woman" in text and "red" not in text and "color" not in text
 
 
 # ------------------------------------------------------------------------------------------------- families and splits
@@ -399,10 +295,14 @@ def check_geometry(entry, points):
     """Answers about the box agree with the cloud itself."""
     width, height, depth = np.ptp(points[:, :3].astype(float), axis=0)
     answer = entry["conversations"][1]["value"]
-    if entry["fact"] == "taller_than_wide":
-        assert answer.startswith("Yes, " if height > width else "No, ")
-    elif entry["fact"] == "wider_than_deep":
-        assert answer.startswith("Yes, " if width > depth else "No, ")
+    compared = {
+        "taller_than_wide": height > width,
+        "wider_than_tall": width > height,
+        "wider_than_deep": width > depth,
+        "deeper_than_wide": depth > width,
+    }
+    if entry["fact"] in compared:
+        assert answer.startswith("Yes, " if compared[entry["fact"]] else "No, ")
     elif entry["fact"] in ("longest_side", "shortest_side"):
         pick = max if entry["fact"] == "longest_side" else min
         assert answer == f"The {pick([(width, 'width'), (height, 'height'), (depth, 'depth')])[1]}."
@@ -434,12 +334,16 @@ def test_built_objects_match_the_committed_split(monkeypatch):
     checked = 0
     for split in catalogue.SPLITS:
         entries = json.loads((folder / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
-        assert {e["object_id"] for e in entries} == {i for i, v in splits.items() if v["split"] == split}
+        members = [record for record in records.values() if record["split"] == split]
+        assert entries == conversations(members)
+        assert {r["object_id"] for r in members} == {i for i, v in splits.items() if v["split"] == split}
+        if split != "test":
+            continue
+        clouds = {r["object_id"]: np.load(folder / "clouds" / f"{r['object_id']}_8192.npy") for r in members}
         for entry in entries:
-            text = " ".join(turn["value"] for turn in entry["conversations"])
-            if entry["conversation_type"] == "simple_description":
+            if entry["kind"] == "brief":
+                text = entry["conversations"][1]["value"]
                 assert records[entry["object_id"]]["name"].lower() in text.lower()
-            if split == "test" and "fact" in entry:
-                points = np.load(io.BytesIO((folder / "clouds" / f"{entry['object_id']}_8192.npy").read_bytes()))
-                checked += check_geometry(entry, points)
-    assert checked > 50
+            if entry["conversation_type"] == "single_round":
+                checked += check_geometry(entry, clouds[entry["object_id"]])
+    assert checked > 1000

@@ -11,6 +11,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pointalign", "kernels/pointalign_kernels", "experiments")
 MAX_LINES = 400
 
+PROCEDURAL = (  # kinds of procedural objects
+    "containers", "devices", "figures", "furniture", "household", "outdoors", "rooms", "small", "structures", "things",
+    "vehicles",
+)  # fmt: skip
+
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
     ["pointalign_kernels"],
@@ -18,19 +23,29 @@ LAYERS = [
     ["pointalign.options", "pointalign.run_checkpoints"],
     ["pointalign.step_checks", "pointalign.interruptions"],
     ["pointalign.resumable_trainer"],
-    ["pointalign.embedded.facts", "pointalign.embedded.catalogue"],
+    ["pointalign.embedded.facts"],
+    ["pointalign.embedded.debatable", "pointalign.embedded.descriptions"],
+    ["pointalign.embedded.questions"],
+    ["pointalign.embedded.procedural_parts"],
+    ["pointalign.embedded.procedural_groups"],
+    [f"pointalign.embedded.procedural_{kind}" for kind in PROCEDURAL],
+    ["pointalign.embedded.procedural"],
+    ["pointalign.embedded.procedural_questions"],
+    ["pointalign.embedded.catalogue", "pointalign.embedded.lua_definitions"],
+    ["pointalign.embedded.extra_objects"],
     ["pointalign.assets"],
     ["pointalign.data"],
-    ["pointalign.embedded.neighbours", "pointalign.embedded.procedural", "pointalign.embedded.procedural_parts"],
+    ["pointalign.embedded.neighbours"],
     ["pointalign.models"],
     ["pointalign.efficient"],
-    ["pointalign.embedded.warm_up"],
+    ["pointalign.embedded.views", "pointalign.embedded.words"],
     ["pointalign.convert"],
     ["pointalign.stage_file"],
     ["pointalign.build"],
     ["pointalign.feature_cache", "pointalign.trainer"],
     ["pointalign.evaluation"],
-    ["pointalign.train", "pointalign.chat", "pointalign.evaluate"],
+    ["pointalign.held_out_losses"],
+    ["pointalign.train", "pointalign.chat", "pointalign.evaluate", "pointalign.embedded.stage1"],
     ["pointalign"],  # the file __init__.py alone
     ["experiments"],
 ]

@@ -5,7 +5,7 @@ import pytest
 
 from experiments.ablation.comparison import paired_runs
 from pointalign import assets
-from pointalign.evaluation import metrics, statistics
+from pointalign.evaluation import metrics, results, statistics
 from pointalign.evaluation.answering import Answers
 from pointalign.evaluation.tasks import Question, Task
 
@@ -85,6 +85,25 @@ def test_generated_names_are_counted_over_the_closed_set_too():
     answers = Answers(["This is a chair.", "This is a sofa.", "This is a lamp."], np.zeros((3, 2)))
     scores = metrics.score(task, answers, {})
     assert scores["head noun"] == [1.0, 0.0, 1.0] and scores["head noun, closed set"] == [1.0, 0.0, None]
+
+
+def test_always_yes_is_no_knowledge():
+    questions = [
+        Question(f"{i}", (f"{i}",), "Is this a chair?", label, label, "", "noun", ("yes", "no"))
+        for i, label in enumerate(("yes", "yes", "yes", "no"))
+    ]
+    task = Task("yesno", "yesno", "", questions)
+    metric = "accuracy, noun"
+
+    def summary(*answers):
+        return metrics.summarise(task, metrics.score(task, Answers(list(answers), None), {}))[metric]
+
+    always = summary(*["Yes, it is a chair."] * 4)
+    assert (always["mean"], always["majority"]) == (0.75, 0.75)
+    assert (always["yes_rate"], always["balanced"]) == (1.0, 0.5)
+    assert results.shown(metric, always)[0] == "75.0 (majority 75.0, answered yes 100.0, balanced 50.0)"
+    some = summary("No, it is a bed.", "Yes.", "I cannot say.", "No.")
+    assert (some["mean"], some["yes_rate"]) == (0.5, 0.25) and some["balanced"] == pytest.approx(2 / 3)
 
 
 def test_summary_is_clustered_by_family():

@@ -21,11 +21,14 @@ from trimesh.visual.material import PBRMaterial, SimpleMaterial
 
 from pointalign.data.point_cloud import (
     FORMATS,
+    MISSING_COLORS,
     UP_AXES,
     PointCloudError,
+    Reading,
     load_point_cloud,
     normalise,
     point_count,
+    read_point_cloud,
     subsample,
 )
 
@@ -129,10 +132,20 @@ def test_npy_fortran_order(tmp_path):
     np.testing.assert_array_equal(points, EXPECTED)
 
 
-def test_missing_colour_is_mid_grey(tmp_path):
-    points = load_point_cloud(save_npy(tmp_path / "a.npy", XYZ))
-    np.testing.assert_array_equal(points[:, :3], XYZ)
-    assert (points[:, 3:] == 0.5).all()
+def test_a_missing_colour_is_black_or_what_is_asked_for_in_every_reader(tmp_path):
+    save_npy(tmp_path / "a.npy", XYZ)
+    save_ply(tmp_path / "b.ply", colours=("u", "v", "w"))
+    save_las(tmp_path / "c.las", 6, "1.4")
+    trimesh.creation.box().export(tmp_path / "d.stl")
+    trimesh.creation.box().export(tmp_path / "e.glb")
+    (tmp_path / "f.obj").write_text("mtllib gone.mtl\nusemtl wood\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nf 1/1 2/1 3/1\n")
+    np.savetxt(tmp_path / "g.xyz", XYZ)
+    trimesh.PointCloud(XYZ).export(tmp_path / "h.obj")
+    for path in sorted(tmp_path.iterdir()):
+        assert (load_point_cloud(path)[:, 3:] == 0).all(), path
+        for name, level in MISSING_COLORS.items():
+            assert (load_point_cloud(path, missing_color=name)[:, 3:] == level).all(), path
+    np.testing.assert_array_equal(load_point_cloud(tmp_path / "a.npy")[:, :3], XYZ)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int64])
@@ -212,7 +225,7 @@ def test_las(tmp_path, point_format, version):
 
 
 def test_las_without_colour_and_with_8_bit_colour(tmp_path):
-    assert (load_point_cloud(save_las(tmp_path / "a.las", 6, "1.4"))[:, 3:] == 0.5).all()
+    assert (load_point_cloud(save_las(tmp_path / "a.las", 6, "1.4"))[:, 3:] == 0).all()
     eight_bit = load_point_cloud(save_las(tmp_path / "b.las", rgb=RGB.astype(np.uint16)))
     np.testing.assert_allclose(eight_bit[:, 3:], RGB / 255, atol=1e-6)
 
@@ -230,7 +243,7 @@ def test_mesh_is_sampled_by_area(tmp_path, suffix):
     path = tmp_path / f"box{suffix}"
     trimesh.creation.box((1, 2, 4)).export(path)
     points = load_point_cloud(path, num_points=4000)
-    assert points.shape == (4000, 6) and (points[:, 3:] == 0.5).all()
+    assert points.shape == (4000, 6) and (points[:, 3:] == 0).all()
     half = np.array([0.5, 1, 2], np.float32)
     on_face = np.isclose(np.abs(points[:, :3]), half, atol=1e-6)
     assert on_face.any(axis=1).all() and (np.abs(points[:, :3]) <= half + 1e-6).all()
@@ -264,12 +277,6 @@ def test_material_colours(tmp_path):
     grey = Image.fromarray(np.full((4, 4, 3), 102, np.uint8))
     square(material=PBRMaterial(baseColorTexture=grey, baseColorFactor=[255, 0, 0, 255])).export(tmp_path / "b.glb")
     np.testing.assert_allclose(load_point_cloud(tmp_path / "b.glb")[:, 3:], [[0.4, 0, 0]] * 8192, atol=1e-6)
-
-
-def test_mesh_without_material_file_is_mid_grey(tmp_path):
-    path = tmp_path / "a.obj"
-    path.write_text("mtllib gone.mtl\nusemtl wood\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nf 1/1 2/1 3/1\n")
-    assert (load_point_cloud(path)[:, 3:] == 0.5).all()
 
 
 @pytest.mark.parametrize("suffix", [".ply", ".obj", ".glb"])
@@ -386,7 +393,7 @@ def test_missing_empty_and_unknown_files(tmp_path):
 
 
 def test_npy_shapes_and_types(tmp_path):
-    for shape in [(200,), (200, 2), (200, 4), (200, 7), (2, 100, 3)]:
+    for shape in [(200,), (200, 2), (200, 4), (200, 8), (2, 100, 3)]:
         path = save_npy(tmp_path / "a.npy", np.ones(shape, np.float32))
         assert f"expected an array [N, 3] (xyz) or [N, 6] (xyz + rgb), got shape {list(shape)}" in error_of(path)
     assert "the file holds no points" in error_of(save_npy(tmp_path / "a.npy", np.ones((0, 6), np.float32)))
@@ -395,20 +402,46 @@ def test_npy_shapes_and_types(tmp_path):
     assert "not a .npy file" in error_of(written(tmp_path / "a.npy", pickle.dumps(XYZ)))
 
 
-def test_non_finite_points_are_named(tmp_path):
+def test_too_many_non_finite_points_are_named(tmp_path):
     for value in (np.nan, np.inf, -np.inf):
         cloud = EXPECTED.copy()
-        cloud[[17, 60], 1] = value
+        cloud[17:60, 1] = value
         message = error_of(save_npy(tmp_path / "a.npy", cloud))
-        assert "point 17 has coordinates" in message and "2 of 200" in message
+        assert "point 17 has coordinates" in message and "43 of 200" in message and "--data.max_nonfinite" in message
         cloud = EXPECTED.copy()
-        cloud[18, 4] = value
+        cloud[18:60, 4] = value
         assert "point 18 has colours" in error_of(save_npy(tmp_path / "a.npy", cloud))
     cloud = EXPECTED.astype(np.float64)
     cloud[3, 0] = 1e300
-    assert "too large for float32" in error_of(save_npy(tmp_path / "a.npy", cloud))
+    assert "too large for float32" in error_of(save_npy(tmp_path / "a.npy", cloud), max_nonfinite=0.0)
     (tmp_path / "a.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 nan 0\nf 1 2 3\n")
     assert "vertex 2 is NaN or infinite" in error_of(tmp_path / "a.obj")
+    assert "200 of 200 points are" in error_of(save_npy(tmp_path / "a.npy", EXPECTED * np.nan), max_nonfinite=0.99)
+
+
+def test_few_non_finite_points_are_left_out_and_counted(tmp_path, caplog):
+    cloud = EXPECTED.astype(np.float64)
+    cloud[3, 0], cloud[4, 1], cloud[5, 5] = 1e300, np.nan, np.inf
+    points = load_point_cloud(save_npy(tmp_path / "a.npy", cloud))
+    np.testing.assert_array_equal(points, np.delete(EXPECTED, [3, 4, 5], axis=0))
+    assert "a.npy: 3 of 200 points are NaN, infinite or too large; left out" in caplog.text
+    mesh = trimesh.creation.icosphere(3)
+    mesh.vertices[7] = np.nan
+    mesh.export(tmp_path / "a.ply")
+    points, notes = read_point_cloud(tmp_path / "a.ply", Reading())
+    touching = int((mesh.faces == 7).any(axis=1).sum())
+    assert len(points) == 8192 and notes == (f"{touching} faces with NaN or infinite vertices were left out",)
+    assert np.linalg.norm(points[:, :3], axis=1).min() > 0.9
+
+
+def test_an_organised_pcd_has_holes(tmp_path):
+    header = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 20\nHEIGHT 10\nDATA binary\n"
+    image = XYZ.copy()
+    image[:180] = np.nan
+    path = written(tmp_path / "a.pcd", header.encode() + image.tobytes())
+    np.testing.assert_array_equal(load_point_cloud(path)[:, :3], XYZ[180:])
+    flat = header.replace("WIDTH 20\nHEIGHT 10", "WIDTH 200\nHEIGHT 1")
+    assert "180 of 200" in error_of(written(tmp_path / "b.pcd", flat.encode() + image.tobytes()))
 
 
 def test_colours_out_of_range(tmp_path):

@@ -1,19 +1,33 @@
 """Check of a data set before training, so that no bad file stops a run after hours.
 
-python -m pointalign.data.check ANNOTATION --clouds DIR
+python -m pointalign.data.check ANNOTATION --clouds DIR    every cloud that an annotation file refers to
+python -m pointalign.data.check FILE_OR_DIR [...]          cloud and mesh files by themselves
 """
 
 import argparse
 import random
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from pointalign.data.conversations import AnnotationError
 from pointalign.data.dataset import ConversationDataset, find_cloud
-from pointalign.data.point_cloud import UP_AXES, PointCloudError, load_point_cloud, point_count
+from pointalign.data.mesh import PARTS
+from pointalign.data.point_cloud import (
+    FORMATS,
+    MISSING_COLORS,
+    UP_AXES,
+    PointCloudError,
+    Reading,
+    point_count,
+    read_point_cloud,
+)
 
 FULL_READ_LIMIT = 20_000  # objects; beyond it a sample is read in full
 FULL_READ_SAMPLE = 2_000
@@ -27,24 +41,38 @@ class BadObjectsError(ValueError):
 
 @dataclass
 class Report:
-    """Outcome of `check`: objects checked and read in full, bad object ids with reasons, conversations dropped."""
+    """Outcome of `check`.
+
+    Attributes:
+        objects, read_in_full: number of objects checked, and of those read in full.
+        bad: object ids with reasons.
+        notes: object ids with what was left out of their files or assumed.
+        dropped_conversations: about bad objects.
+        warning: on the set, empty if there is nothing to say.
+    """
 
     objects: int
     read_in_full: int
     bad: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     dropped_conversations: int = 0
+    warning: str = ""
 
     def __str__(self) -> str:
         depth = "all read in full" if self.read_in_full == self.objects else f"{self.read_in_full} read in full"
-        if not self.bad:
-            return f"{self.objects} objects checked ({depth}), none bad"
-        lines = [f"{len(self.bad)} of {self.objects} objects are bad ({depth}):"]
-        lines += [f"  {object_id}: {reason}" for object_id, reason in list(self.bad.items())[:_NAMED]]
-        if len(self.bad) > _NAMED:
-            lines.append(f"  ... and {len(self.bad) - _NAMED} more")
+        lines = [f"{self.objects} objects checked ({depth}), none bad"]
+        if self.bad:
+            lines = [f"{len(self.bad)} of {self.objects} objects are bad ({depth}):", *_listed(self.bad)]
         if self.dropped_conversations:
             lines.append(f"{self.dropped_conversations} conversations about them were dropped")
-        return "\n".join(lines)
+        if self.notes:
+            lines += [f"of {len(self.notes)} objects something was left out:", *_listed(self.notes)]
+        return "\n".join([*lines, *([self.warning] if self.warning else [])])
+
+
+def _listed(reasons: dict[str, str]) -> list[str]:
+    lines = [f"  {name}: {reason}" for name, reason in list(reasons.items())[:_NAMED]]
+    return [*lines, f"  ... and {len(reasons) - _NAMED} more"] if len(reasons) > _NAMED else lines
 
 
 def check(dataset: ConversationDataset, num_groups: int, skip_bad: bool = False) -> Report:
@@ -64,20 +92,35 @@ def check(dataset: ConversationDataset, num_groups: int, skip_bad: bool = False)
     if len(objects) > FULL_READ_LIMIT:
         full = set(random.Random(0).sample(objects, FULL_READ_SAMPLE))
 
-    def reason(object_id: str) -> str | None:
+    def read(object_id: str) -> tuple[str, str, str]:
+        """Why the object is bad, what was left out of its file, and the file's suffix; each may be empty."""
         try:
             path = find_cloud(dataset.clouds, object_id)
-            count = len(load_point_cloud(path, dataset.up_axis)) if object_id in full else point_count(path)
+            notes: tuple[str, ...] = ()
+            if object_id in full:
+                points, notes = read_point_cloud(path, dataset.reading)
+                count = len(points)
+            else:
+                count = point_count(path)
         except PointCloudError as error:
-            return str(error)
+            return str(error), "", ""
         if count is not None and count < num_groups:
-            return f"{path}: {count} points, the encoder needs at least {num_groups} (one per group)"
-        return None
+            return f"{path}: {count} points, the encoder needs at least {num_groups} (one per group)", "", ""
+        return "", "; ".join(notes and (f"{path}", *notes)), path.suffix.lower()
 
     report = Report(len(objects), len(full))
+    suffixes: Counter[str] = Counter()
     with ThreadPool(_THREADS) as pool:
-        outcomes = tqdm(pool.imap(reason, objects, chunksize=16), "Checking the clouds", len(objects), disable=None)
-        report.bad = {name: why for name, why in zip(objects, outcomes, strict=True) if why is not None}
+        outcomes = tqdm(pool.imap(read, objects, chunksize=16), "Checking the clouds", len(objects), disable=None)
+        for name, (why, note, suffix) in zip(objects, outcomes, strict=True):
+            suffixes[suffix] += 1
+            if why:
+                report.bad[name] = why
+            elif note:
+                report.notes[name] = note
+    report.warning = _mixed_axes(suffixes, dataset.reading.up_axis)
+    if not report.bad and (report.notes or report.warning):
+        print(report, file=sys.stderr)
     if not report.bad:
         return report
     if not skip_bad:
@@ -91,20 +134,75 @@ def check(dataset: ConversationDataset, num_groups: int, skip_bad: bool = False)
     return report
 
 
+# the vertical axis that a format's specification or habit fixes; the others leave it open
+_FORMAT_AXES = {".glb": "y", ".gltf": "y", ".las": "z", ".laz": "z"}
+
+
+def _mixed_axes(suffixes: Counter[str], up_axis: str) -> str:
+    """A warning where a set holds files of different verticals: `up_axis` is one for all."""
+    known = {suffix: _FORMAT_AXES[suffix] for suffix in suffixes if suffix in _FORMAT_AXES}
+    if all(axis == up_axis for axis in known.values()):
+        return ""
+    listed = ", ".join(f"{suffixes[suffix]} {suffix} ({axis} up)" for suffix, axis in sorted(known.items()))
+    return (
+        f"warning: the set holds {listed}, and --data.up_axis {up_axis} is applied to every file: see 'The vertical "
+        "axis' in docs/data.md"
+    )
+
+
+def check_files(paths: Sequence[Path], reading: Reading, num_groups: int) -> bool:
+    """Reads cloud and mesh files, and those in folders; prints a line for each. Returns whether all are usable."""
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files += [file for file in inside if not path.is_dir() or file.suffix.lower() in FORMATS]
+    good = bool(files)
+    for file in files:
+        try:
+            points, notes = read_point_cloud(file, reading)
+        except PointCloudError as error:
+            good = False
+            print(f"bad  {error}")
+            continue
+        size, usable = np.ptp(points[:, :3], axis=0), len(points) >= num_groups
+        good &= usable
+        colours = len(np.unique(points[:, 3:], axis=0))
+        few = "" if usable else f", fewer than the {num_groups} that the encoder needs"
+        sides = " x ".join(f"{side:.4g}" for side in size)
+        print(f"{'good' if usable else 'bad '} {file}: {len(points)} points{few}, {sides}, {colours} colours")
+        for note in notes:
+            print(f"       {note}")
+    if not files:
+        print(f"no file of {', '.join(FORMATS)} in {', '.join(map(str, paths))}")
+    return good
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pointalign.data.check", description="Checks every cloud that an annotation file refers to."
+        prog="python -m pointalign.data.check",
+        description="Checks every cloud that an annotation file refers to, or cloud files by themselves.",
     )
-    parser.add_argument("annotation", help="annotation JSON in the PointLLM schema")
-    parser.add_argument("--clouds", required=True, help="folder with {object_id}_8192.npy or other files per object")
+    parser.add_argument("paths", nargs="+", help="an annotation file (with --clouds), or cloud files and folders")
+    parser.add_argument("--clouds", nargs="+", help="folders with {object_id}_8192.npy or other files per object")
     parser.add_argument("--types", nargs="+", help="conversation types to keep (default: all)")
     parser.add_argument("--up_axis", choices=UP_AXES, default="y", help="vertical axis of the clouds")
+    parser.add_argument("--missing_color", choices=MISSING_COLORS, default="black", help="of points without a colour")
+    parser.add_argument("--max_nonfinite", type=float, default=0.05, help="share of NaN points that is left out")
+    parser.add_argument("--parts", choices=PARTS, default="points", help="of files with points and surfaces")
     parser.add_argument("--num_groups", type=int, default=512, help="least number of points (default: 512)")
     options = parser.parse_args(arguments)
+    further = {name: getattr(options, name) for name in ("missing_color", "max_nonfinite", "parts")}
     try:
-        dataset = ConversationDataset(options.annotation, options.clouds, options.types, options.up_axis)
+        if options.clouds is None:
+            if Path(options.paths[0]).suffix.lower() in (".json", ".jsonl"):
+                parser.error("an annotation file needs --clouds, the folder of its clouds")
+            files = [Path(path) for path in options.paths]
+            sys.exit(not check_files(files, Reading(options.up_axis, **further), options.num_groups))
+        if len(options.paths) > 1:
+            parser.error("--clouds goes with one annotation file")
+        dataset = ConversationDataset(options.paths[0], options.clouds, options.types, options.up_axis, **further)
         print(f"{len(dataset)} conversations; {check(dataset, options.num_groups)}")
-    except (AnnotationError, BadObjectsError, NotADirectoryError) as error:
+    except (AnnotationError, BadObjectsError, NotADirectoryError, ValueError) as error:
         sys.exit(str(error))
 
 

@@ -122,6 +122,11 @@ class TokenBudgetSampler(Sampler[list[int]]):
             yield self.batches[order[place]]
 
 
+def view_name(object_id: str, view: int) -> str:
+    """The name of an object's view in a feature cache."""
+    return f"{object_id}#{view}"
+
+
 POSE_FREE = "simple_description"  # the type of conversation whose text does not depend on pose and sides
 
 
@@ -135,16 +140,24 @@ class ConversationCollator:
             resumed run continues exactly.
         packing: put the samples end to end in a single row, see `pack`.
         features: a `pointalign.feature_cache.FeatureCache` that replaces the clouds.
+        views: of every object in `features`; each sample reads one of them, which depends on its draw only.
     """
 
     def __init__(
-        self, processor: Any, max_length: int, augmentation: bool = False, packing: bool = False, features: Any = None
+        self,
+        processor: Any,
+        max_length: int,
+        augmentation: bool = False,
+        packing: bool = False,
+        features: Any = None,
+        views: int = 0,
     ):
         self.processor = processor
         self.max_length = max_length
         self.augmentation = augmentation
         self.packing = packing
         self.features = features
+        self.views = views
 
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         conversations = [self._augmented(sample) if self.augmentation else sample["messages"] for sample in samples]
@@ -159,8 +172,17 @@ class ConversationCollator:
             )
         )
         if self.features is not None:
-            batch |= self.features.batch([name for sample in samples for name in sample["object_ids"]])
+            batch |= self.features.batch([name for sample in samples for name in self._entries(sample)])
         return pack(batch) if self.packing else batch
+
+    def _entries(self, sample: dict) -> list[str]:
+        """Names of the sample's clouds in the feature cache."""
+        if not self.views:
+            return list(sample["object_ids"])
+        rng = np.random.default_rng(sample["draw"])
+        pose_free = sample["conversation_type"] == POSE_FREE
+        count = self.views if pose_free else self.views // 2  # the first half keeps the pose
+        return [view_name(name, int(rng.integers(count))) for name in sample["object_ids"]]
 
     def _augmented(self, sample: dict) -> list[dict]:
         rng = np.random.default_rng(sample["draw"])

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from pointalign.data.conversations import IndexedConversations, to_messages
-from pointalign.data.point_cloud import FORMATS, UP_AXES, PointCloudError, load_point_cloud
+from pointalign.data.pickles import read_pickle
+from pointalign.data.point_cloud import FORMATS, MISSING_COLORS, PointCloudError, Reading, read_point_cloud
 
 if TYPE_CHECKING:
     from pointalign.options import Options
@@ -19,16 +21,21 @@ if TYPE_CHECKING:
 def find_cloud(folders: str | Path | Sequence[str | Path], object_id: str) -> Path:
     """The file of an object, from the first folder that has it.
 
-    In a folder `{object_id}_8192.npy` comes first, then `{object_id}.npy`, then the other readable formats.
+    In a folder `{object_id}_8192.npy` comes first, then `{object_id}.npy`, then the other readable formats. An id may
+    also be the path of a file in the folder.
 
     Raises: PointCloudError: no folder has such a file.
     """
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     names = [f"{object_id}_8192.npy", *(f"{object_id}{suffix}" for suffix in FORMATS)]
+    exact = [object_id] if Path(object_id).suffix.lower() in FORMATS else []
     for folder in folders:
-        for name in names:
+        for name in exact + names:
             if (path := Path(folder) / name).is_file():
                 return path
+    others = [path for folder in folders for path in Path(folder).glob(f"{escape(object_id)}.*") if path.is_file()]
+    if others:
+        raise PointCloudError(f"{others[0]}: not a format that is read, expected one of {', '.join(FORMATS)}")
     raise PointCloudError(
         f"no cloud of object {object_id!r} in {', '.join(map(str, folders))}: expected {', '.join(names[:2])} or "
         f"another format of {', '.join(FORMATS)}"
@@ -45,11 +52,12 @@ class ConversationDataset(Dataset):
         annotation: JSON in the PointLLM schema.
         clouds: folder with a file per object id, or several folders, see `find_cloud`.
         types: conversation types to use; None for all.
-        up_axis: vertical axis of the clouds, see `load_point_cloud`.
+        up_axis: vertical axis of the clouds.
         read_clouds: off, the messages hold object ids in the clouds' places.
+        reading: the further options of `Reading`.
 
     Raises:
-        AnnotationError, NotADirectoryError, ValueError (unknown `up_axis`): on construction.
+        AnnotationError, NotADirectoryError, ValueError (unknown choice of an option): on construction.
         PointCloudError: on access to an item whose cloud is missing or bad.
     """
 
@@ -60,15 +68,14 @@ class ConversationDataset(Dataset):
         types: Collection[str] | None = None,
         up_axis: str = "y",
         read_clouds: bool = True,
+        **reading: Any,
     ):
         self.clouds = [Path(folder) for folder in ([clouds] if isinstance(clouds, (str, Path)) else clouds)]
         self.read_clouds = read_clouds
         for folder in self.clouds if read_clouds else []:
             if not folder.is_dir():
                 raise NotADirectoryError(f"expected a folder of clouds, there is none at {folder}")
-        if up_axis not in UP_AXES:
-            raise ValueError(f"up_axis must be one of {', '.join(UP_AXES)}, got {up_axis!r}")
-        self.up_axis = up_axis
+        self.reading = Reading(up_axis, **reading)
         self.conversations = IndexedConversations(annotation, types)
         self.epoch = 0
 
@@ -83,7 +90,8 @@ class ConversationDataset(Dataset):
         conversation = self.conversations[index]
         clouds = list(conversation.object_ids)
         if self.read_clouds:
-            clouds = [load_point_cloud(find_cloud(self.clouds, i), self.up_axis) for i in conversation.object_ids]
+            paths = [find_cloud(self.clouds, object_id) for object_id in conversation.object_ids]
+            clouds = [read_point_cloud(path, self.reading).points for path in paths]
         return {
             "messages": to_messages(conversation, clouds),
             "object_ids": conversation.object_ids,
@@ -163,7 +171,10 @@ def make_datasets(options: "Options") -> list[Any]:
     parts = [(part.annotations or annotations, part.types) for part in options.data.mixture]
     parts = parts or [(annotations, options.data.types)]
     read_clouds = options.data.feature_cache is None
-    return [ConversationDataset(path, clouds, types, options.data.up_axis, read_clouds) for path, types in parts]
+    reading = {name: getattr(options.data, name) for name in ("missing_color", "max_nonfinite", "parts")}
+    return [
+        ConversationDataset(path, clouds, types, options.data.up_axis, read_clouds, **reading) for path, types in parts
+    ]
 
 
 def data_paths(options: "Options") -> tuple[Path, Path | str | list[str]]:
@@ -182,81 +193,20 @@ CLASSES = (
     "night stand", "person", "piano", "plant", "radio", "range hood", "sink", "sofa", "stairs", "stool", "table",
     "tent", "toilet", "tv stand", "vase", "wardrobe", "xbox",
 )  # fmt: skip
-_TYPES = {"f4", "f8", "i4", "i8", "u1"}
 
 
-class _Type:
-    """Stands for numpy.dtype."""
+def load_modelnet40(path: str | Path, missing_color: str = "black") -> tuple[list[np.ndarray], list[int]]:
+    """Clouds `[N, 6]` float32, xyz with the missing colour (normals are dropped), and labels, indices of `CLASSES`.
 
-    def __init__(self, name: str = "", *_: Any):
-        self.name, self.order = name, "<"
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = state[1]
-
-    def numpy(self) -> np.dtype:
-        if self.name not in _TYPES:
-            raise PointCloudError(f"expected arrays of numbers ({', '.join(sorted(_TYPES))}), got {self.name!r:.50}")
-        return np.dtype(("<" if self.order == "|" else self.order) + self.name)
-
-
-class _Array:
-    """Stands for numpy.ndarray, however the pickle builds it."""
-
-    def __init__(self, *state: Any):
-        self.state = state
-
-    def __setstate__(self, state: tuple) -> None:
-        self.state = state
-
-    def numpy(self) -> np.ndarray:
-        match self.state:
-            case (int(), tuple(shape), _Type() as kind, bool() | int() as fortran, bytes() as data):  # __setstate__
-                order = "F" if fortran else "C"
-            case (bytes() | bytearray() as data, _Type() as kind, tuple(shape), ("C" | "F") as order):  # protocol 5
-                pass
-            case (_Type() as kind, bytes() as data):  # a numpy scalar
-                shape, order = (), "C"
-            case _:
-                raise PointCloudError("an array of the pickle is not stored as numpy stores them")
-        dtype = kind.numpy()
-        if not all(isinstance(n, int) and n >= 0 for n in shape) or int(np.prod(shape)) * dtype.itemsize != len(data):
-            raise PointCloudError(f"an array of the pickle promises the shape {shape}, its data are {len(data)} bytes")
-        return np.frombuffer(data, dtype).reshape(shape, order=order)
-
-
-class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        package = module.replace("numpy._core", "numpy.core")
-        stand_ins = {
-            ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
-            ("numpy.core.multiarray", "scalar"): _Array,
-            ("numpy.core.numeric", "_frombuffer"): _Array,
-            ("numpy", "ndarray"): _Array,
-            ("numpy", "dtype"): _Type,
-        }
-        if (package, name) in stand_ins:
-            return stand_ins[package, name]
-        if (module, name) == ("_codecs", "encode"):  # how protocols below 3 write bytes
-            return _latin1
-        raise PointCloudError(f"refused: the pickle asks for {module}.{name}, which is no part of an array")
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise PointCloudError(f"refused: bytes in the encoding {encoding!r:.50}")
-    return text.encode("latin1")
-
-
-def load_modelnet40(path: str | Path) -> tuple[list[np.ndarray], list[int]]:
-    """Clouds `[N, 6]` float32, xyz with black colours (normals are dropped), and labels, indices of `CLASSES`.
+    Args:
+        missing_color: black, as in the published evaluation, grey or white.
 
     Raises: PointCloudError: another kind of file, or the pickle asks for anything but arrays.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            content = _Reader(file, encoding="latin1").load()
+            content = read_pickle(file.read())
         clouds, labels = content
         arrays = [cloud.numpy() for cloud in clouds]
         numbers = [int(label if isinstance(label, int) else label.numpy().reshape(-1)[0]) for label in labels]
@@ -270,5 +220,6 @@ def load_modelnet40(path: str | Path) -> tuple[list[np.ndarray], list[int]]:
         raise PointCloudError(
             f"{path}: expected labels from 0 to {len(CLASSES) - 1}, got {min(numbers)} to {max(numbers)}"
         )
-    black = [np.hstack([array[:, :3], np.zeros((len(array), 3))]).astype(np.float32) for array in arrays]
-    return black, numbers
+    level = MISSING_COLORS[missing_color]
+    coloured = [np.hstack([array[:, :3], np.full((len(array), 3), level)]).astype(np.float32) for array in arrays]
+    return coloured, numbers

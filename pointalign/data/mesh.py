@@ -3,47 +3,71 @@
 from __future__ import annotations
 
 import io
-import json
-import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pointalign.data.point_formats import Buffer, PointCloudError
+from pointalign.data.point_records import Buffer, PointCloudError
 
 if TYPE_CHECKING:
     import trimesh
     from PIL import Image
     from trimesh.visual import TextureVisuals
 
-GREY = 0.5  # colour of points whose file states none
+PARTS = ("points", "mesh", "all")
 
 
-def load_scene(data: Buffer, path: Path) -> trimesh.Scene:
-    """The scene in the content `data` of `path`; materials and textures are looked up beside the file."""
+class MeshOptions(NamedTuple):
+    """How a scene is read: samples of its surface, what of it is used, grey level of what has no colour, share of bad
+    vertices that may be left out."""
+
+    num_points: int = 8192
+    parts: str = "points"
+    missing: float = 0.0
+    max_nonfinite: float = 0.05
+
+
+class Sampled(NamedTuple):
+    """[N, 6] float64, xyz + rgb in 0..1, and what was left out, for the user."""
+
+    points: np.ndarray
+    notes: tuple[str, ...]
+
+
+def load_scene(data: Buffer, path: Path) -> tuple[trimesh.Scene, tuple[str, ...]]:
+    """The scene in the content `data` of `path`, and notes on textures that are missing beside it."""
     import trimesh
-    from trimesh.resolvers import FilePathResolver
 
-    kind = path.suffix.lower().lstrip(".")
+    from pointalign.data.gltf import plain_gltf
+    from pointalign.data.ply import plain_mesh_header
+    from pointalign.data.textures import BesideFiles
+
+    kind, beside = path.suffix.lower().lstrip("."), BesideFiles(path)
     if kind in ("glb", "gltf"):
-        _check_gltf(data, path)
-    resolver = FilePathResolver(str(path))
+        data, kind = plain_gltf(data, path, beside), "glb"
+    elif kind == "ply":
+        data = plain_mesh_header(data)
     # process=False: else trimesh drops non-finite vertices, which are to be reported
-    return trimesh.load_scene(io.BytesIO(data), file_type=kind, resolver=resolver, process=False)
+    scene = trimesh.load_scene(io.BytesIO(data), file_type=kind, resolver=beside, process=False)
+    missing = dict.fromkeys(beside.missing)
+    note = f"missing beside it: {', '.join(missing)[:200]}; plain colours stand in"
+    return scene, (note,) if missing else ()
 
 
-def sample_mesh(scene: trimesh.Scene | trimesh.Trimesh, num_points: int, seed: int) -> np.ndarray:
+def sample_mesh(scene: trimesh.Scene | trimesh.Trimesh, options: MeshOptions, seed: int) -> Sampled:
     """Samples the surface of a mesh, or of a scene with its transforms applied, uniformly by area.
 
     Colours come from textures and materials (glTF base colour factors multiply their texture and are not converted
-    from linear to sRGB), vertex colours or face colours; a surface without any is mid-grey (0.5), and one whose texture
-    is missing has the colour of its material. trimesh reads no colours from .stl and .off. Of a scene without faces all
-    points are returned, however many they are.
+    from linear to sRGB), vertex colours or face colours; a surface without any has the grey level `missing`, and one
+    whose texture is missing the colour of its material. trimesh reads no colours from .stl and .off.
 
-    Returns: [num_points, 6] float64, xyz + rgb in 0..1; the same for the same `seed`.
+    Of a scene that holds points and surfaces `parts` says what is used: its points, all of them and as they are; a
+    sample of its surfaces; or both. A scene without points is sampled, one without faces gives its points.
 
-    Raises: PointCloudError: a scene with no surface and no points, non-finite vertices or indices out of range.
+    Returns: the same for the same `seed`. A point that is not finite is returned as it is.
+
+    Raises: PointCloudError: a scene without what is to be used, too many non-finite vertices, or indices out of range.
     """
     import trimesh
 
@@ -51,17 +75,39 @@ def sample_mesh(scene: trimesh.Scene | trimesh.Trimesh, num_points: int, seed: i
     nodes = [scene.graph[node] for node in scene.graph.nodes_geometry]
     parts = [(scene.geometry[name], np.asarray(transform)) for transform, name in nodes if name in scene.geometry]
     surfaces = [(part, at) for part, at in parts if isinstance(part, trimesh.Trimesh) and len(part.faces)]
-    if not surfaces:
-        points = [(part, at) for part, at in parts if isinstance(part, trimesh.PointCloud | trimesh.Trimesh)]
-        if not sum(len(part.vertices) for part, _ in points):
-            raise PointCloudError("the file holds neither faces nor points")
-        return np.concatenate([np.hstack([_placed(part, at), _vertex_colours(part)]) for part, at in points])
+    clouds = [
+        (part, at)
+        for part, at in parts
+        if isinstance(part, trimesh.PointCloud) or (isinstance(part, trimesh.Trimesh) and not len(part.faces))
+    ]
+    clouds = [(part, at) for part, at in clouds if len(part.vertices)]
+    if not surfaces and not clouds:
+        raise PointCloudError("the file holds neither faces nor points")
+    if options.parts == "mesh" and not surfaces:
+        raise PointCloudError("the file holds points and no faces: read it with --data.parts points")
+    notes: list[str] = []
+    if options.parts == "points" and surfaces and any(isinstance(part, trimesh.PointCloud) for part, _ in clouds):
+        faces = sum(len(part.faces) for part, _ in surfaces)
+        notes.append(f"{len(surfaces)} meshes ({faces} faces) beside the points were left out (--data.parts points)")
+        surfaces = []
+    elif surfaces and clouds and options.parts != "all":
+        left = sum(len(part.vertices) for part, _ in clouds)
+        notes.append(f"{left} points beside the mesh were left out (--data.parts {options.parts})")
+        clouds = []
+    drawn = [np.hstack([_placed(part, at), _vertex_colours(part, options.missing)]) for part, at in clouds]
+    if surfaces:
+        left_out = _drop_bad_faces(surfaces, options.max_nonfinite)
+        notes += [f"{left_out} faces with NaN or infinite vertices were left out"] if left_out else []
+        drawn.append(_sample_surfaces(surfaces, options, seed))
+    return Sampled(np.concatenate(drawn), tuple(notes))
 
+
+def _sample_surfaces(surfaces: list, options: MeshOptions, seed: int) -> np.ndarray:
     rng = np.random.Generator(np.random.PCG64(seed))
     areas = np.array([_face_areas(part, at).sum() for part, at in surfaces])
     if not 0 < areas.sum() < np.inf:
         raise PointCloudError(f"the faces of the mesh have a total area of {areas.sum()}: nothing to sample")
-    drawn = np.bincount(_draw(areas, num_points, rng), minlength=len(surfaces))
+    drawn = np.bincount(_draw(areas, options.num_points, rng), minlength=len(surfaces))
     samples = []
     for (part, at), count in zip(surfaces, drawn, strict=True):
         if count:
@@ -69,23 +115,43 @@ def sample_mesh(scene: trimesh.Scene | trimesh.Trimesh, num_points: int, seed: i
             weights = _barycentric(count, rng)
             corners = _placed(part, at)[part.faces[faces]]  # [count, 3 corners, xyz]
             xyz = (weights[:, :, None] * corners).sum(axis=1)
-            samples.append(np.hstack([xyz, _surface_colours(part, faces, weights)]))
+            samples.append(np.hstack([xyz, _surface_colours(part, faces, weights, options.missing)]))
     return np.concatenate(samples)
 
 
 def _placed(part, transform: np.ndarray) -> np.ndarray:
-    vertices = np.asarray(part.vertices, np.float64)
-    bad = np.flatnonzero(~np.isfinite(vertices).all(axis=1))
-    if len(bad):
-        raise PointCloudError(f"vertex {bad[0]} is NaN or infinite ({vertices[bad[0]]}); {len(bad)} such vertices")
-    return vertices @ transform[:3, :3].T + transform[:3, 3]
+    return np.asarray(part.vertices, np.float64) @ transform[:3, :3].T + transform[:3, 3]
 
 
-def _face_areas(mesh: trimesh.Trimesh, transform: np.ndarray) -> np.ndarray:
+def _drop_bad_faces(surfaces: list, max_nonfinite: float) -> int:
+    """Take the faces with NaN or infinite vertices out of the meshes, if few vertices are bad; returns their number."""
+    dropped = 0
+    for part, _ in surfaces:
+        _check_indices(part)
+        bad = ~np.isfinite(np.asarray(part.vertices, np.float64)).all(axis=1)
+        if not bad.any():
+            continue
+        first = int(np.flatnonzero(bad)[0])
+        if bad.mean() > max_nonfinite:
+            raise PointCloudError(
+                f"vertex {first} is NaN or infinite ({part.vertices[first]}); {bad.sum()} of {len(bad)} vertices are, "
+                f"more than --data.max_nonfinite {max_nonfinite:g} allows to leave out"
+            )
+        usable = ~bad[part.faces].any(axis=1)
+        dropped += len(usable) - int(usable.sum())
+        part.update_faces(usable)
+        part.vertices = np.where(bad[:, None], 0.0, part.vertices)
+    return dropped
+
+
+def _check_indices(mesh: trimesh.Trimesh) -> None:
     faces = np.asarray(mesh.faces)
     if faces.min() < 0 or faces.max() >= len(mesh.vertices):
         raise PointCloudError(f"a face refers to vertex {faces.max()} of {len(mesh.vertices)}")
-    a, b, c = _placed(mesh, transform)[faces].transpose(1, 0, 2)
+
+
+def _face_areas(mesh: trimesh.Trimesh, transform: np.ndarray) -> np.ndarray:
+    a, b, c = _placed(mesh, transform)[np.asarray(mesh.faces)].transpose(1, 0, 2)
     return 0.5 * np.linalg.norm(np.cross(b - a, c - a), axis=1)
 
 
@@ -102,22 +168,22 @@ def _barycentric(count: int, rng: np.random.Generator) -> np.ndarray:
     return np.column_stack([1 - uv.sum(axis=1), uv])
 
 
-def _surface_colours(mesh: trimesh.Trimesh, faces: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _surface_colours(mesh: trimesh.Trimesh, faces: np.ndarray, weights: np.ndarray, missing: float) -> np.ndarray:
     from trimesh.visual import ColorVisuals, TextureVisuals
 
     visual = mesh.visual
     if isinstance(visual, TextureVisuals):
-        colours = _material_colours(visual, mesh.faces[faces], weights)
+        colours = _material_colours(visual, mesh.faces[faces], weights, missing)
         tint = visual.vertex_attributes.get("color")  # COLOR_0 of glTF multiplies the material
         if tint is not None and len(tint) == len(mesh.vertices):
             colours = colours * _interpolate(_unit(tint), mesh.faces[faces], weights)
         return colours
     if isinstance(visual, ColorVisuals) and visual.kind == "face":
         return _unit(visual.face_colors)[faces]
-    return _interpolate(_vertex_colours(mesh), mesh.faces[faces], weights)
+    return _interpolate(_vertex_colours(mesh, missing), mesh.faces[faces], weights)
 
 
-def _base_colour(material) -> tuple[Image.Image | None, np.ndarray]:
+def _base_colour(material, missing: float) -> tuple[Image.Image | None, np.ndarray]:
     """Texture of a material, if any, and the colour that multiplies it or stands alone."""
     from trimesh.visual.color import DEFAULT_COLOR
     from trimesh.visual.material import PBRMaterial, color_image
@@ -130,14 +196,18 @@ def _base_colour(material) -> tuple[Image.Image | None, np.ndarray]:
         return image, np.ones(3)  # beside a texture the Kd of an OBJ is often black or a leftover
     # trimesh stands a grey image, or its default colour, in for a material that states none
     unstated = image is not None or (np.asarray(material.main_color) == DEFAULT_COLOR).all()
-    return None, np.full(3, GREY) if unstated else _unit(material.main_color)
+    return None, np.full(3, missing) if unstated else _unit(material.main_color)
 
 
-def _material_colours(visual: TextureVisuals, corners: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    image, plain = _base_colour(visual.material)
+def _material_colours(visual: TextureVisuals, corners: np.ndarray, weights: np.ndarray, missing: float) -> np.ndarray:
+    from pointalign.data.textures import map_transform
+
+    image, plain = _base_colour(visual.material, missing)
     if image is None or visual.uv is None:
         return np.broadcast_to(plain, (len(corners), 3))
     uv = np.nan_to_num((weights[:, :, None] * np.asarray(visual.uv, np.float64)[corners][:, :, :2]).sum(axis=1))
+    if statement := image.info.get("file_path"):  # the map statement of an MTL file
+        uv = np.column_stack([uv, np.ones(len(uv))]) @ map_transform(statement).T
     texels = np.asarray(image.convert("RGB"))
     height, width = texels.shape[:2]
     # textures repeat; v points up, image rows go down
@@ -146,11 +216,11 @@ def _material_colours(visual: TextureVisuals, corners: np.ndarray, weights: np.n
     return texels[row, column] / 255.0 * plain
 
 
-def _vertex_colours(part) -> np.ndarray:
-    """[V, 3]: the vertex colours of a mesh or point cloud, mid-grey where it has none."""
+def _vertex_colours(part, missing: float) -> np.ndarray:
+    """[V, 3]: the vertex colours of a mesh or point cloud, the grey level `missing` where it has none."""
     colours = part.visual.vertex_colors if part.visual.kind == "vertex" else None
     if colours is None or len(colours) != len(part.vertices):
-        return np.full((len(part.vertices), 3), GREY)
+        return np.full((len(part.vertices), 3), missing)
     return _unit(colours)
 
 
@@ -162,24 +232,3 @@ def _unit(colours) -> np.ndarray:
     """RGB in 0..1 of colours stored as integers of any width or as floats."""
     colours = np.asarray(colours)[..., :3]
     return np.clip(colours / (np.iinfo(colours.dtype).max if colours.dtype.kind in "iu" else 1.0), 0, 1)
-
-
-def _check_gltf(data: Buffer, path: Path) -> None:
-    """Refuse accessors with more entries than the file has bytes: without a bufferView they allocate zeros at once."""
-    tree = bytes(data)
-    if tree[:4] == b"glTF":
-        if len(tree) < 20:
-            raise PointCloudError("the file ends inside its glTF header")
-        tree = tree[20 : 20 + struct.unpack_from("<I", tree, 12)[0]]
-    header = json.loads(tree)
-    size = len(data)
-    for buffer in header.get("buffers", []):
-        uri = buffer.get("uri", "data:")
-        if not uri.startswith("data:"):
-            beside = path.parent / uri
-            if not beside.is_file():
-                raise PointCloudError(f"the buffer {uri!r} that the file refers to is missing beside it")
-            size += beside.stat().st_size
-    for accessor in header.get("accessors", []):
-        if accessor["count"] > size:
-            raise PointCloudError(f"an accessor promises {accessor['count']} entries, the file holds {size} bytes")

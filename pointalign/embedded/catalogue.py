@@ -6,6 +6,7 @@ definition) and one OBJ + MTL + textures folder per object. `build_objects` writ
     clouds/{object_id}_8192.npy          [8192, 6] float32, xyz in the unit sphere (y up) + rgb in 0..1
     annotations/{train,validation,test}.json
     objects.json                         one record of facts per object
+    procedural.json                      records of procedural objects, which the training part is asked about too
 
 Coordinates follow the catalogue: after its `modelRotation`, x is the object's width, y its height, z its depth.
 """
@@ -28,7 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from pointalign.embedded.facts import conversations, measure, read_name, seed_of
+from pointalign.embedded.facts import measure, read_name, seed_of
+from pointalign.embedded.procedural import MAKERS, procedural_object
+from pointalign.embedded.procedural_questions import procedural_record
+from pointalign.embedded.questions import conversations
 
 POINTS = 8192
 SPLITS = ("train", "validation", "test")
@@ -252,17 +256,42 @@ def build_objects(catalogues: Path, out: Path, progress: Callable[[list], Iterab
     if missing := splits.keys() - {entry.object_id for entry in entries}:
         raise ValueError(f"the catalogues lack {len(missing)} objects of the committed split, e.g. {min(missing)}")
     clouds = out / "clouds"
-    (out / "annotations").mkdir(parents=True, exist_ok=True)
-    clouds.mkdir(exist_ok=True)
+    clouds.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")  # forking a process that runs torch threads can deadlock
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         jobs = [pool.submit(_build_object, entry, **splits[entry.object_id], clouds=clouds) for entry in entries]
         records = [job.result() for job in progress(jobs)]
-    (out / "objects.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
-    for split in SPLITS:
-        annotations = [item for record in records if record["split"] == split for item in conversations(record)]
-        (out / "annotations" / f"{split}.json").write_text(json.dumps(annotations, indent=1), encoding="utf-8")
+    (out / "procedural.json").write_text(json.dumps(write_procedural_clouds(clouds), indent=1), encoding="utf-8")
+    write_annotations(records, out, SPLITS)
     return {split: sum(record["split"] == split for record in records) for split in SPLITS}
+
+
+def write_procedural_clouds(clouds: Path) -> list[dict]:
+    """Write a procedural object of every noun that has a generator, `[POINTS, 6]` each; returns their records."""
+    records = []
+    for noun in MAKERS:
+        object_id = f"procedural-{noun.replace(' ', '-')}"
+        record, points = procedural_object(noun, np.random.default_rng(seed_of(object_id)), POINTS)
+        np.save(clouds / f"{object_id}_{POINTS}.npy", normalise(points))
+        records.append(procedural_record(record, object_id))
+    return records
+
+
+def write_annotations(records: list[dict], out: Path, splits: Iterable[str]) -> None:
+    """Write `objects.json` and, for each of the splits that the records name, `annotations/{split}.json`.
+
+    The training part is also asked about the procedural objects of `procedural.json` whose noun it has: they cover what
+    the catalogues have few of, and are the only ones that know their legs.
+    """
+    (out / "annotations").mkdir(parents=True, exist_ok=True)
+    (out / "objects.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    trained = {record["head_noun"] for record in records if record["split"] == "train"}
+    procedural = json.loads((out / "procedural.json").read_text(encoding="utf-8"))
+    for split in splits:
+        entries = conversations([record for record in records if record["split"] == split])
+        if split == "train":
+            entries += conversations([record for record in procedural if record["head_noun"] in trained])
+        (out / "annotations" / f"{split}.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------------- folds
@@ -283,13 +312,8 @@ def write_fold(built: Path, fold: int, out: Path) -> None:
     """
     records = json.loads((built / "objects.json").read_text(encoding="utf-8"))
     part = {record["object_id"]: "test" if fold_of(record["family"]) == fold else "train" for record in records}
-    annotations: dict[str, list] = {"train": [], "test": []}
-    for split in SPLITS:
-        for entry in json.loads((built / "annotations" / f"{split}.json").read_text(encoding="utf-8")):
-            annotations[part[entry["object_id"]]].append(entry)
-    (out / "annotations").mkdir(parents=True)
-    for split, entries in annotations.items():
-        (out / "annotations" / f"{split}.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
     records = [record | {"split": part[record["object_id"]]} for record in records]
-    (out / "objects.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    out.mkdir(parents=True)
+    (out / "procedural.json").symlink_to(Path("..", "..", "procedural.json"))
+    write_annotations(records, out, ("train", "test"))
     (out / "clouds").symlink_to(Path("..", "..", "clouds"), target_is_directory=True)

@@ -1,6 +1,6 @@
-"""Names of objects, facts that can be seen in a cloud, and the conversations written from them.
+"""Names of objects, and facts that can be seen in a cloud.
 
-Nothing is guessed: a fact that is not clear is not mentioned, and a comparison closer than 10 % is not asked about.
+Nothing is guessed: a fact that is not clear is None, and sides closer than 10 % count as equally long.
 
 Width, height and depth are the sides of the object's box in its catalogue pose, so turning a cloud about the vertical
 axis leaves every answer true.
@@ -45,18 +45,6 @@ PREPOSITIONS = ("with", "of", "on", "under", "for")
 PEOPLE = {"man", "woman", "boy", "girl"}  # the surface's colour is that of clothes, so it is not mentioned
 UNCOUNTABLE = {"bread", "butter", "soap"}
 SPOKEN_CONSONANT = ("uri", "ute", "uni")  # "a urinal"
-OTHERS = {  # noun -> words in a name that would make "Is this a <noun>?" debatable
-    "chair": "chair seat stool bench sofa lounger bed stroller ottoman beanbag potty toilet hammock bidet swing",
-    "table": "table desk stand bench workbench vanity stool island cooktop ottoman extension tray",
-    "lamp": "lamp light lantern spotlight flashlight lamppost candle",
-    "tree": "tree plant bush hedge flower cactus lily",
-    "bottle": "bottle jar vase shaker pot extinguisher",
-    "car": "car truck van bus forklift",
-    "sofa": "sofa bench armchair futon seat bed lounger ottoman",
-    "bed": "bed crib futon sofa lounger mattress hammock mat bag",
-    "door": "door window cabinet wardrobe cupboard closet locker elevator stall refrigerator shutter",
-    "box": "box cabinet chest trunk container crate carton case bin basket locker safe",
-}
 PLACES = ("living room", "kitchen", "bedroom", "bathroom", "exterior", "office", "lights", "vehicles")
 
 
@@ -217,7 +205,7 @@ def measure(points: np.ndarray, size_cm: tuple[float, float, float]) -> dict:
     }
 
 
-# -------------------------------------------------------------------------------------------------------- conversations
+# ------------------------------------------------------------------------------------------------------- clear facts
 
 
 def main_colour(record: dict) -> str | None:
@@ -257,130 +245,3 @@ def facts(record: dict) -> dict[str, str | None]:
         "place": record["category"] if record["category"] in PLACES else None,
         "longest side": longest_side(record),
     }
-
-
-def _cm(value: float) -> str:
-    step = 10 if value >= 100 else 5 if value >= 20 else 1
-    return f"{round(value / step) * step} cm"
-
-
-def _yes(condition: bool, yes: str, no: str) -> str:
-    return f"Yes, {yes}." if condition else f"No, {no}."
-
-
-def questions(record: dict, rng: np.random.Generator) -> dict[str, list[tuple[str, str, str]]]:
-    """Every question the facts can answer: kind -> [(fact, question, answer)]. Answers begin with the key word.
-
-    The order of the draws from `rng` is part of the training data: it must not change.
-    """
-    by_kind: dict[str, list[tuple[str, str, str]]] = {"color": [], "kind": [], "geometry": [], "metric": []}
-    width, height, depth = record["width"], record["height"], record["depth"]
-    pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
-
-    if colour := main_colour(record):
-        question = pick(["What color is it mostly?", "What is its main color?", "Which color covers most of it?"])
-        by_kind["color"].append(("main_color", question, f"{colour.capitalize()}."))
-        other = colour if rng.random() < 0.5 else pick([c for c in PALETTE if c not in record["colors"]])
-        answer = _yes(other == colour, f"it is mostly {colour}", f"it is mostly {colour}")
-        by_kind["color"].append(("is_color", f"Is it mostly {other}?", answer))
-
-    name, category = record["name"], record["category"]
-    stated = f"{'they are' if record['plural'] else 'it is'} {record['noun_phrase']}"
-    if rng.random() < 0.5 and not record["plural"] and record["head_noun"] in name.split():
-        question = f"Is this {read_name(record['head_noun']).phrase}?"
-        by_kind["kind"].append(("is_noun", question, f"Yes, {stated}."))
-    else:
-        other = pick([noun for noun, debatable in OTHERS.items() if not any(w in name for w in debatable.split())])
-        by_kind["kind"].append(("is_noun", f"Is this a {other}?", f"No, {stated}."))
-    if category in PLACES:
-        options = [category, *rng.permutation([p for p in PLACES if p != category])[:2]]
-        listed = [str(options[i]) for i in rng.permutation(3)]
-        question = f"Which category fits this object: {listed[0]}, {listed[1]} or {listed[2]}?"
-        by_kind["kind"].append(("category", question, f"{category.capitalize()}."))
-
-    if max(height, width) > MARGIN * min(height, width):
-        answer = _yes(height > width, "it is taller than it is wide", "it is wider than it is tall")
-        by_kind["geometry"].append(("taller_than_wide", "Is it taller than it is wide?", answer))
-    if max(width, depth) > MARGIN * min(width, depth):
-        answer = _yes(width > depth, "it is wider than it is deep", "it is deeper than it is wide")
-        by_kind["geometry"].append(("wider_than_deep", "Is it wider than it is deep?", answer))
-    for extreme in ("longest", "shortest"):
-        if side := longest_side(record, shortest=extreme == "shortest"):
-            question = pick([f"Which side is {extreme}: height, width or depth?", f"Which side is {extreme}?"])
-            by_kind["geometry"].append((f"{extreme}_side", question, f"The {side}."))
-    for start, end in (("left", "right"), ("front", "back")):
-        if (mirror := record[f"mirror_{start}_{end}"]) is not None:
-            halves = f"{start} and {end} halves"
-            question = pick([f"Is it symmetric from {start} to {end}?", f"Are its {halves} mirror images?"])
-            answer = _yes(mirror, f"its {halves} mirror each other", f"its {halves} differ")
-            by_kind["geometry"].append((f"mirror_{start}_{end}", question, answer))
-
-    if record["catalogue_scale"] and min(record["width_cm"], record["height_cm"], record["depth_cm"]) >= 3:
-        words = {"width": "wide", "height": "tall", "depth": "deep"}
-        known_side, side = (str(side) for side in rng.permutation(list(words))[:2])
-        scale = f"It is {round(record[known_side + '_cm'])} cm {words[known_side]}."
-        answer = f"About {_cm(record[side + '_cm'])}."
-        by_kind["metric"].append((f"{side}_from_{known_side}", f"{scale} How {words[side]} is it?", answer))
-    return by_kind
-
-
-def describe(record: dict) -> str:
-    """Two or three sentences of facts."""
-    plural, people = record["plural"], record["head_noun"] in PEOPLE
-    they_are = "They are" if plural else "It is"
-    sentences = [name_sentence(record["noun_phrase"], plural)]
-    if colour := main_colour(record):
-        rest = [c for c, share in record["colors"].items() if c != colour and share >= 0.1][:2]
-        sentences.append(f"{they_are} mostly {colour}" + (f", with some {' and '.join(rest)}." if rest else "."))
-    elif not people:
-        colours = [colour for colour, share in record["colors"].items() if share >= 0.2][:2]
-        sentences.append(f"{they_are} {' and '.join(colours or list(record['colors'])[:1])}.")
-    clauses = []
-    if (word := shape(record)) and not plural:
-        clauses.append(f"{'the figure' if people else 'it'} is {word}")
-    elif side := longest_side(record):
-        clauses.append(f"the {side} is the longest side")
-    if record["mirror_left_right"]:
-        clauses.append("the left and right halves mirror each other")
-    if clauses:
-        text = " and ".join(clauses)
-        sentences.append(text[0].upper() + text[1:] + ".")
-    return " ".join(sentences)
-
-
-BRIEF = ("Describe this object briefly.", "Give a short caption of this 3D model.", "Sum up this object in one phrase.")
-DETAILED = ("Describe this object in detail.", "Caption this 3D model in detail.", "Tell me more about this object.")
-
-
-def conversations(record: dict) -> list[dict]:
-    """The object's annotation entries in the PointLLM schema, plus `fact` (what a single_round question is about).
-
-    The same record always gives the same entries.
-    """
-    rng = np.random.default_rng(seed_of(record["object_id"] + "/conversations"))
-    pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
-    entries = []
-
-    def add(kind: str, *turns: tuple[str, str], **extra: str) -> None:
-        values = [{"from": who, "value": turn[i]} for turn in turns for i, who in enumerate(("human", "gpt"))]
-        values[0]["value"] = "<point>\n" + values[0]["value"]
-        entries.append({"object_id": record["object_id"], "conversation_type": kind, "conversations": values, **extra})
-
-    named = name_sentence(record["noun_phrase"], record["plural"])
-    add("simple_description", ("What is this?", named))
-    colour = main_colour(record)
-    coloured = f"{colour} {record['name']}" if colour else record["name"]
-    if record["noun_phrase"] != record["name"]:
-        coloured = f"{'an' if coloured[0].lower() in 'aeiou' else 'a'} {coloured}" if colour else record["noun_phrase"]
-    add("simple_description", (pick(BRIEF), coloured[0].upper() + coloured[1:] + "."))
-    add("detailed_description", (pick(DETAILED), describe(record)))
-
-    by_kind = {kind: [items[i] for i in rng.permutation(len(items))] for kind, items in questions(record, rng).items()}
-    chosen = by_kind["color"][:1] + by_kind["kind"][:1] + by_kind["geometry"][:2] + by_kind["metric"][:1]
-    for fact, question, answer in chosen:
-        add("single_round", (question, answer), fact=fact)
-    turns = [("What is this?", named)]
-    turns += [(question, answer) for _, question, answer in by_kind["color"][-1:] + by_kind["geometry"][-1:]]
-    if len(turns) > 1:
-        add("multi_round", *turns)
-    return entries

@@ -126,7 +126,7 @@ class Generation:
         batch_size: questions answered together. It belongs to the definition of a run, because padding can change the
             last bits.
         seed: of sampling; a batch is seeded in the same way whether or not the run was interrupted.
-        max_new_tokens: by default 32 for names, 96 for captions, 16 for geometry.
+        max_new_tokens: by default 32 for names, 96 for captions, 16 for geometry and yesno.
     """
 
     sample: bool = False

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pointalign.evaluation.answering import Answers, margins
+from pointalign.evaluation.choices import YES_NO, chosen, plain_words
 from pointalign.evaluation.naming import names_object
 from pointalign.evaluation.statistics import cluster_mean
-from pointalign.evaluation.tasks import Task, chosen, plain_words
+from pointalign.evaluation.tasks import CHOICE_TASKS, Task
 
 
 def pooling_of(folder: Path) -> str:
@@ -63,7 +64,7 @@ def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Sco
     Args:
         sentence_models: name -> folder of a sentence encoder; an empty dictionary leaves them out.
     """
-    if task.kind == "geometry":
+    if task.kind in CHOICE_TASKS:
         picked = [chosen(text, q.choices) for text, q in zip(answers.texts, task.questions, strict=True)]
         return {
             "accuracy": [float(word == q.label) for word, q in zip(picked, task.questions, strict=True)],
@@ -175,18 +176,30 @@ def _wordnet():
 
 
 def summarise(task: Task, scores: Scores) -> dict[str, dict[str, float]]:
-    """Mean and 95 % interval of every metric, clustered by family; for geometry also by kind,
-    with the share of the most frequent answer."""
+    """Mean and 95 % interval of every metric, clustered by family; for tasks of choices also by kind, with the share of
+    the most frequent truth (`majority`). Kinds of yes/no questions also have the share of answers Yes (`yes_rate`) and
+    the mean of the accuracies where Yes and where No is true (`balanced`).
+    """
     families = [question.family for question in task.questions]
     applicable = {name: values for name, values in scores.items() if any(value is not None for value in values)}
     summary = {name: _estimate(values, families) for name, values in applicable.items()}
-    if task.kind == "geometry":
+    if task.kind in CHOICE_TASKS:
         for kind in dict.fromkeys(question.kind for question in task.questions):
             rows = [i for i, question in enumerate(task.questions) if question.kind == kind]
             labels = [task.questions[i].label for i in rows]
             estimate = _estimate([scores["accuracy"][i] for i in rows], [families[i] for i in rows])
             majority = max(labels.count(label) for label in set(labels)) / len(labels)
             summary[f"accuracy, {kind}"] = estimate | {"majority": majority}
+            if set(labels) == set(YES_NO):
+                right, answered = (
+                    np.array([scores[name][i] for i in rows], dtype=bool)
+                    for name in ("accuracy", "answered with a choice")
+                )
+                true = np.array(labels) == "yes"
+                summary[f"accuracy, {kind}"] |= {
+                    "yes_rate": float((answered & (right == true)).mean()),
+                    "balanced": float((right[true].mean() + right[~true].mean()) / 2),
+                }
     return summary
 
 

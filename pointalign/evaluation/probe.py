@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pointalign import assets, build, storage
+from pointalign import build, storage
 from pointalign.alignment import AlignmentProjector, LayerTap
 from pointalign.evaluation import markdown_table, tasks
 from pointalign.evaluation.answering import encode
@@ -255,7 +255,7 @@ def spaced(count: int, depth: int) -> list[int]:
 def probe_model(name: str | None, options: ProbeOptions) -> str:
     """Probe a model on the embedded objects; writes `probe.json` and `layers.png`. Returns a Markdown table."""
     torch.manual_seed(0)
-    name = name or assets.SHIPPED_CHECKPOINT
+    name = name or build.default_model()
     model, processor, weights = build.load(name)
     folder = Path(options.output)
     train, held_out = tasks.load(model, processor, options.train, options.held_out)

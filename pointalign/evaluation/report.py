@@ -197,8 +197,14 @@ def as_data_url(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+HELD_OUT = "held_out/"  # how the log names losses on held-out conversations
+
+
 def loss_curves(history: list[dict[str, Any]], path: Path, weight: float) -> None:
     """Write a PNG of both losses over steps, from the Trainer's log; nothing if no loss was logged.
+
+    Where held-out losses were logged, they are drawn by kind of question, and the training loss, whose batches differ
+    from step to step, thinly behind them.
 
     Args:
         history: the Trainer's `state.log_history`.
@@ -206,20 +212,34 @@ def loss_curves(history: list[dict[str, Any]], path: Path, weight: float) -> Non
     """
     from matplotlib.figure import Figure
 
-    logged = [entry for entry in history if "ntp_loss" in entry]
-    if not logged:
+    panels = {"next-token loss": "ntp_loss"} | (
+        {"alignment loss, 1 - mean cos": "alignment_loss"} if weight > 0 else {}
+    )
+    if not any("ntp_loss" in entry for entry in history):
         return
-    steps = [entry["step"] for entry in logged]
-    curves = {"next-token loss": ("ntp_loss", "tab:blue")}
-    if weight > 0:
-        curves["alignment loss, 1 - mean cos"] = ("alignment_loss", "tab:orange")
-    figure = Figure(figsize=(5 * len(curves), 3.4))
-    axes = figure.subplots(1, len(curves), squeeze=False)
-    for axis, (title, (key, colour)) in zip(axes[0], curves.items(), strict=True):
-        axis.plot(steps, [entry[key] for entry in logged], color=colour, linewidth=1.6)
+    held_out = sorted({name for entry in history for name in entry if name.startswith(HELD_OUT)})
+    figure = Figure(figsize=(6.4 * len(panels), 4))
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for axis, (title, training) in zip(axes[0], panels.items(), strict=True):
+        alignment = training == "alignment_loss"
+        names = [name for name in held_out if (name == f"{HELD_OUT}alignment_loss") == alignment]
+        steps, values = curve(history, training)
+        colour = "#b8bec6" if names else "tab:orange" if alignment else "tab:blue"
+        axis.plot(steps, values, color=colour, linewidth=1.4, label="training batches")
+        for name in names:
+            label = "held-out objects" if alignment else name.removeprefix(HELD_OUT)
+            axis.plot(*curve(history, name), linewidth=1.8, marker="o", markersize=2.5, label=label)
+        if names:
+            axis.legend(fontsize=7.5, frameon=False, ncols=2)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+
+
+def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a logged quantity."""
+    logged = [entry for entry in history if name in entry]
+    return [entry["step"] for entry in logged], [entry[name] for entry in logged]

@@ -19,7 +19,7 @@ class EvaluationOptions:
     """Which questions about which objects a model is asked.
 
     Attributes:
-        task: any of classification, captioning, geometry, modelnet40.
+        task: any of classification, captioning, geometry, yesno, modelnet40.
         data: `furniture` (the embedded objects), an annotation file in the PointLLM schema, or ModelNet40's `.dat`.
         clouds: folder of the clouds that an annotation file names.
         split: part of the embedded objects: train, validation or test.
@@ -165,8 +165,9 @@ def shown(metric: str, estimate: dict[str, float]) -> tuple[str, str, str]:
     scale = 1 if metric in metrics.UNBOUNDED else 100
     digits = 2 if scale == 1 else 1
     mean = f"{scale * estimate['mean']:.{digits}f}"
-    if "majority" in estimate:
-        mean += f" (majority {100 * estimate['majority']:.1f})"
+    names = {"majority": "majority", "yes_rate": "answered yes", "balanced": "balanced"}
+    if extra := [f"{name} {100 * estimate[key]:.1f}" for key, name in names.items() if key in estimate]:
+        mean += f" ({', '.join(extra)})"
     interval = f"{scale * estimate['low']:.{digits}f} to {scale * estimate['high']:.{digits}f}"
     return mean, interval, str(int(estimate["count"]))
 

@@ -65,7 +65,9 @@ class PointAlignFeatureExtractor(FeatureExtractionMixin):
         Raises: PointCloudError: another shape, values that are not finite, colours out of range, or too few points.
         """
         points = load_point_cloud(cloud, up_axis=self.up_axis) if isinstance(cloud, (str, Path)) else cloud
-        points = np.asarray(points, dtype=np.float32)
+        points = np.asarray(points)
+        if points.dtype != np.float64:  # double precision is centred before it is rounded
+            points = points.astype(np.float32, copy=False)
         if points.ndim != 2 or points.shape[1] != self.num_channels:
             raise PointCloudError(
                 f"expected a cloud of shape [N, {self.num_channels}] (xyz, rgb), got {list(points.shape)}"

@@ -1,0 +1,122 @@
+"""What training changed: held-out objects are named before and after, beside baselines, and asked further questions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pointalign import assets, storage
+from pointalign.build import load
+from pointalign.embedded.facts import PALETTE
+from pointalign.evaluation.choices import Question, chosen, evenly, geometry_questions, yes_no_questions
+from pointalign.evaluation.naming import (
+    ask_about,
+    ask_names,
+    controls,
+    correct,
+    random_yaw,
+    report,
+    shuffled,
+)
+from pointalign.evaluation.samples import answer_samples, samples_picture, samples_table
+from pointalign.evaluation.statistics import cluster_mean
+from pointalign.evaluation.tasks import embedded_objects
+from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+
+PER_KIND = 24  # questions of a kind, at the end of a training
+CHANCE = {"longest side": 1 / 3, "aspect bucket": 1 / 4, "colour": 1 / len(PALETTE)}  # else 1 / 2
+
+
+class HeldOutReport:
+    """Held-out embedded objects named before and after training, beside the baselines; other questions; ten samples.
+
+    Args:
+        fold: see `assets.embedded_objects`.
+        split: the held-out part, `validation` or `test`.
+        folder: the run's folder, which receives `accuracy.json`, `answers.md` and `answers.png`.
+    """
+
+    def __init__(self, fold: int | None, split: str, folder: Path):
+        objects = assets.embedded_objects(fold)
+        self.split, self.folder = split, folder
+        self.held_out = embedded_objects(objects, self.split)
+        self.training = embedded_objects(objects, "train")
+        self.results: dict[str, np.ndarray] = {}
+
+    def before(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor) -> None:
+        answers = ask_names(model, processor, self.held_out.clouds, "naming before training")
+        self.results["model before training"] = correct(answers, self.held_out)
+
+    def after(self, exported: Path) -> None:
+        """Evaluate the exported model, not the one in memory."""
+        model, processor, _ = load(exported)
+        clouds = self.held_out.clouds
+        inputs = {
+            "model": clouds,
+            "model, random yaw": random_yaw(clouds),
+            "model, shuffled clouds": [clouds[i] for i in shuffled(len(clouds))],
+        }
+        answers = {name: ask_names(model, processor, part, name) for name, part in inputs.items()}
+        self.results |= {name: correct(texts, self.held_out) for name, texts in answers.items()}
+        self.results |= controls(self.held_out, self.training)
+        noun_in_training = np.isin(self.held_out.labels, self.training.labels)
+        summary = report(self.results, self.held_out.families, noun_in_training)
+        kinds = self.kinds(model, processor)
+        per_object = [
+            {
+                "object_id": record["object_id"],
+                "family": record["family"],
+                "truth": record["head_noun"],
+                "noun_in_training": bool(noun_in_training[row]),
+                "answer": answers["model"][row],
+                "right": [name for name, right in self.results.items() if right[row]],
+            }
+            for row, record in enumerate(self.held_out.records)
+        ]
+        content = {"split": self.split} | summary.as_dict() | {"kinds": kinds, "objects": per_object}
+        storage.write_json(self.folder / "accuracy.json", content)
+        samples = answer_samples(model, processor, self.held_out)
+        (self.folder / "answers.md").write_text(samples_table(samples))
+        samples_picture(samples, self.held_out, self.folder / "answers.png")
+        print(f"\n{self.split} objects, never seen in training; 95 % intervals clustered by family\n{summary.table()}")
+        print(f"\n{kinds_table(kinds)}\n\n{samples_table(samples)}")
+
+    def kinds(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor) -> dict[str, dict]:
+        """Kind of question -> accuracy with its interval, what guessing scores, and how often the answer was Yes."""
+        objects = self.held_out
+        asked = geometry_questions(objects.records) + yes_no_questions(objects.records, objects.candidates)
+        asked = limited(asked)
+        answers = ask_about(model, processor, objects, asked, "other questions")
+        right = np.array([chosen(a, q.choices) == q.label for a, q in zip(answers, asked, strict=True)], dtype=float)
+        rows: dict[str, dict] = {}
+        for kind in dict.fromkeys(question.kind for question in asked):
+            of_kind = [row for row, question in enumerate(asked) if question.kind == kind]
+            estimate = cluster_mean(right[of_kind], [asked[row].family for row in of_kind])
+            rows[kind] = estimate.as_dict() | {"chance": CHANCE.get(kind, 1 / 2)}
+            if "yes" in asked[of_kind[0]].choices:
+                said = [chosen(answers[row], ("yes", "no")) == "yes" for row in of_kind]
+                rows[kind]["yes_rate"] = float(np.mean(said))
+        return rows
+
+
+def limited(questions: Sequence[Question]) -> list[Question]:
+    """At most `PER_KIND` questions of each kind and answer, evenly over those that there are."""
+    groups: dict[tuple[str, str], list[Question]] = {}
+    for question in questions:
+        yes_no = question.label if "yes" in question.choices else ""
+        groups.setdefault((question.kind, yes_no), []).append(question)
+    return [
+        group[i]
+        for (_, yes_no), group in groups.items()
+        for i in evenly(len(group), PER_KIND // 2 if yes_no else PER_KIND)
+    ]
+
+
+def kinds_table(kinds: dict[str, dict]) -> str:
+    width = max(map(len, kinds))
+    lines = [f"{'right answers, %':{width}}  model [interval]       guessing  answered yes"]
+    for kind, row in kinds.items():
+        value = f"{100 * row['mean']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+        yes = f"{100 * row['yes_rate']:.0f} %" if "yes_rate" in row else ""
+        lines.append(f"{kind:{width}}  {value:21}  {100 * row['chance']:5.0f}     {yes}")
+    return "\n".join(lines)
