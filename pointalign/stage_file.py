@@ -189,7 +189,7 @@ def _settings(path: Path, header: dict[str, str]) -> dict[str, Any]:
         for adapter in adapters.values()
     )
     routing, top_k = settings.get("query_routing"), settings.get("query_top_k")
-    if not valid or not isinstance(routing, str | None) or not isinstance(top_k, int | None):
+    if not valid or routing not in (None, "sparse", "soft", "constant") or not isinstance(top_k, int | None):
         raise ValueError(f"{path}: the settings in its header are damaged: {str(settings)[:200]}")
     return settings | {"adapters": adapters}
 
