@@ -268,7 +268,7 @@ def point_features(
     data, training = options.data, options.training
     if data.views:
         with training.main_process_first(local=False, desc="encoding clouds"):
-            if training.process_index == 0 and not feature_cache.is_complete(options):
+            if training.process_index == 0:
                 feature_cache.write_for(options, model, processor, datasets, training.device)
     return feature_cache.open_cache(model, processor.feature_extractor, options)
 

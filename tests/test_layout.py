@@ -169,3 +169,18 @@ def test_no_path_of_one_machine():
     text = (".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".cpp", ".cu", ".h", "")
     hits = [path for path in tracked() if path.suffix in text and paths.search(path.read_bytes())]
     assert [str(path.relative_to(ROOT)) for path in hits] == []
+
+
+def test_no_model_folder_brings_code():
+    """Left out, `trust_remote_code` asks the user; a `y` on standard input then runs the folder's own program."""
+    offending = []
+    for module, path in SOURCES.items():
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            loads = call.func.attr in ("from_pretrained", "from_config")
+            if loads and ast.unparse(call.func.value).startswith(("Auto", "PointAlignProcessor")):
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                if options.get("trust_remote_code") != "False":
+                    offending.append(f"{module}: {ast.unparse(call)}")
+    assert offending == []
