@@ -354,7 +354,7 @@ def write_for(
             names,
             encoder_of(model, processor.feature_extractor, datasets[0].clouds, device, encoder, views),
             fingerprint(model, processor.feature_extractor),
-            names=_names(options),
+            names=["queries", *(["encoder"] if encoder else [])],
             rank=rank,
             world=world,
             progress=bar.update,

@@ -86,6 +86,8 @@ def run(options: "Options", held: ExitStack) -> int:
         return 0
     if gathered is not None:  # this process trained shards: save from a complete model
         model, processor = complete_model(options, gathered)
+    if evaluation is not None:
+        evaluation.calibrate(model, processor)
     written = write_results(trainer, model, processor, options, folder)
     if evaluation is not None:
         evaluation.after(folder / "model")

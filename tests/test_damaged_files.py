@@ -1,4 +1,4 @@
-"""Whatever is in a file, its reader returns or raises its own error: bytes changed at random, and files made to hurt."""
+"""Whatever is in a file, its reader returns or raises its own error: bytes changed at random, and files that hurt."""
 
 import json
 import os
@@ -55,8 +55,13 @@ def test_stage_files(tmp_path):
             assert path.name in str(error)
 
 
-@pytest.mark.parametrize("header", ["[]", '{"adapters": [1]}', '{"adapters": {"qformer": {}}}', "[" * 100_000, "x",
-                                    '{"query_routing": "other"}', '{"adapters": {"qformer": {"lora_alpha": "8"}}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]", '{"adapters": [1]}', '{"adapters": {"qformer": {}}}', "[" * 100_000, "x", '{"query_routing": "other"}',
+        '{"adapters": {"qformer": {"lora_alpha": "8"}}}', '{"name_threshold": "high"}',
+    ],
+)  # fmt: skip
 def test_a_header_that_no_stage_has_is_refused(header, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "s.safetensors", metadata={"model": header})
     with pytest.raises(ValueError, match=r"s\.safetensors: the settings in its header are damaged"):
