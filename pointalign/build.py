@@ -63,7 +63,7 @@ def build_model(
     folder = assets.language_model() if options.llm == "smollm2" else Path(options.llm)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"model.llm={options.llm!r}: no language model in {folder} (config.json is missing)")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = load_model(folder, options, point_branch_only)
     # a language model without weights takes no adapters
     adapter_options = replace(options, lora_rank=0) if point_branch_only else options
@@ -96,7 +96,9 @@ def load_model(folder: Path, options: ModelOptions, point_branch_only: bool) -> 
     else:
         if point_branch_only:
             with torch.device("meta"):
-                language_model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+                language_model = AutoModelForCausalLM.from_config(
+                    AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+                )
         else:
             language_model = load_language_model(folder, options)
         torch.manual_seed(options.seed)
@@ -133,7 +135,7 @@ def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
     dtype = resolve_dtype(options.dtype)
     four_bits = quantization.quantization_config(options.quantization, dtype)
     language_model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=four_bits, output_loading_info=True
+        folder, dtype=dtype, quantization_config=four_bits, output_loading_info=True, trust_remote_code=False
     )
     if problems := [str(key) for kind in LOADING_PROBLEMS for key in info[kind]]:
         raise ValueError(
@@ -302,7 +304,7 @@ def load(
     source = find_model(name or default_model())
     if source.is_dir():
         model = PointAlignForConditionalGeneration.from_pretrained(source, dtype="auto")
-        processor = PointAlignProcessor.from_pretrained(source)
+        processor = PointAlignProcessor.from_pretrained(source, trust_remote_code=False)
         files = sorted(source.glob("*.safetensors"))
     else:
         model, processor = build_model(*stage_file.trained_options(source))

@@ -5,6 +5,7 @@ Takes the options of the training that will read them. The folder holds
     index.json             fingerprint of weights and preprocessing, shapes, objects per shard
     objects.json           object ids; place i is row i % shard_size of shard i // shard_size
     queries-00000.npy ...  `[shard_size, Q, Dq]` float16, Q-Former outputs, 49 KB an object at the paper's sizes
+    queries-00000.crc ...  a CRC-32 for every row of a shard, uint32, checked whenever the row is read
     encoder-00000.npy ...  `[shard_size, T', D]` float16, encoder tokens; only under `--alignment.target encoder`
 
 A shard is renamed into place when complete, so an interrupted run goes on where it stopped; under torchrun each process
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,7 @@ class FeatureCache:
     Raises:
         FileNotFoundError: there is no cache.
         StaleCacheError: it was made with other weights or preprocessing.
-        ValueError: it is not complete.
+        ValueError: it is not complete, or damaged.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str, encoder: bool = False):
@@ -83,21 +85,39 @@ class FeatureCache:
             raise FileNotFoundError(
                 f"no feature cache in {self.folder}: write it with python -m pointalign.feature_cache, same options"
             )
-        self.index = json.loads((self.folder / "index.json").read_text())
-        if self.index["format"] != FORMAT or self.index["fingerprint"] != fingerprint:
+        self.index = storage.read_json(self.folder / "index.json")
+        if self.index.get("format") != FORMAT or self.index.get("fingerprint") != fingerprint:
             raise StaleCacheError(
-                f"{self.folder} was written with other weights or preprocessing ({self.index['fingerprint'][:12]}, now "
-                f"{fingerprint[:12]}): write another one with python -m pointalign.feature_cache"
+                f"{self.folder} was written with other weights or preprocessing "
+                f"({str(self.index.get('fingerprint'))[:12]}, now {fingerprint[:12]}): write another one with "
+                f"python -m pointalign.feature_cache"
             )
+        objects = self._read_objects()
         self.names = ["queries", *(["encoder"] if encoder else [])]
-        if missing := _missing_shards(self.folder, self.index, self.names):
+        missing = [
+            name for name in self.names for shard in range(self.shards) if not _complete(self.folder, name, shard)
+        ]
+        if missing:
             raise ValueError(
                 f"{self.folder} is not complete: {len(missing)} of {self.shards * len(self.names)} shards are missing "
                 f"({', '.join(sorted(set(missing)))}); run python -m pointalign.feature_cache again, it goes on"
             )
-        objects = json.loads((self.folder / "objects.json").read_text())
         self.places = {object_id: place for place, object_id in enumerate(objects)}
-        self._open: dict[tuple[str, int], np.ndarray] = {}
+        self._open: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}  # rows and their checksums
+
+    def _read_objects(self) -> list[str]:
+        objects = storage.read_json(self.folder / "objects.json", list)
+        size = self.index.get("shard_size")
+        if not (isinstance(size, int) and size > 0 and self.index.get("objects") == len(objects)):
+            raise ValueError(
+                f"{self.folder / 'index.json'}: expected a shard_size and objects={len(objects)}, as objects.json has"
+            )
+        if not all(isinstance(name, str) for name in objects) or self.index.get("objects_sha256") != _hash(objects):
+            raise ValueError(
+                f"{self.folder / 'objects.json'} is not the list that the features were written for (objects_sha256 in "
+                f"index.json): write another cache with python -m pointalign.feature_cache"
+            )
+        return objects
 
     @property
     def shards(self) -> int:
@@ -118,11 +138,35 @@ class FeatureCache:
             )
 
     def get(self, name: str, object_id: str) -> np.ndarray:
-        """One object's float16 features, memory-mapped; `name` is `queries` or `encoder`."""
+        """One object's float16 features, memory-mapped; `name` is `queries` or `encoder`.
+
+        Raises: ValueError: the shard's file is damaged.
+        """
         shard, row = divmod(self.places[object_id], self.index["shard_size"])
         if (name, shard) not in self._open:
-            self._open[name, shard] = np.load(_shard(self.folder, name, shard), mmap_mode="r")
-        return self._open[name, shard][row]
+            self._open[name, shard] = self._open_shard(name, shard)
+        rows, checksums = self._open[name, shard]
+        if zlib.crc32(np.ascontiguousarray(rows[row])) != checksums[row]:
+            raise ValueError(
+                f"{_shard(self.folder, name, shard)} is damaged at object {object_id!r}: remove the file and run "
+                f"python -m pointalign.feature_cache again, it computes this shard alone"
+            )
+        return rows[row]
+
+    def _open_shard(self, name: str, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        path = _shard(self.folder, name, shard)
+        expected = min(self.index["shard_size"], len(self) - shard * self.index["shard_size"])
+        try:
+            rows = np.lib.format.open_memmap(path, mode="r")
+            checksums = np.fromfile(_checksums(self.folder, name, shard), dtype="<u4")
+        except (ValueError, EOFError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+            raise ValueError(f"{path}: expected a file of numpy.save: {error}") from error
+        if rows.dtype != np.float16 or rows.ndim != 3 or not len(rows) == len(checksums) == expected:
+            raise ValueError(
+                f"{path}: expected float16 features of {expected} objects and as many checksums, got {rows.dtype} "
+                f"{list(rows.shape)} and {len(checksums)}"
+            )
+        return rows, checksums
 
     def batch(self, object_ids: Sequence[str]) -> dict[str, Tensor]:
         """Model inputs that stand for the clouds: `query_features [C, Q, Dq]`, and `encoder_tokens` where stored."""
@@ -133,26 +177,6 @@ class FeatureCache:
             inputs[name]: torch.from_numpy(np.stack([self.get(name, object_id) for object_id in object_ids]))
             for name in self.names
         }
-
-
-def _missing_shards(folder: Path, index: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """The name of every shard that is not there."""
-    shards = range(math.ceil(index["objects"] / index["shard_size"]))
-    return [name for name in names for shard in shards if not _shard(folder, name, shard).exists()]
-
-
-def _names(options: Options) -> list[str]:
-    """The features that a training with these options reads."""
-    return ["queries", *(["encoder"] if options.alignment.target == "encoder" else [])]
-
-
-def is_complete(options: Options) -> bool:
-    """Whether the cache of `--data.feature_cache` is there with all its shards."""
-    assert options.data.feature_cache is not None
-    folder = Path(options.data.feature_cache)
-    if not (folder / "index.json").exists():
-        return False
-    return not _missing_shards(folder, json.loads((folder / "index.json").read_text()), _names(options))
 
 
 def open_cache(
@@ -201,11 +225,11 @@ def write(
         "format": FORMAT,
         "fingerprint": fingerprint,
         "objects": len(objects),
-        "objects_sha256": hashlib.sha256("\n".join(objects).encode()).hexdigest(),
+        "objects_sha256": _hash(objects),
         "shard_size": shard_size,
     }
     if (folder / "index.json").exists():
-        present = json.loads((folder / "index.json").read_text())
+        present = storage.read_json(folder / "index.json")
         changed = [name for name, value in index.items() if present.get(name) != value]
         if changed:
             raise StaleCacheError(
@@ -216,7 +240,7 @@ def write(
         storage.write_json(folder / "index.json", index)
     done = 0
     for shard in range(rank, math.ceil(len(objects) / shard_size), world):
-        missing = [name for name in names if not _shard(folder, name, shard).exists()]
+        missing = [name for name in names if not _complete(folder, name, shard)]
         ids = objects[shard * shard_size : (shard + 1) * shard_size]
         if not missing:
             progress(len(ids))
@@ -233,14 +257,30 @@ def write(
                 rows[name].append(half)
             progress(len(batch))
         for name in missing:
+            values = np.concatenate(rows[name])
+            checksums = np.array([zlib.crc32(row) for row in values], dtype="<u4")
+            with storage.replacing(_checksums(folder, name, shard)) as temporary:
+                checksums.tofile(temporary)
             with storage.replacing(_shard(folder, name, shard)) as temporary, temporary.open("wb") as file:
-                np.save(file, np.concatenate(rows[name]))
+                np.save(file, values)
         done += len(ids)
     return done
 
 
 def _shard(folder: Path, name: str, shard: int) -> Path:
     return folder / f"{name}-{shard:05d}.npy"
+
+
+def _checksums(folder: Path, name: str, shard: int) -> Path:
+    return folder / f"{name}-{shard:05d}.crc"
+
+
+def _complete(folder: Path, name: str, shard: int) -> bool:
+    return _shard(folder, name, shard).exists() and _checksums(folder, name, shard).exists()
+
+
+def _hash(objects: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(objects).encode()).hexdigest()
 
 
 def encoder_of(
@@ -314,7 +354,7 @@ def write_for(
             names,
             encoder_of(model, processor.feature_extractor, datasets[0].clouds, device, encoder, views),
             fingerprint(model, processor.feature_extractor),
-            names=_names(options),
+            names=["queries", *(["encoder"] if encoder else [])],
             rank=rank,
             world=world,
             progress=bar.update,

@@ -12,6 +12,8 @@ CACHED_PARTS = ("point_encoder", "point_mlp", "qformer", "qformer_lora", "query_
 PARTS = (*CACHED_PARTS, "modality_projector", "lora", "llm_norms")  # a feature cache stands for the first
 RECIPES = Path(__file__).parent / "recipes"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_DEPTH = 20
 
 
 @dataclass
@@ -267,6 +269,44 @@ def published_rate(step: int, steps: int, warmup_steps: int, warmup: float, peak
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 
+def check_recipe(path: Path) -> None:
+    """Refuse a YAML file that is no recipe before it is built up in memory.
+
+    Raises: ValueError: it is too large, not UTF-8, nested too deep, has aliases (a few lines of them stand for
+        gigabytes), or its names are no text. YAML of wrong syntax is left to the parser of options.
+    """
+    import yaml
+
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise ValueError(f"{path}: a recipe has at most {MAX_RECIPE_BYTES} bytes")
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8: {error}") from error
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"{path}: write values out, aliases such as *{event.anchor} are not read")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_RECIPE_DEPTH:
+                raise ValueError(f"{path}: nested deeper than {MAX_RECIPE_DEPTH} lists and mappings")
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return
+    if not isinstance(content, dict | None):
+        raise ValueError(f"{path}: expected sections and names, got a {type(content).__name__}")
+    values = [content]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            if bad := [name for name in value if not isinstance(name, str)]:
+                raise ValueError(f"{path}: expected names of options, got {bad[0]!r}")
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
+
+
 def parse(arguments: list[str]) -> Options:
     """Options from `[RECIPE] [--section.name value ...] [--fused]`.
 
@@ -295,8 +335,12 @@ def parse(arguments: list[str]) -> Options:
         "--fused_parts", type=list[str] | None, help="of --fused, only these parts; all that the device runs by default"
     )
     path = Path(recipe) if Path(recipe).suffix else RECIPES / f"{recipe}.yaml"
-    if not path.exists():
+    if not path.is_file():
         parser.error(f"no recipe {recipe!r}: expected a YAML file or one of {shipped}")
+    try:
+        check_recipe(path)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     parsed = parser.parse_args(["--config", str(path), *arguments])
     try:
         built = parser.instantiate(parsed)

@@ -55,8 +55,8 @@ def weights_fingerprint(folder: Path, prefix: str = "") -> str:
         return _bytes_fingerprint(sorted(folder.glob("pytorch_model*.bin")))
     files: dict[str, Path] = {}
     for path in paths:
-        with safe_open(path, framework="pt") as file:
-            files |= {name: path for name in file.keys() if name.startswith(prefix) and ".lora_" not in name}
+        _, shapes = _contents(path)
+        files |= {name: path for name in shapes if name.startswith(prefix) and ".lora_" not in name}
     if not files:
         raise ValueError(f"{folder}: no tensor whose name begins with {prefix!r} in {len(paths)} safetensors files")
     digest = hashlib.sha256()
@@ -126,7 +126,7 @@ def save_stage(model: PointAlignForConditionalGeneration, path: Path, descriptio
     that change what the tensors mean, and that no tensor shows, go into the file's header.
     """
     config = model.config
-    settings = {"adapters": config.adapters, "query_routing": config.query_routing, "query_top_k": config.query_top_k}
+    settings = {name: getattr(config, name) for name in ("adapters", "query_routing", "query_top_k", "name_threshold")}
     header = _fingerprints(model.model.language_model) | {"model": json.dumps(settings)}
     state = {
         name: tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
@@ -156,41 +156,80 @@ def require_fold(checkpoint: str | None, fold: int | None) -> None:
     if checkpoint is None:
         return
     description = find_stage(checkpoint).with_suffix(".json")
-    trained = json.loads(description.read_text()).get("data", {}).get("fold") if description.exists() else None
+    trained = _section(description, "data").get("fold") if description.exists() else None
     if trained != fold:
         names = ["the committed split" if number is None else f"fold {number}" for number in (trained, fold)]
         raise ValueError(f"{checkpoint} was trained under {names[0]}, and may know objects that {names[1]} holds out")
 
 
-def _stage_contents(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """Header and shapes of a stage file."""
+def _contents(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """Header and shapes of a safetensors file.
+
+    Raises: ValueError: it is damaged; the message names it.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except SafetensorError as error:
+    except (SafetensorError, *storage.DAMAGED_TENSORS) as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
 
+def _settings(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    """The settings in a stage file's header: `adapters` of parts, `query_routing`, `query_top_k`, `name_threshold`.
+
+    Early stage files have none. Raises: ValueError: they are not as `save_stage` writes them.
+    """
+    try:
+        settings = storage.parse_json(header.get("model", "{}"))
+    except ValueError as error:
+        raise ValueError(f"{path}: the settings in its header are damaged: {error}") from error
+    adapters = settings.get("adapters") or {}
+    valid = isinstance(adapters, dict) and all(
+        isinstance(adapter, dict) and isinstance(adapter.get("lora_alpha"), int | float)
+        for adapter in adapters.values()
+    )
+    routing, top_k = settings.get("query_routing"), settings.get("query_top_k")
+    valid = valid and isinstance(settings.get("name_threshold", 0.0), int | float)
+    if not valid or routing not in (None, "sparse", "soft", "constant") or not isinstance(top_k, int | None):
+        raise ValueError(f"{path}: the settings in its header are damaged: {str(settings)[:200]}")
+    return settings | {"adapters": adapters}
+
+
+def _section(description: Path, name: str) -> dict[str, Any]:
+    """A section of the JSON file beside a stage file. Raises: ValueError: the file is damaged."""
+    section = storage.read_json(description).get(name, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{description}: expected a JSON dict under {name!r}, got a {type(section).__name__}")
+    return section
+
+
 def adapted_parts(path: Path) -> set[str]:
-    """The parts, `language_model` and `qformer`, that a stage file was trained with adapters on."""
-    return set(json.loads(_stage_contents(path)[0].get("model", "{}")).get("adapters") or {})
+    """The parts, `language_model` and `qformer`, that a stage file was trained with adapters on.
+
+    Raises: ValueError: the file is damaged.
+    """
+    return set(_settings(path, _contents(path)[0])["adapters"])
 
 
 def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
     """The options that build a stage file's model again for answering, from the description beside it.
 
-    Raises: ValueError: the description is missing or names no model.
+    Raises: ValueError: the description is missing, damaged or names no model.
     """
     beside = path.with_suffix(".json")
-    described = json.loads(beside.read_text()) if beside.is_file() else {}
-    if "model" not in described:
+    described = {name: _section(beside, name) for name in ("model", "data")} if beside.is_file() else {"model": {}}
+    if not described["model"]:
         raise ValueError(
             f"{path}: expected {beside.name} beside it, which names the language model and the adapters that it was "
             f"trained with"
         )
     names = ("llm", "preset", "dtype", "lora_rank", "lora_alpha", "lora_targets", "qformer_lora_rank", "quantization")
     model = {name: described["model"][name] for name in names if name in described["model"]}
-    data = {name: value for name, value in described.get("data", {}).items() if name in ("num_points", "up_axis")}
+    data = {name: value for name, value in described["data"].items() if name in ("num_points", "up_axis")}
+    for section, values, defaults in (("model", model, ModelOptions()), ("data", data, DataOptions(num_points=0))):
+        for name, value in values.items():
+            if name != "lora_targets" and value is not None and type(value) is not type(getattr(defaults, name)):
+                raise ValueError(f"{beside}: {section}.{name} is {value!r}, another type than that option has")
     return ModelOptions(**model, checkpoint=str(path), train=[]), DataOptions(**data)
 
 
@@ -199,7 +238,7 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
 
     Raises: ValueError: it belongs to another language model, to other adapters, or does not fit.
     """
-    header, shapes = _stage_contents(path)
+    header, shapes = _contents(path)
     fingerprints = {} if point_branch_only else _fingerprints(model.model.language_model)
     for name, current in fingerprints.items():
         trained = header.get(name)
@@ -208,18 +247,25 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
                 f"{path} was trained with the language model {trained}, this one is {current}: its adapters would only "
                 f"disturb it"
             )
-    settings = json.loads(header.get("model", "{}"))  # early stage files have none
+    settings = _settings(path, header)
+    if not point_branch_only:
+        model.config.name_threshold = settings.get("name_threshold", 0.0)
     for part, adapter in (model.config.adapters or {}).items():
-        before = (settings.get("adapters") or {}).get(part, adapter)["lora_alpha"]
+        before = settings["adapters"].get(part, adapter)["lora_alpha"]
         if before != adapter["lora_alpha"]:
             raise ValueError(
                 f"{path} was trained with lora_alpha={before} on the {part}, this model has {adapter['lora_alpha']}: "
                 f"its adapters would act at another strength"
             )
     if EXPERTS in shapes:
+        queries = [model.config.num_query_tokens, model.config.qformer_config.hidden_size]
+        if shapes[EXPERTS][1:] != queries:
+            raise ValueError(
+                f"{path}: {EXPERTS} has shape {shapes[EXPERTS]}, expected [experts, {queries[0]}, {queries[1]}]"
+            )
         if model.model.query_experts is None:
             model.model.add_query_experts(shapes[EXPERTS][0])
-        if settings:
+        if settings.get("query_routing") is not None and settings.get("query_top_k") is not None:
             model.model.route_queries(settings["query_routing"], settings["query_top_k"])
     ignored = ".language_model." if point_branch_only else None
     expected = {name for name in stage_state(model) if ignored is None or ignored not in name}

@@ -86,6 +86,8 @@ def run(options: "Options", held: ExitStack) -> int:
         return 0
     if gathered is not None:  # this process trained shards: save from a complete model
         model, processor = complete_model(options, gathered)
+    if evaluation is not None:
+        evaluation.calibrate(model, processor)
     written = write_results(trainer, model, processor, options, folder)
     if evaluation is not None:
         evaluation.after(folder / "model")
@@ -268,7 +270,7 @@ def point_features(
     data, training = options.data, options.training
     if data.views:
         with training.main_process_first(local=False, desc="encoding clouds"):
-            if training.process_index == 0 and not feature_cache.is_complete(options):
+            if training.process_index == 0:
                 feature_cache.write_for(options, model, processor, datasets, training.device)
     return feature_cache.open_cache(model, processor.feature_extractor, options)
 

@@ -1,7 +1,9 @@
 """The feature cache: resumable, shared among processes, refused when stale, and small in memory at any size."""
 
+import hashlib
 import json
 import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -72,6 +74,44 @@ def test_stale_caches_are_refused(tmp_path):
         FeatureCache(tmp_path / "elsewhere", "a")
 
 
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("objects.json", lambda text: json.dumps(json.loads(text)[::-1]), "not the list that the features"),
+        ("objects.json", lambda text: "{}", r"expected a JSON list"),
+        ("objects.json", lambda text: json.dumps([*json.loads(text)[:-1], 5]), "not the list"),
+        ("index.json", lambda text: "{}", "other weights or preprocessing"),
+        ("index.json", lambda text: "[" * 100_000, "nested too deep"),
+        ("index.json", lambda text: text.replace('"shard_size": 5', '"shard_size": 0'), "expected a shard_size"),
+        ("index.json", lambda text: text.replace('"objects": 23', '"objects": "23"'), "objects=23"),
+        ("index.json", lambda text: text.replace('"objects": 23', f'"objects": {10**18}'), "objects=23"),
+    ],
+)
+def test_a_damaged_index_is_named(name, spoil, message, tmp_path):
+    write(tmp_path, OBJECTS, encode, "a", shard_size=5)
+    FeatureCache(tmp_path, "a")
+    (tmp_path / name).write_text(spoil((tmp_path / name).read_text()))
+    with pytest.raises(ValueError, match=message):
+        FeatureCache(tmp_path, "a")
+
+
+@pytest.mark.parametrize("name", ["queries-00001.npy", "queries-00001.crc"])
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[:-4], lambda data: data[:-1] + bytes([data[-1] ^ 64]), lambda data: b"PK\3\4" + data]
+)
+def test_a_damaged_shard_is_named_when_it_is_read_and_can_be_written_again(name, spoil, tmp_path):
+    write(tmp_path, OBJECTS, encode, "a", shard_size=5)
+    path = tmp_path / name
+    path.write_bytes(spoil(path.read_bytes()))
+    cache = FeatureCache(tmp_path, "a")
+    assert cache.batch(["object0", "object22"])["query_features"][1, 0, 0] == 22
+    with pytest.raises(ValueError, match=r"queries-00001\.npy"):
+        cache.get("queries", "object9")
+    path.unlink()
+    assert write(tmp_path, OBJECTS, encode, "a", shard_size=5) == 5
+    assert FeatureCache(tmp_path, "a").get("queries", "object9")[0, 0] == 9
+
+
 def test_features_beyond_float16_are_named(tmp_path):
     def large(object_ids):
         return {"queries": encode(object_ids)["queries"] * 1e4}
@@ -126,6 +166,8 @@ def test_660_thousand_objects_are_mapped_not_read(tmp_path):
     objects = [f"{i:032x}" for i in range(count)]
     shards = -(-count // shard_size)
     index = {"format": feature_cache.FORMAT, "fingerprint": "a", "objects": count, "shard_size": shard_size}
+    index["objects_sha256"] = hashlib.sha256("\n".join(objects).encode()).hexdigest()
+    empty, full = (zlib.crc32(np.full(shape, value, np.float16)) for value in (0, 5))
     (tmp_path / "index.json").write_text(json.dumps(index))
     (tmp_path / "objects.json").write_text(json.dumps(objects))
     for shard in range(shards):
@@ -136,6 +178,9 @@ def test_660_thousand_objects_are_mapped_not_read(tmp_path):
                 file, {"descr": "<f2", "fortran_order": False, "shape": (rows, *shape)}
             )
             file.truncate(file.tell() + rows * 2 * shape[0] * shape[1])
+        checksums = np.full(rows, empty, "<u4")
+        checksums[-1] = full if shard == shards - 1 else empty
+        checksums.tofile(tmp_path / f"queries-{shard:05d}.crc")
     last = np.load(tmp_path / f"queries-{shards - 1:05d}.npy", mmap_mode="r+")
     last[-1] = 5
     last.flush()

@@ -16,6 +16,10 @@ PROCEDURAL = (  # kinds of procedural objects
     "vehicles",
 )  # fmt: skip
 
+READERS = (  # what reads clouds knows nothing of the embedded objects; data sets do
+    "gltf", "mesh", "pickles", "ply", "point_cloud", "point_formats", "point_records", "prepare", "tables", "textures",
+)  # fmt: skip
+
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
     ["pointalign_kernels"],
@@ -26,6 +30,7 @@ LAYERS = [
     ["pointalign.embedded.facts"],
     ["pointalign.embedded.debatable", "pointalign.embedded.descriptions"],
     ["pointalign.embedded.questions"],
+    [f"pointalign.data.{name}" for name in READERS],
     ["pointalign.embedded.procedural_parts"],
     ["pointalign.embedded.procedural_groups"],
     [f"pointalign.embedded.procedural_{kind}" for kind in PROCEDURAL],
@@ -42,7 +47,7 @@ LAYERS = [
     ["pointalign.convert"],
     ["pointalign.stage_file"],
     ["pointalign.build"],
-    ["pointalign.feature_cache", "pointalign.trainer"],
+    ["pointalign.feature_cache", "pointalign.trainer", "pointalign.certainty"],
     ["pointalign.evaluation"],
     ["pointalign.held_out_losses"],
     ["pointalign.train", "pointalign.chat", "pointalign.evaluate", "pointalign.embedded.stage1"],
@@ -169,3 +174,18 @@ def test_no_path_of_one_machine():
     text = (".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".cpp", ".cu", ".h", "")
     hits = [path for path in tracked() if path.suffix in text and paths.search(path.read_bytes())]
     assert [str(path.relative_to(ROOT)) for path in hits] == []
+
+
+def test_no_model_folder_brings_code():
+    """Left out, `trust_remote_code` asks the user; a `y` on standard input then runs the folder's own program."""
+    offending = []
+    for module, path in SOURCES.items():
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            loads = call.func.attr in ("from_pretrained", "from_config")
+            if loads and ast.unparse(call.func.value).startswith(("Auto", "PointAlignProcessor")):
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                if options.get("trust_remote_code") != "False":
+                    offending.append(f"{module}: {ast.unparse(call)}")
+    assert offending == []

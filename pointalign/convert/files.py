@@ -1,8 +1,9 @@
 """Published weight files: their tensor names translated into this package's, their tensors read one at a time."""
 
-import json
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -126,24 +127,50 @@ class ConversionError(ValueError):
     """Files that cannot be converted; the message names the file and the tensor."""
 
 
+# What torch.load raises for a garbled pickle, beside UnpicklingError: any of its instructions may fail.
+_GARBLED = (
+    RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, AssertionError,
+    ImportError, MemoryError, RecursionError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch.save compresses nothing, and a compressed file could hold a thousand times its size."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ConversionError(f"{path}: refused, its entries are compressed, as torch.save never does")
+
+
 @lru_cache(maxsize=2)  # few at a time: the pages of a mapped file are freed with it
 def _unpickled(path: Path, role: str) -> dict[str, Tensor]:
     """Tensors of a file of `torch.save`, under the role's container key that its content has, if the role has any."""
     try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=torch.serialization._is_zipfile(path.open("rb"))
-        )
+        with path.open("rb") as file:
+            is_zip = torch.serialization._is_zipfile(file)
+        if is_zip:
+            _refuse_compressed(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ConversionError(f"{path}: refused, it holds more than tensors and plain values: {error}") from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except ConversionError:
+        raise
+    except _GARBLED as error:
         raise ConversionError(f"{path}: truncated or not written by torch.save: {error}") from error
     keys = _CONTAINERS.get(role)
-    if keys is None:
-        return content
-    key = next((key for key in keys if isinstance(content, dict) and key in content), None)
-    if key is None:
-        raise ConversionError(f"{path}: expected a file of torch.save with the key {' or '.join(map(repr, keys))}")
-    return {name: value for name, value in content[key].items() if isinstance(value, Tensor)}
+    if keys is not None:
+        key = next((key for key in keys if isinstance(content, dict) and key in content), None)
+        if key is None:
+            raise ConversionError(f"{path}: expected a file of torch.save with the key {' or '.join(map(repr, keys))}")
+        content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ConversionError(f"{path}: expected tensors by name, got a {type(content).__name__}")
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        # an expanded tensor names more values than the file has
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ConversionError(f"{path}: refused, {name!r} is no plain tensor that the file holds all values of")
+    return tensors
 
 
 @dataclass
@@ -183,7 +210,7 @@ class Source:
                 # a slice knows shape and dtype before anything is read
                 slices = {name: file.get_slice(name) for name in file.keys()}
                 return {name: (tuple(lazy.get_shape()), _DTYPES[lazy.get_dtype()]) for name, lazy in slices.items()}
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, *storage.DAMAGED_TENSORS) as error:
             raise ConversionError(f"{path}: truncated or not a safetensors file: {error}") from error
 
     def read(self, name: str) -> Tensor:
@@ -271,8 +298,12 @@ def collect(sources: list[Source]) -> Collection:
 
 def _join_qkv(source: Source, pieces: dict[str, Piece]) -> dict[str, Piece]:
     """A `query_key_value` in place of the three projections; a folder that has it already stays as it is."""
-    config = json.loads((source.path / "config.json").read_text())
-    heads = config["num_attention_heads"]
+    try:
+        heads = storage.read_json(source.path / "config.json").get("num_attention_heads")
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"{source.path}: its configuration cannot be read: {error}") from error
+    if not isinstance(heads, int) or heads < 1:
+        raise ConversionError(f"{source.path / 'config.json'}: expected num_attention_heads, got {heads!r}")
     joined = {name: piece for name, piece in pieces.items() if not any(f".{split}." in name for split in _SPLIT)}
     for name in [name for name in pieces if ".q_proj." in name]:
         target = name.replace("q_proj", "query_key_value")

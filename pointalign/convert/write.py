@@ -143,7 +143,7 @@ def _write_processor(folder: Path, llm: Path, config: PointAlignConfig) -> None:
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.eos_token_id
     )
     if any((llm / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
-        tokenizer = AutoTokenizer.from_pretrained(llm)
+        tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         point = config.point_config
         extractor = PointAlignFeatureExtractor(min_points=max(point.num_groups, point.group_size))

@@ -324,8 +324,10 @@ class LocalJudge(Judge):
         weights = storage.file_hash(folder / "config.json", *sorted(folder.glob("*.safetensors")))[:16]
         super().__init__(f"local {folder.name} {weights}")  # with the hash, because two folders may share a name
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)  # type: ignore[arg-type]
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval().to(device)
+        )  # type: ignore[arg-type]
 
     def reply(self, kind: str, case: Case) -> str:
         messages = [{"role": "user", "content": case.prompt(kind)}]

@@ -39,7 +39,8 @@ def embed(folder: Path, sentences: Sequence[str]) -> Tensor:
     from transformers import AutoModel, AutoTokenizer
 
     pooling = pooling_of(folder)
-    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    encoder = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
     embeddings = []
     for start in range(0, len(sentences), 64):
         batch = tokenizer(list(sentences[start : start + 64]), padding=True, truncation=True, return_tensors="pt")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pointalign.certainty import HEDGES, Answer, generate_answers
 from pointalign.data.point_cloud import normalise, subsample, turn
 from pointalign.embedded import facts
 from pointalign.embedded.neighbours import chamfer
@@ -86,13 +87,28 @@ def ask(
     batch_size: int = 16,
     description: str = "answers",
 ) -> list[str]:
-    """Greedy answers.
+    """Greedy answers; uncertain names are hedged as the model's threshold says.
 
     Args:
         clouds: those of each question.
     """
+    return [answer.text for answer in ask_certain(
+        model, processor, clouds, questions, max_new_tokens, batch_size, description
+    )]  # fmt: skip
+
+
+def ask_certain(
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    clouds: Sequence[Sequence[np.ndarray]],
+    questions: Sequence[str],
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+    description: str = "answers",
+) -> list[Answer]:
+    """As `ask`, with the probabilities of the answers."""
     model.eval()
-    answers: list[str] = []
+    answers: list[Answer] = []
     with torch.inference_mode():
         for start in tqdm(range(0, len(clouds), batch_size), desc=description, unit="batch", leave=False):
             conversations = []
@@ -103,8 +119,7 @@ def ask(
                 conversations.append([{"role": "user", "content": [*content, {"type": "text", "text": question}]}])
             batch = processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
             batch = batch.to(model.device)
-            generated = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-            answers += processor.answers(generated, batch["input_ids"].shape[1])
+            answers += generate_answers(model, processor, batch, max_new_tokens=max_new_tokens, do_sample=False)
     return answers
 
 
@@ -133,7 +148,7 @@ def ask_about(
 def head_noun(answer: str) -> str:
     """The head noun of an answer: "This is an office chair with arms." -> "chair"; "" where there is none."""
     phrase = answer.strip().split("\n")[0].split(".")[0].split(",")[0]
-    for opening in ("This is ", "These are ", "It is "):
+    for opening in (*HEDGES, *HEDGES.values(), "It is "):
         phrase = phrase.removeprefix(opening)
     words = phrase.split()
     if words and words[0].lower() in ("a", "an", "the", "some"):

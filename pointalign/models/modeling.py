@@ -84,7 +84,7 @@ class PointAlignModel(PointAlignPreTrainedModel):
         super().__init__(config)
         qformer = config.qformer_config
         width = qformer.hidden_size
-        self.point_encoder = AutoModel.from_config(config.point_config)
+        self.point_encoder = AutoModel.from_config(config.point_config, trust_remote_code=False)
         self.point_mlp = nn.Sequential(
             nn.Linear(config.point_config.hidden_size, width), nn.GELU(), nn.Linear(width, qformer.encoder_hidden_size)
         )
@@ -97,7 +97,9 @@ class PointAlignModel(PointAlignPreTrainedModel):
             nn.Linear(width, config.projector_hidden_size),
             nn.Linear(config.projector_hidden_size, config.text_config.hidden_size),
         )
-        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(
+            config.text_config, trust_remote_code=False
+        )
         self.post_init()
 
     def add_query_experts(self, num_experts: int, routing: str = "sparse", top_k: int = 2) -> None:
