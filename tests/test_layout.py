@@ -43,7 +43,7 @@ LAYERS = [
     ["pointalign.embedded.neighbours"],
     ["pointalign.models"],
     ["pointalign.efficient"],
-    ["pointalign.embedded.views", "pointalign.embedded.words"],
+    ["pointalign.embedded.descent", "pointalign.embedded.views", "pointalign.embedded.words"],
     ["pointalign.convert"],
     ["pointalign.stage_file"],
     ["pointalign.build"],
