@@ -104,6 +104,8 @@ class Stage1:
             for kind, facts in known.items()
             if any(fact is not None for fact in facts)
         }
+        # each query says one kind: with fewer queries than kinds, the first kinds
+        self.said = dict(list(self.kinds.items())[: model.config.num_query_tokens])
         self.bfloat16 = self.branch.language_model.dtype == torch.bfloat16
         self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
         widths = model.config.point_config.hidden_size, self.embedding.shape[1], len(self.kinds)
@@ -134,18 +136,25 @@ class Stage1:
         with self.precision:
             projected = self.branch.modality_projector(self.branch.query(tokens))
         loss = projected.new_zeros((), dtype=torch.float32)
-        for number, kind in enumerate(self.kinds.values()):
-            loss = loss + kind.query_loss(projected[:, number :: len(self.kinds)], kind.logits(words[:, number]))
+        for number, kind in enumerate(self.said.values()):
+            loss = loss + kind.query_loss(projected[:, number :: len(self.said)], kind.logits(words[:, number]))
         return loss
 
-    def train(self, encoder_steps: int, query_steps: int, learning_rate: float, folder: Path | None = None) -> None:
-        """Train the point branch in place. With `folder`, keep the state there and go on from what it holds."""
+    def train(
+        self, encoder_steps: int, query_steps: int, learning_rate: float, folder: Path | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Train the point branch in place. With `folder`, keep the state there and go on from what it holds.
+
+        Returns: the losses of the encoder's steps and of the queries', since the last stored step.
+        """
         branch = self.branch
         trainable = [parameter for parameter in branch.parameters() if parameter.requires_grad]
         branch.requires_grad_(False)
         self.encoder.requires_grad_(True).train()
         matrices = self.muon_matrices(branch.point_encoder)
-        descend(self.encoder, matrices, self.encoder_loss, encoder_steps, learning_rate, "encoder", folder)
+        encoder_losses = descend(
+            self.encoder, matrices, self.encoder_loss, encoder_steps, learning_rate, "encoder", folder
+        )
         self.encoder.requires_grad_(False).eval()
         readers = nn.ModuleDict(
             {name: getattr(branch, name) for name in ("point_mlp", "qformer", "modality_projector")}
@@ -153,7 +162,7 @@ class Stage1:
         readers.register_parameter("query_tokens", branch.query_tokens)
         readers.requires_grad_(True).train()
         first = encoder_steps  # views go on where the encoder's ended
-        descend(
+        query_losses = descend(
             readers, self.muon_matrices(branch.qformer), lambda step: self.query_loss(first + step), query_steps,
             learning_rate, "queries", folder,
         )  # fmt: skip
@@ -161,6 +170,7 @@ class Stage1:
         self.fit_last_map(encoder_steps + query_steps)
         for parameter in trainable:
             parameter.requires_grad_(True)
+        return encoder_losses, query_losses
 
     def fit_last_map(self, first_step: int) -> None:
         """Solve for the modality projector's last linear map, then scale its tokens to the length of words.
@@ -181,8 +191,8 @@ class Stage1:
         with self.precision:
             inputs = self.branch.modality_projector[:-1](self.branch.query(tokens)).float()
         targets = inputs.new_empty(*inputs.shape[:2], self.embedding.shape[1])
-        for number, kind in enumerate(self.kinds.values()):
-            targets[:, number :: len(self.kinds)] = kind.mean_embedding(kind.logits(words[:, number]))[:, None]
+        for number, kind in enumerate(self.said.values()):
+            targets[:, number :: len(self.said)] = kind.mean_embedding(kind.logits(words[:, number]))[:, None]
         return inputs, targets
 
     def muon_matrices(self, part: nn.Module) -> list[nn.Parameter]:
