@@ -61,7 +61,7 @@ def answer(monkeypatch):
 
 @pytest.fixture
 def report(objects, answer, tmp_path, monkeypatch):
-    monkeypatch.setattr(assets, "embedded_objects", lambda fold: objects)
+    monkeypatch.setattr(assets, "embedded_objects", lambda fold=None: objects)
     monkeypatch.setattr(held_out, "load", lambda exported: (None, None, "hash"))
     monkeypatch.setattr(naming, "nearest_by_chamfer", lambda queries, *_: np.zeros(len(queries), dtype=int))
     return HeldOutReport(None, "test", tmp_path)
