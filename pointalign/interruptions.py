@@ -28,6 +28,12 @@ class StopOnSignal(TrainerCallback):
         except ValueError:  # not in the main thread, which alone can catch signals
             self._previous = {}
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        # When a data worker dies, torch raises wherever this process is. The loader notices it too, between two steps,
+        # where the state can be saved.
+        if args.dataloader_num_workers and self._previous and hasattr(signal, "SIGCHLD"):
+            self._previous.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+
     def _receive(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self._received == signal.SIGINT:
             raise KeyboardInterrupt
