@@ -1,8 +1,8 @@
-"""Record a run: `python benchmarks/record_run.py RUN [--alignment-check FOLDER]`, or `RUN --ship`.
+"""Record a run of `make train`: `python benchmarks/record_run.py RUN [--alignment-check FOLDER] [--ship STAGE1]`.
 
-With `--ship`, a run of `scratch` becomes the shipped stage-1 checkpoint. Otherwise RUN is a demo run: its accuracy,
-answers, loss curves and description go to benchmarks/results/, and a gallery shows held-out objects with the model's
-answers. The gallery's objects are drawn at random from different families, not chosen.
+Its accuracy, answers, loss curves and description go to benchmarks/results/. With `--ship`, the stage files of STAGE1,
+the folder of `python -m pointalign.embedded.stage1` that RUN started from, and of RUN become the shipped checkpoints
+`furniture-stage1` and `furniture`, and nothing is recorded.
 """
 
 import argparse
@@ -10,74 +10,74 @@ import datetime
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
+import torch
+from safetensors.torch import load_file
 
 RESULTS = Path(__file__).parent / "results"
-SHIPPED = Path(__file__).parents[1] / "pointalign" / "checkpoints" / "furniture-stage1.safetensors"
+CHECKPOINTS = Path(__file__).parents[1] / "pointalign" / "checkpoints"
+PICTURES = {"answers.md": "demo_answers.md", "answers.png": "demo_answers.png", "loss.png": "demo_loss.png"}
 
 
-def draw_cloud(axis: plt.Axes, cloud: np.ndarray, azimuth: float = 0.6, elevation: float = 0.35) -> None:
-    """Draw a cloud `[N, 6]`, y up, seen from the front right and above; near points cover far ones."""
-    turn = np.array([[np.cos(azimuth), 0, -np.sin(azimuth)], [0, 1, 0], [np.sin(azimuth), 0, np.cos(azimuth)]])
-    tilt = np.array([[1, 0, 0], [0, np.cos(elevation), -np.sin(elevation)], [0, np.sin(elevation), np.cos(elevation)]])
-    xyz = cloud[:, :3] @ turn.T @ tilt.T
-    order = np.argsort(xyz[:, 2])
-    axis.scatter(xyz[order, 0], xyz[order, 1], c=np.clip(cloud[order, 3:], 0, 1), s=1.2, linewidths=0)
-    axis.set_aspect("equal")
-    axis.set_xlim(-1.05, 1.05)
-    axis.set_ylim(-1.05, 1.05)
-    axis.set_facecolor("#eef1f5")
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+def without_machine_paths(value: Any) -> Any:
+    """A JSON value in which only the last name of every absolute path is left."""
+    if isinstance(value, dict):
+        return {key: without_machine_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_machine_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
-def gallery(accuracy: dict, path: Path, count: int = 8, seed: int = 1) -> None:
-    from pointalign import assets
-    from pointalign.evaluation.tasks import embedded_objects
-
-    objects = embedded_objects(assets.embedded_objects(), accuracy["split"])
-    answers = {row["object_id"]: row for row in accuracy["objects"]}
-    order = np.random.default_rng(seed).permutation(len(objects.records))
-    _, first = np.unique([objects.families[i] for i in order], return_index=True)
-    figure, axes = plt.subplots(2, count // 2, figsize=(2.9 * count / 2, 6.8))
-    for axis, index in zip(axes.flat, order[np.sort(first)][:count], strict=True):
-        record = objects.records[index]
-        draw_cloud(axis, objects.clouds[index])
-        axis.set_title(f'"{answers[record["object_id"]]["answer"]}"', fontsize=9, wrap=True)
-        axis.set_xlabel(f"truth: {record['name']}", fontsize=8, color="#555555")
-    figure.suptitle(f'"What is this?" Eight {accuracy["split"]} objects drawn at random', fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def read_json(path: Path) -> Any:
+    return without_machine_paths(json.loads(path.read_text()))
 
 
-def main() -> None:
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def ship(stage1: Path, run: Path) -> None:
+    """Make the stage files of both folders the shipped checkpoints.
+
+    Raises:
+        ValueError: the run did not start from this stage 1, or trained more than adapters.
+    """
+    before, after = (load_file(folder / "stage.safetensors") for folder in (stage1, run))
+    for name, tensor in before.items():
+        if name not in after or not torch.equal(tensor, after[name]):
+            raise ValueError(f"{run} does not start from {stage1}, or trained its point branch: {name} differs")
+    description = read_json(run / "stage.json")
+    description["model"]["checkpoint"] = "furniture-stage1"
+    for name, folder, content in (
+        ("furniture-stage1", stage1, read_json(stage1 / "stage.json")),
+        ("furniture", run, description),
+    ):
+        shutil.copyfile(folder / "stage.safetensors", CHECKPOINTS / f"{name}.safetensors")
+        write_json(CHECKPOINTS / f"{name}.json", content)
+
+
+def record(run: Path) -> None:
+    """Write what a run left into benchmarks/results/."""
+    finished = datetime.date.fromtimestamp((run / "accuracy.json").stat().st_mtime).isoformat()
+    content = {"date": finished, "run": read_json(run / "stage.json")} | read_json(run / "accuracy.json")
+    write_json(RESULTS / "demo.json", content)
+    for name, recorded in PICTURES.items():
+        shutil.copyfile(run / name, RESULTS / recorded)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--alignment-check", type=Path, help="folder that experiments.alignment_check wrote")
-    parser.add_argument("--ship", action="store_true", help="make it the shipped stage-1 checkpoint")
-    options = parser.parse_args()
-    accuracy = json.loads((options.run / "accuracy.json").read_text())
-    described = json.loads((options.run / "stage.json").read_text())
+    parser.add_argument("--ship", type=Path, metavar="STAGE1", help="ship this stage 1 and the run")
+    options = parser.parse_args(arguments)
     if options.ship:
-        shutil.copy(options.run / "stage.safetensors", SHIPPED)
-        description = {"command": "python -m pointalign.train scratch", **described, "metrics": accuracy["accuracy"]}
-        SHIPPED.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n")
+        ship(options.ship, options.run)
         return
-    finished = datetime.date.fromtimestamp((options.run / "accuracy.json").stat().st_mtime).isoformat()
-    (RESULTS / "demo.json").write_text(json.dumps({"date": finished, "run": described, **accuracy}, indent=1) + "\n")
-    shutil.copy(options.run / "answers.md", RESULTS / "demo_answers.md")
-    shutil.copy(options.run / "loss.png", RESULTS / "demo_loss.png")
-    gallery(accuracy, RESULTS / "demo_gallery.png")
+    record(options.run)
     if options.alignment_check:
-        shutil.copy(options.alignment_check / "alignment.json", RESULTS / "alignment_check.json")
+        write_json(RESULTS / "alignment_check.json", read_json(options.alignment_check / "alignment.json"))
 
 
 if __name__ == "__main__":

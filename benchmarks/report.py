@@ -21,7 +21,6 @@ from tables import stamp, table
 from test_alignment_loss import Case
 from train_step_table import parity, train_step
 
-from pointalign.evaluation import naming
 from pointalign.evaluation.statistics import minimum_detectable_effect
 
 matplotlib.use("Agg")
@@ -196,20 +195,44 @@ def _difference(test: dict) -> str:
 
 def _naming(content: dict, which: str) -> str:
     """Head-noun accuracies of every method, and the paired tests."""
-    counts = next(iter(content["accuracy"].values()))
-    seen, total = counts["noun in training"]["count"], counts["all"]["count"]
+    counts = {key: estimate["count"] for key, estimate in next(iter(content["accuracy"].values())).items()}
+    titles = {"noun in training": f"noun occurs in training (n={counts['noun in training']})"}
+    if counts["all"] != counts["noun in training"]:
+        titles["all"] = f"all {which} objects (n={counts['all']})"
     rows = [
-        [name, _percent(accuracy["noun in training"]), _percent(accuracy["all"])]
-        for name, accuracy in content["accuracy"].items()
+        [name, *(_percent(accuracy[column]) for column in titles)] for name, accuracy in content["accuracy"].items()
     ]
-    header = ["head-noun accuracy, %", f"noun occurs in training (n={seen})", f"all {which} objects (n={total})"]
     tests = [f"- {name}: {_difference(test)}\n" for name, test in content["tests"].items()]
-    return f"{table(header, rows)}\nPaired differences of the first column:\n\n{''.join(tests)}"
+    return (
+        f"{table(['head-noun accuracy, %', *titles.values()], rows)}\nPaired differences of the first column:\n\n"
+        f"{''.join(tests)}"
+    )
 
 
-def _power(objects: list[dict]) -> str:
+def _kinds(kinds: dict[str, dict]) -> str:
+    """Right answers to every kind of question that offers its answers."""
+    rows = [
+        [
+            kind,
+            _percent(row),
+            f"{100 * row['chance']:.0f}",
+            f"{100 * row['yes_rate']:.0f}" if "yes_rate" in row else "",
+            str(row["count"]),
+        ]
+        for kind, row in kinds.items()
+    ]
+    header = ["kind of question, % right", "model", "guessing", "answered Yes, %", "questions"]
+    return table(header, rows)
+
+
+def _first_test(content: dict) -> tuple[str, str]:
+    """The two methods that the first paired test compares."""
+    ours, _, theirs = next(iter(content["tests"])).partition(" against ")
+    return ours, theirs
+
+
+def _power(objects: list[dict], ours: str, theirs: str) -> str:
     """The smallest difference that the first paired test detects, and how unevenly families fill its objects."""
-    ours, theirs = naming.PAIRS[0]
     known = [row for row in objects if row["noun_in_training"]]
     differences = np.array([float(ours in row["right"]) - float(theirs in row["right"]) for row in known])
     families = Counter(row["family"] for row in known)
@@ -244,19 +267,20 @@ def summary() -> str:
     ]
     return (
         f"{table(header, rows)}\nOf objects whose noun occurs in training, with 95 % intervals over families. "
-        "Shuffled: asked with another object's cloud. 1-NN: the name of the nearest training cloud. Random yaw: clouds "
-        f"turned about the vertical. First column: {stamps[0]} Second column: {stamps[1]}\n"
+        "Shuffled: asked with another object's cloud. 1-NN: the name of the nearest training cloud, in the best of 16 "
+        "turns about the vertical. Random yaw: clouds turned about the vertical. "
+        f"First column: {stamps[0]} Second column: {stamps[1]}\n"
     )
 
 
 def demo() -> str:
-    """Held-out accuracy of a demo run, the paired tests and the sample answers."""
+    """Held-out accuracy of a demo run, the paired tests, the kinds of questions and the sample answers."""
     content = json.loads((RESULTS / "demo.json").read_text())
     note = f"{_stamp_of_run(content['run'], content.get('date'))} Intervals: 95 %, clustered by family."
     answers = (RESULTS / "demo_answers.md").read_text()
     tables = _naming(content, content["split"])
-    tables += "\n" + _power(content["objects"])
-    return "\n".join([note, "", tables, "Ten answers about objects drawn at random:", "", answers])
+    tables += "\n" + _power(content["objects"], *_first_test(content))
+    return "\n".join([note, "", tables, _kinds(content["kinds"]), "Ten questions drawn at random:", "", answers])
 
 
 def held_out_naming() -> str:
@@ -266,15 +290,15 @@ def held_out_naming() -> str:
         f"{_stamp_of_run(content['run'], content['provenance']['date'])} Intervals (95 %) and tests are over families, "
         "for these five models of one seed. The p-values are not corrected for their number."
     )
-    alone = content["objects of the test part"]
-    tested = alone["tests"][" against ".join(naming.PAIRS[0])]
-    turned, nearest = (alone["accuracy"][name]["noun in training"] for name in naming.PAIRS[0])
+    alone, methods = content["objects of the test part"], _first_test(content["all folds"])
+    tested = alone["tests"][" against ".join(methods)]
+    ours, theirs = (_percent(alone["accuracy"][name]["noun in training"]) for name in methods)
     last = (
-        f"The objects of the test part alone (n={tested['count']}), under random yaw: model {_percent(turned)}, 1-NN "
-        f"Chamfer {_percent(nearest)}, difference {_difference(tested)}.\n"
+        f"The objects of the test part alone (n={tested['count']}): {methods[0]} {ours}, {methods[1]} {theirs}, "
+        f"difference {_difference(tested)}.\n"
     )
     tables = _naming(content["all folds"], "embedded")
-    return "\n".join([note, "", tables, _power(content["objects"]), last])
+    return "\n".join([note, "", tables, _power(content["objects"], *methods), last])
 
 
 def alignment_check() -> str:

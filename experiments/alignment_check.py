@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = settings.output / name.replace(" ", "-").lower()
         options = parse(["demo", f"--training.max_steps={settings.steps}", "--training.save_strategy=no",
                          f"--training.output_dir={folder}", f"--model.train={parts}",
-                         "--training.contrastive_steps=0", *settings.options])  # fmt: skip
+                         f"--data.feature_cache={settings.output / 'features'}", *settings.options])  # fmt: skip
         trainer, _, processor = make_trainer(options)
         if not results:
             results["before training"] = measure(trainer.model, processor, objects.clouds)

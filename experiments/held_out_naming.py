@@ -1,7 +1,7 @@
 """`python -m experiments.held_out_naming`: every embedded object named by a model that saw nothing of its family.
 
-The families of objects are split into five folds. For each fold, the demo's recipe is run on the other four, from a new
-point branch: the shipped checkpoint has seen most objects of any fold. The objects of all folds then count as one set,
+The families of objects are split into five folds. For each fold, stage 1 and the demo's recipe are run on the other
+four: the shipped checkpoint has seen most objects of any fold. The objects of all folds then count as one set,
 several times as large as the test part, beside the same controls and baselines; the objects of the test part are also
 counted separately.
 
@@ -59,6 +59,8 @@ def pool(folders: list[Path]) -> dict[str, Any]:
     parts = [json.loads((folder / "accuracy.json").read_text()) for folder in folders]
     runs = [json.loads((folder / "stage.json").read_text()) for folder in folders]
     described = [{key: run[key] for key in SHARED} for run in runs]
+    for run in described:  # each fold has its stage 1
+        run["model"] = {key: value for key, value in run["model"].items() if key != "checkpoint"}
     methods = list(parts[0]["accuracy"])
     require_agreement(
         folders,

@@ -32,9 +32,8 @@ def chat(options: argparse.Namespace) -> int:
     from pointalign.data.point_cloud import PointCloudError, load_point_cloud
 
     clouds = [load_point_cloud(path, up_axis=options.up_axis) for path in options.files]
-    import torch
-
     from pointalign.build import load
+    from pointalign.certainty import generate_answers
 
     model, processor, _ = load(options.model)
     for path, cloud in zip(options.files, clouds, strict=True):
@@ -50,11 +49,9 @@ def chat(options: argparse.Namespace) -> int:
         messages.append({"role": "user", "content": [*opening, {"type": "text", "text": question}]})
         opening.clear()  # the clouds come before the first question only
         batch = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True).to(model.device)
-        with torch.inference_mode():
-            generated = model.generate(**batch, max_new_tokens=options.max_new_tokens, do_sample=False)
-        (answer,) = processor.answers(generated, batch["input_ids"].shape[1])
-        messages.append({"role": "assistant", "content": answer})
-        return answer
+        (answer,) = generate_answers(model, processor, batch, max_new_tokens=options.max_new_tokens, do_sample=False)
+        messages.append({"role": "assistant", "content": answer.text})
+        return answer.text
 
     if options.question:
         for question in options.question:

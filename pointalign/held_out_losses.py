@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from pointalign.data.collator import ConversationCollator
 from pointalign.data.dataset import ConversationDataset
-from pointalign.options import CACHED_PARTS
+from pointalign.efficient import frozen_parts
 
 if TYPE_CHECKING:
     from pointalign.models import PointAlignProcessor
@@ -43,13 +43,13 @@ class HeldOutLosses(TrainerCallback):
         if paths is None or options.training.process_index != 0 or options.training.world_size > 1:
             return None
         annotations, clouds = paths
-        collator = ConversationCollator(processor, options.data.max_length)
+        # packed where training is: its attention then reads packed batches only
+        collator = ConversationCollator(processor, options.data.max_length, packing=options.data.packing)
         batches = {}
         for label, types in kinds(options).items():
             dataset = ConversationDataset(annotations, clouds, types, options.data.up_axis)
             rows = sorted({i * len(dataset) // PER_KIND for i in range(PER_KIND)})  # evenly over the file
-            batch = collator([dataset[row] for row in rows])
-            batches[label] = batch if set(CACHED_PARTS) & set(options.model.train) else without_clouds(aligned, batch)
+            batches[label] = without_clouds(aligned, collator([dataset[row] for row in rows]))
         return cls(trainer, aligned, batches)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -99,14 +99,20 @@ def kinds(options: Options) -> dict[str, list[str] | None]:
 
 @torch.no_grad()
 def without_clouds(aligned: AlignedModel, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with the features of a frozen point branch in place of clouds, which is then not run again."""
-    if "point_values" not in batch:
-        return batch
+    """The batch with the features of the point branch in place of clouds, where the branch is frozen.
+
+    It is then not run again, and beside a feature cache it is not even part of the model in training.
+    """
     branch = aligned.model.model
+    parameters = [parameter for part in frozen_parts(branch) for parameter in getattr(branch, part).parameters()]
+    parameters += [branch.query_tokens] if branch.query_tokens is not None else []
+    if any(parameter.requires_grad for parameter in parameters) or "point_values" not in batch:
+        return batch
     aligned.eval()
-    tokens = branch.get_encoder_tokens(batch["point_values"], batch["point_lengths"])
+    clouds = {name: batch[name].to(aligned.device) for name in ("point_values", "point_lengths")}
+    tokens = branch.get_encoder_tokens(**clouds)
     features = {"query_features": branch.query(tokens).float()}
     if aligned.alignment_config.target == "encoder":
         features["encoder_tokens"] = tokens.float()
     aligned.train()
-    return {name: value for name, value in batch.items() if name not in ("point_values", "point_lengths")} | features
+    return {name: value for name, value in batch.items() if name not in clouds} | features

@@ -126,7 +126,7 @@ def save_stage(model: PointAlignForConditionalGeneration, path: Path, descriptio
     that change what the tensors mean, and that no tensor shows, go into the file's header.
     """
     config = model.config
-    settings = {"adapters": config.adapters, "query_routing": config.query_routing, "query_top_k": config.query_top_k}
+    settings = {name: getattr(config, name) for name in ("adapters", "query_routing", "query_top_k", "name_threshold")}
     header = _fingerprints(model.model.language_model) | {"model": json.dumps(settings)}
     state = {
         name: tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
@@ -175,7 +175,7 @@ def _contents(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 
 def _settings(path: Path, header: dict[str, str]) -> dict[str, Any]:
-    """The settings in a stage file's header: `adapters` of parts, `query_routing`, `query_top_k`.
+    """The settings in a stage file's header: `adapters` of parts, `query_routing`, `query_top_k`, `name_threshold`.
 
     Early stage files have none. Raises: ValueError: they are not as `save_stage` writes them.
     """
@@ -189,6 +189,7 @@ def _settings(path: Path, header: dict[str, str]) -> dict[str, Any]:
         for adapter in adapters.values()
     )
     routing, top_k = settings.get("query_routing"), settings.get("query_top_k")
+    valid = valid and isinstance(settings.get("name_threshold", 0.0), int | float)
     if not valid or routing not in (None, "sparse", "soft", "constant") or not isinstance(top_k, int | None):
         raise ValueError(f"{path}: the settings in its header are damaged: {str(settings)[:200]}")
     return settings | {"adapters": adapters}
@@ -247,6 +248,8 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
                 f"disturb it"
             )
     settings = _settings(path, header)
+    if not point_branch_only:
+        model.config.name_threshold = settings.get("name_threshold", 0.0)
     for part, adapter in (model.config.adapters or {}).items():
         before = settings["adapters"].get(part, adapter)["lora_alpha"]
         if before != adapter["lora_alpha"]:

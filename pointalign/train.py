@@ -86,6 +86,8 @@ def run(options: "Options", held: ExitStack) -> int:
         return 0
     if gathered is not None:  # this process trained shards: save from a complete model
         model, processor = complete_model(options, gathered)
+    if evaluation is not None:
+        evaluation.calibrate(model, processor)
     written = write_results(trainer, model, processor, options, folder)
     if evaluation is not None:
         evaluation.after(folder / "model")
@@ -262,11 +264,11 @@ def point_features(
     datasets: "list[ConversationDataset]",
     options: "Options",
 ) -> "FeatureCache | None":
-    """The feature cache that the options name, or None; one of augmented views is written first where it is missing."""
+    """The feature cache that the options name, or None; one of augmented views is completed first."""
     from pointalign import feature_cache
 
     data, training = options.data, options.training
-    if data.views and data.feature_cache is not None and not (Path(data.feature_cache) / "index.json").exists():
+    if data.views:
         with training.main_process_first(local=False, desc="encoding clouds"):
             if training.process_index == 0:
                 feature_cache.write_for(options, model, processor, datasets, training.device)

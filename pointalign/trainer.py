@@ -263,7 +263,8 @@ class PointAlignTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         steps = self.state.global_step - (self._steps_at_log or 0)
-        if "loss" in logs and steps > 0:
+        counted = "loss" in logs and steps > 0
+        if counted:
             elapsed = time.perf_counter() - self._time_at_log
             for name, value in self._parts.items():
                 value = torch.as_tensor(value, device=self.args.device)
@@ -281,8 +282,9 @@ class PointAlignTrainer(ResumableTrainer):
                 print(f"step {self.state.global_step}: {spike}", flush=True)
             self._parts = dict.fromkeys(self._parts, 0.0)
             self._tokens = 0
-            self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
         super().log(logs, start_time)
+        if counted:  # only now: callbacks may have measured held-out losses, which is not training
+            self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
 
 
 @dataclass

@@ -155,6 +155,7 @@ def package(tmp_path, monkeypatch):
     splits = tmp_path / "splits.json"
     splits.write_text(json.dumps({"made-up-seat": {"family": "somebody-bar-chair", "split": "validation"}}))
     monkeypatch.setattr(catalogue, "SPLIT_FILE", splits)
+    monkeypatch.setattr(catalogue, "MAKERS", {"chair": catalogue.MAKERS["chair"]})
     return path
 
 

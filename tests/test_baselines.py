@@ -1,9 +1,10 @@
 """Majority, yaw and nearest neighbours against plain computations."""
 
 import numpy as np
+from made_records import box
 from scipy.spatial.distance import cdist
 
-from pointalign.data.point_cloud import normalise, subsample
+from pointalign.data.point_cloud import normalise, subsample, turn
 from pointalign.evaluation.naming import majority, nearest_by_chamfer, random_yaw
 
 
@@ -30,6 +31,14 @@ def test_nearest_by_chamfer_equals_brute_force(clouds):
     assert nearest.tolist() == distances.argmin(axis=1).tolist() == [0, 1]
     moved = [np.hstack([3 * one[:, :3] + 7, one[:, 3:]]) for one in references[4:]]
     assert nearest_by_chamfer(queries, moved).tolist() == distances[:, 4:].argmin(axis=1).tolist()
+
+
+def test_a_turned_copy_is_found_by_the_search_over_yaws_alone():
+    bar, other = box(4, 1, 1), box(1, 1.3, 4, seed=1)
+    turned = box(4, 1, 1, seed=2)
+    turned[:, :3] = turn(turned[:, :3], np.pi / 2)
+    assert nearest_by_chamfer([turned], [other, bar]).tolist() == [0], "in a fixed pose the other bar is nearer"
+    assert nearest_by_chamfer([turned], [other, bar], turns=16).tolist() == [1]
 
 
 def test_random_yaw_turns_each_by_another_angle(clouds):

@@ -1,5 +1,7 @@
 """The command line, through a tiny exported model."""
 
+import shutil
+
 import numpy as np
 import pytest
 from conftest import lively, tiny_model
@@ -56,6 +58,16 @@ def test_two_questions_about_several_files_in_one_talk(folder, files, talks, cap
     first, second = talks
     assert first == [("user", 3, "Which is taller?")]
     assert second[:1] == first and second[1][:2] == ("assistant", 0) and second[2] == ("user", 0, "Why?")
+
+
+def test_without_a_name_the_newest_run_answers(folder, files, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder, tmp_path / "runs" / "demo-2" / "model")
+    monkeypatch.chdir(tmp_path)
+    assert chat.main([files[0], "--question", "What?", "--max-new-tokens", "3"]) == 0
+    printed = capsys.readouterr()
+    assert "model: runs/demo-2/model, which `make train` made" in printed.err
+    named = run(folder, files[0], "--question", "What?"), capsys.readouterr().out
+    assert named == (0, printed.out)
 
 
 def test_a_talk_at_the_prompt_ends_with_an_empty_line_or_the_end_of_input(folder, files, talks, monkeypatch):

@@ -49,6 +49,40 @@ def test_augmentation_depends_on_epoch_and_sample_only(samples, processor):
     assert torch.equal(batches[0]["input_ids"], batches[2]["input_ids"])
 
 
+class NamesOnly:
+    """A feature cache that remembers what it is asked for."""
+
+    def batch(self, names):
+        self.names = list(names)
+        return {}
+
+
+def views_read(samples, processor, views=8) -> list[str]:
+    cache = NamesOnly()
+    ConversationCollator(processor, max_length=512, features=cache, views=views)(samples)
+    return cache.names
+
+
+def test_the_view_that_a_sample_reads_depends_on_its_draw_only(samples, processor):
+    drawn = [sample | {"draw": (0, number)} for number, sample in enumerate(samples)]
+    names = views_read(drawn, processor)
+    assert names == [name for sample in drawn for name in views_read([sample], processor)]
+    assert views_read(drawn[::-1], processor) == names[::-1]
+    assert [name.rpartition("#")[0] for name in names] == [i for sample in drawn for i in sample["object_ids"]]
+    epochs = {tuple(views_read([samples[0] | {"draw": (epoch, 5)}], processor)) for epoch in range(10)}
+    assert len(epochs) > 2, "another epoch reads other views"
+
+
+def test_what_speaks_of_pose_reads_the_views_that_keep_it(samples, processor):
+    for sample, numbers in zip(samples, (range(8), range(4), range(4)), strict=True):
+        names = [name for draw in range(60) for name in views_read([sample | {"draw": (draw, 0)}], processor)]
+        assert {int(name.rpartition("#")[2]) for name in names} == set(numbers), sample["conversation_type"]
+
+
+def test_without_views_a_sample_reads_its_object(samples, processor):
+    assert views_read(samples, processor, views=0) == [i for sample in samples for i in sample["object_ids"]]
+
+
 def test_only_what_does_not_speak_of_pose_is_turned(samples, processor, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -151,7 +151,7 @@ def test_the_python_example_of_the_readme_answers(processor, monkeypatch):
 
     (example,) = [block for block in blocks("README.md", "python") if "pointalign.load(" in block]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(pointalign, "load", lambda name: (tiny_model().eval(), processor, "hash"), raising=False)
+    monkeypatch.setattr(pointalign, "load", lambda: (tiny_model().eval(), processor, "hash"), raising=False)
     variables: dict = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -153,6 +153,15 @@ def test_an_evaluation_is_written_resumed_and_identical(saved, tmp_path, monkeyp
     assert "belongs to another run (asked, generation differ)" in capsys.readouterr().err
 
 
+def test_without_a_name_the_newest_run_is_evaluated(saved, tmp_path, monkeypatch, capsys):
+    shutil.copytree(saved, tmp_path / "runs" / "demo" / "model")
+    monkeypatch.chdir(tmp_path)
+    _, *unnamed = arguments(saved, tmp_path / "out", "--task", "captioning", "--limit", "1")
+    assert evaluate.main(unnamed) == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["model"] == "runs/demo/model"
+    assert "model: runs/demo/model, which `make train` made" in capsys.readouterr().err
+
+
 def test_the_report_is_one_file(saved, tmp_path):
     assert evaluate.main(arguments(saved, tmp_path, "--task", "classification", "--inputs", "true", "blind")) == 0
     page = (tmp_path / "report.html").read_text()
@@ -423,3 +432,30 @@ def test_a_stage_file_and_its_exported_folder_answer_alike(tmp_path, tokenizer):
     assert (first - expected).abs().max() < 0.05  # the point branch is stored in bfloat16
     torch.testing.assert_close(second, first, atol=1e-5, rtol=1e-4)
     assert one_hash != other_hash and not any(".lora_" in name for name in alone.state_dict())
+
+
+def test_the_questions_of_an_annotation_file_are_asked(saved, tmp_path, capsys):
+    """Several clouds in a question included; conversations without a cloud in their first question are left out."""
+    texts = {
+        "one": ("<point>\nHow many legs has it?", "Four."),
+        "two": ("Compare <point> and <point>.", "Both stand."),
+        "text": ("What is a chair?", "A seat."),
+    }
+    ids = {"one": NAMES[0], "two": [NAMES[1], NAMES[2]], "text": None}
+    entries = [
+        {"object_id": ids[kind], "conversation_type": kind,
+         "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": truth}]}
+        for kind, (question, truth) in texts.items()
+    ]  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(entries))
+    given = arguments(saved, tmp_path / "out", "--task", "answers", "--data", str(tmp_path / "mine.json"))
+    assert evaluate.main(given) == 0
+    written = json.loads((tmp_path / "out" / "answers.json").read_text())["results"]
+    assert [row["object_id"] for row in written] == [NAMES[0], [NAMES[1], NAMES[2]]]
+    assert [row["ground_truth"] for row in written] == ["Four.", "Both stand."]
+    task = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]["answers"]
+    assert [row["question"] for row in task["questions"]] == ["How many legs has it?", "Compare object 1 and object 2."]
+    assert task["kind"] == "captioning" and task["metrics"]
+    capsys.readouterr()
+    assert evaluate.main([str(saved), "--task", "answers"]) == 1
+    assert "--task answers asks the questions of your file" in capsys.readouterr().err

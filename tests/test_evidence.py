@@ -81,8 +81,14 @@ def test_probes_are_shown_by_layer(results):
     assert "](../benchmarks/results/probe/layers.png)" in text
 
 
-STAGE = {"commit": "abc", "device": "CPU, 2 cores", "versions": {"torch": "2"}, "model": {}, "alignment": {}}
-METHODS = ["model, random yaw", "model, shuffled clouds", "1-NN Chamfer, random yaw"]
+STAGE = {
+    "commit": "abc",
+    "device": "CPU, 2 cores",
+    "versions": {"torch": "2"},
+    "model": {"lora_rank": 8},
+    "alignment": {},
+}
+METHODS = ["model", "model, shuffled clouds", "1-NN Chamfer, best of 16 yaws"]
 
 
 @pytest.fixture
@@ -98,7 +104,8 @@ def finished_folds(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         accuracy = {name: {} for name in METHODS}
         (folder / "accuracy.json").write_text(json.dumps({"accuracy": accuracy, "objects": objects}))
-        (folder / "stage.json").write_text(json.dumps(STAGE))
+        model = STAGE["model"] | {"checkpoint": f"{folder}-stage1"}
+        (folder / "stage.json").write_text(json.dumps(STAGE | {"model": model}))
     splits = {f"o0{i}": {"split": "test"} for i in range(3)}
     monkeypatch.setattr(held_out_naming, "read_splits", lambda: splits)
     return folders
@@ -108,16 +115,17 @@ def test_objects_of_all_folds_count_as_one_set(finished_folds, capsys):
     pooled = held_out_naming.pool(finished_folds)
     every, alone = pooled["all folds"], pooled["objects of the test part"]
     assert list(every["accuracy"]) == METHODS and every["accuracy"]["model, shuffled clouds"]["all"]["mean"] == 0
-    assert every["accuracy"]["model, random yaw"]["all"]["count"] == 6 and len(pooled["objects"]) == 6
-    assert every["accuracy"]["1-NN Chamfer, random yaw"]["all"]["mean"] == pytest.approx(2 / 6)
-    tests = [part["tests"]["model, random yaw against 1-NN Chamfer, random yaw"] for part in (every, alone)]
+    assert every["accuracy"]["model"]["all"]["count"] == 6 and len(pooled["objects"]) == 6
+    assert every["accuracy"]["1-NN Chamfer, best of 16 yaws"]["all"]["mean"] == pytest.approx(2 / 6)
+    tests = [part["tests"]["model against 1-NN Chamfer, best of 16 yaws"] for part in (every, alone)]
     assert [(test["mean"], test["count"]) for test in tests] == [(0.5, 4), (0.5, 2)]
+    assert pooled["run"]["model"] == {"lora_rank": 8}, "what the folds have in common"
     assert "all (n=6)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", ["commit", "model"])
-def test_folds_that_differ_are_not_pooled(key, finished_folds):
-    (finished_folds[1] / "stage.json").write_text(json.dumps(STAGE | {key: "another"}))
+@pytest.mark.parametrize(("key", "value"), [("commit", "another"), ("model", {"lora_rank": 4})])
+def test_folds_that_differ_are_not_pooled(key, value, finished_folds):
+    (finished_folds[1] / "stage.json").write_text(json.dumps(STAGE | {key: value}))
     with pytest.raises(ValueError, match=rf"fold-1 differs from .*fold-0 in {key}: remove one"):
         held_out_naming.pool(finished_folds)
 
@@ -125,7 +133,11 @@ def test_folds_that_differ_are_not_pooled(key, finished_folds):
 def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tmp_path, monkeypatch, capsys):
     import report
 
-    commands = []
+    commands, stages = [], []
+
+    def train_stage(fold, folder, steps):
+        stages.append((fold, folder.name))
+        return 0
 
     def train(command):
         commands.append(command)
@@ -137,6 +149,7 @@ def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tm
     out, result = tmp_path / "runs", results / "held_out_naming.json"
     (out / "fold-0").mkdir(parents=True)
     (out / "fold-0" / "options.json").write_text("{}")
+    monkeypatch.setattr(held_out_naming, "train_stage", train_stage)
     monkeypatch.setattr(held_out_naming.subprocess, "run", train)
     monkeypatch.setattr(held_out_naming.storage, "provenance", lambda device: {"date": "today"})
     monkeypatch.setattr(catalogue, "FOLDS", 2)
@@ -146,11 +159,13 @@ def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tm
         assert ("not finished: fold-0" in capsys.readouterr().out) == unfinished == (not result.exists())
     folds = [command[-2] for command in commands]
     assert folds == ["--data.fold=1", "--data.fold=0"], "a finished fold is not run again"
+    assert stages == [(1, "fold-1-stage1"), (0, "fold-0-stage1")]
+    assert [command[-3] for command in commands] == [f"--model.checkpoint={out / name}" for _, name in stages]
     monkeypatch.setattr(report, "RESULTS", results)
     text = report.held_out_naming()
     assert "| noun occurs in training (n=4) | all embedded objects (n=6) |" in text and "commit abc" in text
     assert "detects a true difference of " in text and "belong to 2 families; the four largest hold 100 %" in text
-    assert "the test part alone (n=2), under random yaw: model 100.0" in text and "+50.0" in text
+    assert "the test part alone (n=2): model 100.0" in text and "+50.0" in text
 
 
 def test_without_files_nothing_is_claimed(results, tmp_path, monkeypatch, capsys):

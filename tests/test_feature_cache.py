@@ -7,8 +7,11 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 
 from pointalign import feature_cache
+from pointalign.data.collator import view_name
+from pointalign.data.point_cloud import augment
 from pointalign.efficient.memory import peak_resident_bytes
 from pointalign.feature_cache import FeatureCache, StaleCacheError, write
 
@@ -128,6 +131,33 @@ def test_fingerprint_changes_with_weights_and_preprocessing(processor):
     model.model.query_tokens.data[0, 0, 0] += 1e-3
     changed = feature_cache.fingerprint(model, processor.feature_extractor)
     assert changed != first
+
+
+def test_a_view_is_the_same_in_every_process_and_the_first_half_keeps_the_pose(processor, monkeypatch):
+    from conftest import CLOUDS, lively, tiny_model
+
+    turned = []
+
+    def remembered(points, rng, pose_free, fewest):
+        turned.append(pose_free)
+        return augment(points, rng, pose_free, fewest)
+
+    monkeypatch.setattr(feature_cache, "augment", remembered)
+    objects = sorted(path.name.removesuffix("_8192.npy") for path in CLOUDS.glob("*.npy"))[:2]
+    names = [view_name(name, view) for name in objects for view in range(4)]
+
+    def encode_views(names):
+        encode = feature_cache.encoder_of(
+            lively(tiny_model()), processor.feature_extractor, [CLOUDS], torch.device("cpu"), encoder=False, views=4
+        )
+        return encode(names)["queries"]
+
+    together = encode_views(names)
+    assert turned == [False, False, True, True] * 2
+    apart = np.concatenate([encode_views([name]) for name in reversed(names)])[::-1]
+    np.testing.assert_allclose(apart, together, rtol=1e-3, atol=1e-4)
+    distances = [np.abs(together[i] - together[j]).max() for i in range(8) for j in range(i)]
+    assert min(distances) > 1e-2, "no two views are alike"
 
 
 def test_660_thousand_objects_are_mapped_not_read(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLOUDS, tiny_text_config
+from made_records import record
 from safetensors.torch import load_file
 from test_train import TINY
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,8 @@ from experiments.ablation import ablation
 from experiments.ablation.measure import PRIMARY
 from experiments.ablation.recipe import read_recipe
 from pointalign import assets, stage_file, train
-from pointalign.embedded import catalogue, warm_up
+from pointalign.embedded import catalogue, stage1
+from pointalign.embedded.procedural_questions import procedural_record
 from pointalign.evaluation import probe, statistics
 from pointalign.models import configuration
 
@@ -41,6 +43,11 @@ def objects(tmp_path, monkeypatch):
         points = np.load(CLOUDS / f"{name}_8192.npy").astype(np.float64)
         records.append(catalogue.describe_object(entry, points, families[i // 4][i // 2 % 2], catalogue.SPLITS[i % 3]))
     (folder / "objects.json").write_text(json.dumps(records))
+    cloud = np.load(CLOUDS / f"{NAMES[0]}_8192.npy").astype(np.float64)
+    procedural = [procedural_record(record(cloud, noun), f"procedural-{noun}") for noun in ("bench", "unicorn")]
+    for item in procedural:
+        np.save(folder / "clouds" / f"{item['object_id']}_8192.npy", cloud.astype(np.float32))
+    (folder / "procedural.json").write_text(json.dumps(procedural))
     monkeypatch.setattr(assets, "_asset", lambda *_: folder)
     return records
 
@@ -49,14 +56,15 @@ def test_every_family_is_held_out_once_and_whole(objects):
     held_out = []
     for fold in range(2):
         folder = assets.embedded_objects(fold)
-        records = {one["object_id"]: one for one in json.loads((folder / "objects.json").read_text())}
-        parts = {part: {i for i, one in records.items() if one["split"] == part} for part in ("train", "test")}
+        records = {record["object_id"]: record for record in json.loads((folder / "objects.json").read_text())}
+        parts = {part: {i for i, item in records.items() if item["split"] == part} for part in ("train", "test")}
         assert parts["train"] | parts["test"] == set(NAMES) and all(parts.values())
         assert not {records[i]["family"] for i in parts["train"]} & {records[i]["family"] for i in parts["test"]}
         for part, ids in parts.items():
             entries = json.loads((folder / "annotations" / f"{part}.json").read_text())
             named = [[e["object_id"]] if isinstance(e["object_id"], str) else e["object_id"] for e in entries]
-            assert {name for names in named for name in names} == ids
+            procedural = {"procedural-bench"} if part == "train" else set()  # nothing is a unicorn
+            assert {name for names in named for name in names} == ids | procedural
         assert np.array_equal(np.load(folder / "clouds" / f"{NAMES[0]}_8192.npy"),
                               np.load(CLOUDS / f"{NAMES[0]}_8192.npy"))  # fmt: skip
         held_out += parts["test"]
@@ -67,27 +75,28 @@ def test_every_family_is_held_out_once_and_whole(objects):
 
 def test_the_committed_objects_are_shared_out_evenly():
     splits = catalogue.read_splits().values()
-    for members in ([one["family"] for one in splits], sorted({one["family"] for one in splits})):
-        shares = np.bincount([catalogue.fold_of(one) for one in members], minlength=5) / len(members)
+    families = [item["family"] for item in splits]
+    for members in (families, sorted(set(families))):
+        shares = np.bincount([catalogue.fold_of(family) for family in members], minlength=5) / len(members)
         assert shares == pytest.approx([0.2] * 5, abs=0.015)
 
 
 @pytest.fixture
 def recipes(tmp_path, tokenizer, monkeypatch):
-    """A stage 1 and an ablation, both tiny."""
+    """A tiny language model, and recipes of an ablation and of a demo with it, in `tmp_path`."""
     monkeypatch.setitem(configuration.PRESETS, "mini", TINY)
     monkeypatch.setattr(probe, "FIT_STEPS", 3)
     monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    monkeypatch.setattr(stage1, "FIT_BATCHES", 2)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
-    model = f"llm: {tmp_path / 'llm'}, lora_rank: 4, dtype: float32"
-    (tmp_path / "stage1.yaml").write_text(f"""
-model: {{{model}, train: [qformer, modality_projector, lora]}}
-data: {{num_points: 256, evaluate: validation}}
-alignment: {{weight: 0.0}}
-training: {{contrastive_steps: 2, contrastive_batch_size: 4, max_steps: 2, save_steps: 1, report_to: none,
-            use_cpu: true, disable_tqdm: true, per_device_train_batch_size: 2}}
+    monkeypatch.setattr(assets, "language_model", lambda: tmp_path / "llm")
+    model = "lora_rank: 4, dtype: float32"
+    (tmp_path / "demo.yaml").write_text(f"""
+model: {{{model}, train: [modality_projector, lora]}}
+data: {{num_points: 256, views: 2}}
+training: {{max_steps: 2, report_to: none, use_cpu: true, disable_tqdm: true, per_device_train_batch_size: 2}}
 """)
     (tmp_path / "arms.yaml").write_text(f"""
 data: furniture
@@ -98,94 +107,93 @@ arms:
   no alignment: {{weight: 0.0}}
   alignment: {{}}
 """)
-    return ["--recipe", str(tmp_path / "arms.yaml"), "--stage1", str(tmp_path / "stage1.yaml"), "--seeds", "2"]
+    return tmp_path
 
 
 def test_what_runs_wrote_of_their_objects_counts_as_one_set(objects, recipes, tmp_path):
     folders = [tmp_path / "out" / f"fold-{fold}" for fold in range(2)]
     for fold, folder in enumerate(folders):
-        command = [recipes[3], f"--data.fold={fold}", "--data.evaluate=test", f"--training.output_dir={folder}"]
-        assert train.main(command) == 0
-    made = held_out_naming.pool(folders)
-    assert sorted(one["object_id"] for one in made["objects"]) == NAMES
-    assert {one["object_id"]: one["family"] for one in made["objects"]} == {
-        one["object_id"]: one["family"] for one in objects
+        command = [str(recipes / "demo.yaml"), f"--data.fold={fold}", "--data.evaluate=test"]
+        assert train.main([*command, f"--training.output_dir={folder}"]) == 0
+    pooled = held_out_naming.pool(folders)
+    assert sorted(item["object_id"] for item in pooled["objects"]) == NAMES
+    assert {item["object_id"]: item["family"] for item in pooled["objects"]} == {
+        item["object_id"]: item["family"] for item in objects
     }
-    every = made["all folds"]["accuracy"]["1-NN Chamfer, random yaw"]
-    assert every["all"]["count"] == len(NAMES) and all(one["noun_in_training"] for one in made["objects"])
+    nearest = pooled["all folds"]["accuracy"]["1-NN Chamfer, best of 16 yaws"]
+    assert nearest["all"]["count"] == len(NAMES) and all(item["noun_in_training"] for item in pooled["objects"])
     parts = [json.loads((folder / "accuracy.json").read_text())["accuracy"] for folder in folders]
-    each = [one["1-NN Chamfer, random yaw"]["all"] for one in parts]
-    assert every["all"]["mean"] == pytest.approx(
-        np.average([one["mean"] for one in each], weights=[one["count"] for one in each])
+    estimates = [part["1-NN Chamfer, best of 16 yaws"]["all"] for part in parts]
+    assert nearest["all"]["mean"] == pytest.approx(
+        np.average([item["mean"] for item in estimates], weights=[item["count"] for item in estimates])
     )
 
 
 def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    warmed, trained, runs = [], [], []
-    warm_up_point_branch, run_arm, stage = warm_up.warm_up_point_branch, ablation.run_arm, train.main
+    out, arms = tmp_path / "out", str(recipes / "arms.yaml")
+    commands: list[list[str]] = []
+    seen: list[list[np.ndarray]] = []  # the clouds of every stage 1
+    runs: list[tuple] = []
+    run_arm, run_stage1, make_views = ablation.run_arm, stage1.main, stage1.TrainingViews
 
-    def counted(*given):
-        runs.append(given[3:5])
+    def run_until_the_sixth(*arguments):
+        runs.append(arguments[3:5])
         if len(runs) == 6:  # of the second fold
             raise KeyboardInterrupt
-        return run_arm(*given)
+        return run_arm(*arguments)
 
-    monkeypatch.setattr(
-        warm_up, "warm_up_point_branch", lambda *given: (warmed.append(given[2]), warm_up_point_branch(*given))
-    )
-    monkeypatch.setattr(ablation, "run_arm", counted)
-    monkeypatch.setattr(train, "main", lambda command: (trained.append(command), stage(command))[1])
-    command = [*recipes, "--output", str(out)]
+    monkeypatch.setattr(ablation, "run_arm", run_until_the_sixth)
+    monkeypatch.setattr(stage1, "main", lambda command: (commands.append(command), run_stage1(command))[1])
+    monkeypatch.setattr(stage1, "TrainingViews", lambda *given: (seen.append(given[0]), make_views(*given))[1])
+    command = ["--recipe", arms, "--stage1-steps", "4", "--seeds", "2", "--output", str(out)]
     assert folds.main(command) == 130
     assert not (out / "ablation.json").exists()
-    # as if stage 1 of the second fold had been stopped at its first checkpoint
+    # as if stage 1 of the second fold had been stopped after its encoder
     second = out / "fold-1" / "stage1"
-    whole = load_file(second / stage_file.STAGE_FILE)
-    (second / stage_file.STAGE_FILE).unlink()
-    shutil.rmtree(second / "checkpoint-2")
+    complete = load_file(second / stage_file.STAGE_FILE)
+    for file in (stage_file.STAGE_FILE, "queries.safetensors"):
+        (second / file).unlink()
     shutil.rmtree(out / "fold-1" / "runs")
     (out / "fold-1" / "recipe.json").unlink()
     assert folds.main(command) == 0
     resumed = load_file(second / stage_file.STAGE_FILE)
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert len(runs) == 2 * 4 + 2 and len(warmed) == 2
-    assert [any("resume_from_checkpoint" in one for one in given) for given in trained] == [False, False, True]
+    assert complete.keys() == resumed.keys() and all(torch.equal(complete[name], resumed[name]) for name in complete)
+    assert len(runs) == 2 * 4 + 2
+    assert [f"--fold={fold}" in given for fold, given in zip((0, 1, 1), commands, strict=True)] == [True] * 3
+    assert {"--encoder-steps=3", "--query-steps=1"} < set(commands[0])
 
-    family = {one["object_id"]: one["family"] for one in objects}
-    for fold, clouds in enumerate(warmed):
-        seen = [i for i in NAMES for c in clouds if np.array_equal(c, np.load(CLOUDS / f"{i}_8192.npy"))]
-        assert len(seen) == 4 and not {family[i] for i in seen} & {
-            f for f in family.values() if catalogue.fold_of(f) == fold
-        }
+    family = {item["object_id"]: item["family"] for item in objects}
+    for fold, clouds in zip((0, 1, 1), seen, strict=True):
+        names = [i for i in NAMES for cloud in clouds if np.array_equal(cloud, np.load(CLOUDS / f"{i}_8192.npy"))]
+        assert len(names) == 4 and all(catalogue.fold_of(family[name]) != fold for name in names)
     result = json.loads((out / "ablation.json").read_text())
     [plain, aligned] = result["arms"]
     difference = aligned["differences"][PRIMARY]
     assert difference["count"] == 8 and len(difference["per_seed"]) == 2 and 0 < difference["p_holm"] <= 1
-    kept = [json.loads((out / f"fold-{fold}" / "ablation.json").read_text())["arms"] for fold in (0, 1)]
+    apart = [json.loads((out / f"fold-{fold}" / "ablation.json").read_text())["arms"] for fold in (0, 1)]
     for metric in plain["metrics"]:
-        each = [rows[0]["metrics"][metric]["mean"] for rows in kept]
-        assert plain["metrics"][metric]["mean"] == pytest.approx(np.mean(each))
-    assert plain["CKA"] == pytest.approx(np.mean([rows[0]["CKA"] for rows in kept]))
-    assert str(tmp_path) not in json.dumps(result["recipe"] | {"model": result["recipe"]["model"] | {"llm": ""}})
+        means = [rows[0]["metrics"][metric]["mean"] for rows in apart]
+        assert plain["metrics"][metric]["mean"] == pytest.approx(np.mean(means))
+    assert plain["CKA"] == pytest.approx(np.mean([rows[0]["CKA"] for rows in apart]))
+    assert str(tmp_path) not in json.dumps(result["recipe"])
     assert "all folds:" in capsys.readouterr().out
 
-    before = len(runs), len(trained)
-    assert folds.main(command) == 0 and (len(runs), len(trained)) == before  # nothing is left to do
+    before = len(runs), len(commands)
+    assert folds.main(command) == 0 and (len(runs), len(commands)) == before  # nothing is left to do
 
     # a stage of one fold knows what the other holds out
-    stage1, other = str(out / "fold-0" / "stage1"), ["--output", str(tmp_path / "other")]
-    assert ablation_command.main([recipes[1], "--fold", "1", "--checkpoint", stage1, *other]) == 1
+    stage, other = str(out / "fold-0" / "stage1"), ["--output", str(tmp_path / "other")]
+    assert ablation_command.main([arms, "--fold", "1", "--checkpoint", stage, *other]) == 1
     assert "was trained under fold 0, and may know objects that fold 1 holds out" in capsys.readouterr().err
-    assert ablation_command.main([recipes[1], "--checkpoint", stage1, *other]) == 1
+    assert ablation_command.main([arms, "--checkpoint", stage, *other]) == 1
     assert "that the committed split holds out" in capsys.readouterr().err
-    again = [recipes[3], "--data.fold", "1", "--data.evaluate", "none", "--model.checkpoint", stage1]
-    assert stage([*again, "--training.output_dir", str(tmp_path / "again")]) == 1
+    again = [str(recipes / "demo.yaml"), "--data.fold", "1", "--model.checkpoint", stage]
+    assert train.main([*again, "--training.output_dir", str(tmp_path / "again")]) == 1
     assert "was trained under fold 0" in capsys.readouterr().err
 
     stored = json.loads((out / "fold-1" / "recipe.json").read_text())
     (out / "fold-1" / "recipe.json").write_text(json.dumps(stored | {"weight": 0.7}))
-    recipe = read_recipe(recipes[1])
+    recipe = read_recipe(arms)
     recipe.seeds = 2
     with pytest.raises(ValueError, match=r"fold-1 differs from .*fold-0 in weight: remove one"):
         folds.pool(recipe, out)

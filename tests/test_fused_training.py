@@ -36,7 +36,7 @@ common = [
     "--model.llm", folder + "/llm", "--model.checkpoint", "null", "--model.train", "[modality_projector,lora]",
     "--model.lora_dropout", "0", "--model.dtype", "float32", "--alignment.weight", "1.0", "--data.evaluate", "none",
     "--data.annotations", {annotations!r}, "--data.clouds", {clouds!r}, "--data.num_points", "128",
-    "--data.mixture", "[]", "--data.augmentation", "false", "--training.contrastive_steps", "0",
+    "--data.mixture", "[]", "--data.views", "0",
     "--training.max_steps", "{steps}", "--training.logging_steps", "1", "--training.report_to", "none",
     "--training.per_device_train_batch_size", "2", "--training.learning_rate", "1e-3", "--training.use_cpu", "true",
     "--training.disable_tqdm", "true", "--training.save_strategy", "steps", "--training.save_steps", "{steps}",

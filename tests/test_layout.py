@@ -16,6 +16,10 @@ PROCEDURAL = (  # kinds of procedural objects
     "vehicles",
 )  # fmt: skip
 
+READERS = (  # what reads clouds knows nothing of the embedded objects; data sets do
+    "gltf", "mesh", "pickles", "ply", "point_cloud", "point_formats", "point_records", "prepare", "tables", "textures",
+)  # fmt: skip
+
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
     ["pointalign_kernels"],
@@ -26,6 +30,7 @@ LAYERS = [
     ["pointalign.embedded.facts"],
     ["pointalign.embedded.debatable", "pointalign.embedded.descriptions"],
     ["pointalign.embedded.questions"],
+    [f"pointalign.data.{name}" for name in READERS],
     ["pointalign.embedded.procedural_parts"],
     ["pointalign.embedded.procedural_groups"],
     [f"pointalign.embedded.procedural_{kind}" for kind in PROCEDURAL],
@@ -38,11 +43,11 @@ LAYERS = [
     ["pointalign.embedded.neighbours"],
     ["pointalign.models"],
     ["pointalign.efficient"],
-    ["pointalign.embedded.views", "pointalign.embedded.words"],
+    ["pointalign.embedded.descent", "pointalign.embedded.views", "pointalign.embedded.words"],
     ["pointalign.convert"],
     ["pointalign.stage_file"],
     ["pointalign.build"],
-    ["pointalign.feature_cache", "pointalign.trainer"],
+    ["pointalign.feature_cache", "pointalign.trainer", "pointalign.certainty"],
     ["pointalign.evaluation"],
     ["pointalign.held_out_losses"],
     ["pointalign.train", "pointalign.chat", "pointalign.evaluate", "pointalign.embedded.stage1"],

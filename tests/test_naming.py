@@ -1,10 +1,12 @@
-"""Head nouns of answers, sets of objects, controls, the report, pictures and sample questions."""
+"""Head nouns of answers, sets of objects, controls, the report and loss curves."""
 
 import json
 
 import numpy as np
 import pytest
 from conftest import lively, tiny_model
+from matplotlib.figure import Figure
+from PIL import Image
 
 from pointalign.evaluation.naming import ask, controls, correct, head_noun, names_object, report, shuffled
 from pointalign.evaluation.report import loss_curves
@@ -69,15 +71,18 @@ def test_controls_and_report(clouds):
     held_out = objects(["bench", "cactus", "sofa"], [clouds[0], clouds[2], clouds[3]])
     results = controls(held_out, training)
     assert results["majority class"].tolist() == [1, 0, 0]
-    assert results["1-NN Chamfer, fixed pose"].tolist() == [1, 1, 0]
-    assert set(results) == {"majority class", "1-NN Chamfer, fixed pose", "1-NN Chamfer, random yaw"}
+    assert results["1-NN Chamfer, best of 16 yaws"].tolist() == [1, 1, 0]
+    assert set(results) == {"majority class", "1-NN Chamfer, best of 16 yaws"}
     results["model"] = np.array([1.0, 1.0, 1.0])
     results["model before training"] = np.array([1.0, 0.0, 1.0])
     summary = report(results, held_out.families, np.array([True, True, False]))
     model = summary.accuracy["model"]
     assert model["noun in training"].count == 2 and model["all"].count == 3, "sofas are not known from training"
     assert summary.accuracy["majority class"]["all"].mean == pytest.approx(1 / 3)
-    assert list(summary.tests) == ["model against 1-NN Chamfer, fixed pose", "model against model before training"]
+    assert list(summary.tests) == [
+        "model against 1-NN Chamfer, best of 16 yaws",
+        "model against model before training",
+    ]
     test = summary.tests["model against model before training"]
     assert test["mean"] == 0.5 and 0 < test["p"] <= 1
     table = summary.table()
@@ -90,11 +95,12 @@ def test_answers_come_in_order_whatever_the_batch(processor, clouds):
     model = lively(tiny_model())
     questions = ["What is this?", "Is it taller than wide?", "Which colour?"]
     model.train()
-    batched = ask(model, processor, clouds[:3], questions, max_new_tokens=4, batch_size=2)
+    shown = [[clouds[0]], [clouds[1], clouds[2]], [clouds[2]]]
+    batched = ask(model, processor, shown, questions, max_new_tokens=4, batch_size=2)
     assert not model.training
     single = [
-        ask(model, processor, [cloud], [question], max_new_tokens=4)[0]
-        for cloud, question in zip(clouds, questions, strict=False)
+        ask(model, processor, [part], [question], max_new_tokens=4)[0]
+        for part, question in zip(shown, questions, strict=True)
     ]
     assert batched == single and len(batched) == 3
 
@@ -139,13 +145,29 @@ def test_a_set_without_labels_has_a_family_for_each_object():
     assert unlabelled.labels == ["", ""] and unlabelled.families == ["a", "b"]
 
 
-@pytest.mark.parametrize(("weight", "curves"), [(0.0, 1), (0.1, 2)])
-def test_loss_curves(weight, curves, tmp_path):
-    from PIL import Image
-
+@pytest.mark.parametrize(("weight", "panels"), [(0.0, 1), (0.1, 2)])
+def test_loss_curves(weight, panels, tmp_path):
     history = [{"step": i, "ntp_loss": 1 / (i + 1), "alignment_loss": 0.5} for i in range(5)] + [{"step": 5, "x": 1}]
     loss_curves(history, tmp_path / "curves.png", weight)
     with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (curves * 750, 510) and len(picture.convert("RGB").getcolors(10**6)) > 10
+        assert picture.size == (panels * 960, 600) and len(picture.convert("RGB").getcolors(10**6)) > 10
     loss_curves([{"step": 1}], tmp_path / "none.png", weight)
     assert not (tmp_path / "none.png").exists()
+
+
+def test_held_out_losses_are_drawn_by_kind(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    history = [{"step": 0, "held_out/name": 3.0, "held_out/colour": 2.0, "held_out/alignment_loss": 1.0}]
+    history += [{"step": 2, "ntp_loss": 1.5, "alignment_loss": 0.75}]
+    history += [{"step": 2, "held_out/name": 1.0, "held_out/colour": 0.5, "held_out/alignment_loss": 0.25}]
+    loss_curves(history, tmp_path / "curves.png", 0.1)
+    curves = [
+        {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+        for axis in drawn[0].axes
+    ]
+    assert curves == [
+        {"training batches": ([2], [1.5]), "colour": ([0, 2], [2.0, 0.5]), "name": ([0, 2], [3.0, 1.0])},
+        {"training batches": ([2], [0.75]), "held-out objects": ([0, 2], [1.0, 0.25])},
+    ]
+    assert all(axis.get_legend() is not None for axis in drawn[0].axes)

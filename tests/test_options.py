@@ -19,11 +19,12 @@ def test_no_arguments_mean_the_demo():
     options = parse([])
     assert options.model.checkpoint == "furniture-stage1" and options.model.train == ["lora"]
     assert options.alignment.weight == 0.1 and options.alignment.target == "qformer" and options.alignment.layer == []
-    assert options.training.contrastive_steps == 1000 and options.training.max_steps == 20 and options.fused is False
+    assert options.model.lora_rank == 8 and options.data.views > 0 and not options.data.augmentation
+    assert options.data.evaluate == "test" and options.fused is False
 
 
 def test_a_recipe_by_name_by_path_and_under_options(tmp_path):
-    assert parse(["scratch"]).alignment.weight == 0.0
+    assert parse(["align"]).alignment.layer == [15]
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("alignment:\n  weight: 0.3\n  layer: [2, 5]\ntraining:\n  max_steps: 7\n")
     options = parse([str(recipe), "--training.max_steps", "9", "--model.llm", "folder", "--fused"])
@@ -44,7 +45,12 @@ def test_a_recipe_by_name_by_path_and_under_options(tmp_path):
         (["--model.dtype", "float16"], "model.dtype='float16'"),
         (["--data.evaluate", "all"], "data.evaluate='all'"),
         (["--data.annotations", "a.json"], "data.annotations and data.clouds belong together"),
-        (["scratch", "--data.fold", "0"], "data.fold: of the embedded objects only, without validation"),
+        (
+            ["demo", "--data.evaluate", "validation", "--data.fold", "0"],
+            "data.fold: of the embedded objects only, without validation",
+        ),
+        (["demo", "--data.views", "3"], "data.views=3: expected an even number"),
+        (["demo", "--data.views=-2"], "data.views=-2: expected an even number"),
         (["nowhere"], "no recipe 'nowhere'"),
         (["nowhere.yaml"], "no recipe 'nowhere.yaml'"),
     ],
@@ -97,14 +103,14 @@ CACHE = ["--data.feature_cache", "cache"]
         ([*OWN_DATA, "--fused_parts", "[gelu]"], "fused_parts are parts of --fused"),
         ([*OWN_DATA, "--data.clouds", "null"], "data.annotations and data.clouds belong together"),
         ([*OWN_DATA, "--data.packing", "false", "--data.pack_tokens", "99"], "data.pack_tokens needs data.packing"),
-        ([*OWN_DATA, *CACHE, "--data.augmentation", "true"], "features of the clouds as they are"),
+        ([*OWN_DATA, *CACHE, "--data.augmentation", "true"], "no data.augmentation (the views are augmented)"),
         ([*OWN_DATA, "--data.fold", "1"], "data.fold: of the embedded objects only"),
         ([*OWN_DATA, *MIXTURE, "--training.per_device_train_batch_size", "4"], "data.mixture needs training.max_steps"),
         ([*OWN_DATA, *MIXTURE, "--training.max_steps", "-1"], "data.mixture needs training.max_steps"),
         ([*OWN_DATA, *MIXTURE, *TOKENS], "data.mixture has batches of its own"),
         ([*OWN_DATA, "--training.fsdp", "full_shard"], "accelerate shards on GPUs only"),
-        ([*OWN_DATA, "--training.contrastive_steps", "3"], "training.contrastive_steps teaches a new point encoder"),
-        (["demo", *CPU, *CACHE, "--data.augmentation", "false"], "training.contrastive_steps trains the point branch"),
+        (["demo", *CPU, "--data.augmentation", "true"], "data.views stand for the clouds: no data.augmentation"),
+        (["demo", *CPU, "--model.train", "[lora,qformer]"], "but model.train has qformer"),
         (["demo", *CPU, "--training.auto_batch", "true"], "training.auto_batch cannot split a batch of data.mixture"),
         ([*OWN_DATA, "--data.mixture", "[]", *TOKENS, "--training.auto_batch", "true"], "auto_batch counts samples"),
         (
@@ -127,5 +133,5 @@ def test_options_put_together_in_a_program_are_checked_too():
 
 def test_an_abbreviated_option_is_unknown(capsys):
     with pytest.raises(SystemExit):
-        parse(["scratch", "--training.contrastive_step", "3"])
-    assert "--training.contrastive_step" in capsys.readouterr().err
+        parse(["demo", "--training.max_step", "3"])
+    assert "--training.max_step" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Put together, handed on, refused where it does not fit, merged and exported."""
 
 import json
+import os
 import re
 from dataclasses import asdict
 
@@ -237,7 +238,7 @@ def test_a_language_model_has_the_same_fingerprint_in_every_form(folder, tmp_pat
 
 
 def test_an_early_stage_file_is_known_by_its_embeddings(folder, tmp_path, tokenizer):
-    """Its header has no fingerprint of all weights; the shipped checkpoint is such a file."""
+    """Its header has no fingerprint of all weights."""
     path = tmp_path / stage_file.STAGE_FILE
     stage_file.save_stage(make_model(folder)[0], path, {})
     with safe_open(path, framework="pt") as file:
@@ -252,8 +253,45 @@ def test_an_early_stage_file_is_known_by_its_embeddings(folder, tmp_path, tokeni
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="was trained with the language model"):
         make_model(tmp_path / "other", checkpoint=str(path))
-    with safe_open(stage_file.find_stage("furniture-stage1"), framework="pt") as file:
-        assert "language_model" in file.metadata() and "language_model_weights" not in file.metadata()
+
+
+@pytest.mark.parametrize(("name", "has_adapters"), [("furniture-stage1", False), ("furniture", True)])
+def test_the_shipped_stages(name, has_adapters):
+    """The alignment stage adds its adapters to `furniture-stage1`; `furniture` has them."""
+    path = stage_file.find_stage(name)
+    with safe_open(path, framework="pt") as file:
+        assert "language_model_weights" in file.metadata()
+        assert any(".lora_" in key for key in file.keys()) is has_adapters
+    assert ("language_model" in stage_file.adapted_parts(path)) is has_adapters
+    model_options, _ = stage_file.trained_options(path)
+    assert model_options.llm == "smollm2" and (model_options.lora_rank > 0) is has_adapters
+
+
+def test_the_newest_run_answers_where_no_model_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert build.default_model() == "furniture"
+    for number, name in enumerate(("demo-2", "demo", "demo-3")):  # the newest is not the last by name
+        model = tmp_path / "runs" / name / "model"
+        model.mkdir(parents=True)
+        if name != "demo-3":  # a run that has not finished
+            (model / "config.json").write_text("{}")
+        os.utime(model, (number, number))
+    capsys.readouterr()
+    assert build.default_model() == "runs/demo/model"
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "model: runs/demo/model, which `make train` made; --model names another\n"
+    os.utime(tmp_path / "runs" / "demo-2" / "model", (9, 9))
+    assert build.default_model() == "runs/demo-2/model"
+
+
+def test_load_without_a_name_takes_the_newest_run(folder, tmp_path, monkeypatch, clouds):
+    monkeypatch.chdir(tmp_path)
+    model, processor = make_model(folder)
+    build.export(shaken(model), processor, tmp_path / "runs" / "demo" / "model")
+    loaded, again, _ = build.load(device="cpu")
+    expected = build.load("runs/demo/model", device="cpu")[0]
+    assert torch.equal(logits(loaded, again, clouds), logits(expected, processor, clouds))
 
 
 def test_scalars_are_part_of_a_fingerprint(tmp_path):

@@ -1,6 +1,5 @@
 """Draw docs/images/architecture.png: `python docs/images/architecture.py`."""
 
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -10,9 +9,6 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from record_run import draw_cloud
 
 ROOT = Path(__file__).parents[2]
 FROZEN, TRAINED, TOKENS, LOSS = "#dfe6ee", "#ffd9a8", "#9cc5f0", "#f7c5c5"
@@ -29,6 +25,23 @@ def box(axis: Axes, x: float, y: float, width: float, height: float, text: str, 
 def arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], dashed: bool = False) -> None:
     style = "--" if dashed else "-"
     axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, lw=1.2, ls=style, color=INK))
+
+
+def draw_cloud(axis: Axes, cloud: np.ndarray, azimuth: float = 0.6, elevation: float = 0.35) -> None:
+    """Draw a cloud `[N, 6]`, y up, seen from the front right and above; near points cover far ones."""
+    turn = np.array([[np.cos(azimuth), 0, -np.sin(azimuth)], [0, 1, 0], [np.sin(azimuth), 0, np.cos(azimuth)]])
+    tilt = np.array([[1, 0, 0], [0, np.cos(elevation), -np.sin(elevation)], [0, np.sin(elevation), np.cos(elevation)]])
+    xyz = cloud[:, :3] @ turn.T @ tilt.T
+    order = np.argsort(xyz[:, 2])
+    axis.scatter(xyz[order, 0], xyz[order, 1], c=np.clip(cloud[order, 3:], 0, 1), s=1.2, linewidths=0)
+    axis.set_aspect("equal")
+    axis.set_xlim(-1.05, 1.05)
+    axis.set_ylim(-1.05, 1.05)
+    axis.set_facecolor("#eef1f5")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
 
 
 def main() -> None:

@@ -98,6 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{options.output}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     if report["random"]:
         print(f"in no file, so drawn at random and to be trained: {', '.join(report['random'])}")
+    if options.point_encoder:
+        print(
+            "clouds: the published encoders saw PointLLM's 8192_npy as stored, z up: leave up_axis at y for them, and "
+            "read files with y up, such as .glb, with up_axis -z"
+        )
     return 0
 
 

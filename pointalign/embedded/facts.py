@@ -238,7 +238,7 @@ def shape(record: dict) -> str | None:
 
 
 def facts(record: dict) -> dict[str, str | None]:
-    """The facts that the warm-up teaches, by kind: noun, colour, place and longest side; None where not clear."""
+    """The facts that stage 1 teaches, by kind: noun, colour, place and longest side; None where not clear."""
     return {
         "noun": record["head_noun"],
         "colour": main_colour(record),

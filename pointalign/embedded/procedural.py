@@ -1,7 +1,7 @@
 """Procedural objects: endless labelled clouds of common objects, put together from simple parts.
 
-A catalogue shows a few doors and beds, and an encoder learns those by heart. Its warm-up mixes these clouds with the
-real ones; no question is asked about them, and none is in a test. `MAKERS` holds nouns of training objects that a few
+A catalogue shows a few doors and beds, and an encoder learns those by heart. Stage 1 mixes these clouds with the real
+ones, the training part asks about some of them, and no test does. `MAKERS` holds nouns of training objects that a few
 simple parts can show.
 
 Lengths are in metres, as the objects are in a house; clouds are scaled to the unit sphere before a model sees them.

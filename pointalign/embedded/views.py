@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 def view_facts(record: dict, sides: Sequence[float]) -> dict[str, str | None]:
-    """The facts that the warm-up teaches, by kind; None where not clear.
+    """The facts that stage 1 teaches, by kind; None where not clear.
 
     Args:
         record: of the object, what `facts.facts` reads.

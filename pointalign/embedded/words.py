@@ -1,4 +1,4 @@
-"""The words of the warm-up's facts, as the language model embeds them."""
+"""The words of the facts that stage 1 teaches, as the language model embeds them."""
 
 from collections.abc import Sequence
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pointalign import storage
+from pointalign.certainty import generate_answers
 from pointalign.evaluation.naming import shuffled
 from pointalign.evaluation.tasks import MAX_NEW_TOKENS, ObjectSet, Question, Task
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
@@ -293,9 +294,8 @@ def answer(
             batch = prompt_batch(processor, features, questions)
             with torch.inference_mode(), torch.random.fork_rng():
                 torch.manual_seed(generation.seed * 1_000_003 + start)
-                generated = model.generate(**batch, **generation.arguments(task.kind))  # type: ignore[operator]
-            answers = processor.answers(generated, batch["input_ids"].shape[1])
-            return [text.split(END)[0].strip() for text in answers]
+                answers = generate_answers(model, processor, batch, **generation.arguments(task.kind))
+            return [answer.text.split(END)[0].strip() for answer in answers]
 
         texts += journal.get(f"{task.name}/{start}", generate)
         if tree is not None:

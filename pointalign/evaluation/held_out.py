@@ -7,10 +7,13 @@ import numpy as np
 
 from pointalign import assets, storage
 from pointalign.build import load
+from pointalign.certainty import calibrated_threshold, is_hedged
 from pointalign.embedded.facts import PALETTE
+from pointalign.embedded.questions import NAME
 from pointalign.evaluation.choices import Question, chosen, evenly, geometry_questions, yes_no_questions
 from pointalign.evaluation.naming import (
     ask_about,
+    ask_certain,
     ask_names,
     controls,
     correct,
@@ -38,48 +41,87 @@ class HeldOutReport:
 
     def __init__(self, fold: int | None, split: str, folder: Path):
         objects = assets.embedded_objects(fold)
-        self.split, self.folder = split, folder
+        self.split, self.folder, self.fold = split, folder, fold
         self.held_out = embedded_objects(objects, self.split)
         self.training = embedded_objects(objects, "train")
+        known = np.isin(self.held_out.labels, self.training.labels)
+        # only these can be named right, so accuracies are of these
+        self.known = self.held_out.subset(np.flatnonzero(known))
+        self.unknown = self.held_out.subset(np.flatnonzero(~known))
         self.results: dict[str, np.ndarray] = {}
 
     def before(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor) -> None:
-        answers = ask_names(model, processor, self.held_out.clouds, "naming before training")
-        self.results["model before training"] = correct(answers, self.held_out)
+        answers = ask_names(model, processor, self.known.clouds, "naming before training")
+        self.results["model before training"] = correct(answers, self.known)
+
+    def calibrate(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor) -> None:
+        """Set the probability below which the model hedges names, on the validation objects, known nouns and unknown.
+
+        Folds have no validation part: the threshold stays 0 there.
+        """
+        if self.fold is not None:
+            return
+        objects = embedded_objects(assets.embedded_objects(), "validation")
+        answers = ask_certain(
+            model,
+            processor,
+            [[cloud] for cloud in objects.clouds],
+            [NAME] * len(objects.ids),
+            description="calibration",
+        )
+        right = correct([answer.text for answer in answers], objects)
+        model.config.name_threshold = calibrated_threshold([answer.probability for answer in answers], right)
 
     def after(self, exported: Path) -> None:
         """Evaluate the exported model, not the one in memory."""
         model, processor, _ = load(exported)
-        clouds = self.held_out.clouds
+        clouds = self.known.clouds
         inputs = {
             "model": clouds,
             "model, random yaw": random_yaw(clouds),
             "model, shuffled clouds": [clouds[i] for i in shuffled(len(clouds))],
         }
         answers = {name: ask_names(model, processor, part, name) for name, part in inputs.items()}
-        self.results |= {name: correct(texts, self.held_out) for name, texts in answers.items()}
-        self.results |= controls(self.held_out, self.training)
-        noun_in_training = np.isin(self.held_out.labels, self.training.labels)
-        summary = report(self.results, self.held_out.families, noun_in_training)
+        self.results |= {name: correct(texts, self.known) for name, texts in answers.items()}
+        self.results |= controls(self.known, self.training)
+        summary = report(self.results, self.known.families, np.ones(len(self.known.ids), dtype=bool))
         kinds = self.kinds(model, processor)
         per_object = [
             {
                 "object_id": record["object_id"],
                 "family": record["family"],
                 "truth": record["head_noun"],
-                "noun_in_training": bool(noun_in_training[row]),
+                "noun_in_training": True,
                 "answer": answers["model"][row],
                 "right": [name for name, right in self.results.items() if right[row]],
             }
-            for row, record in enumerate(self.held_out.records)
+            for row, record in enumerate(self.known.records)
         ]
-        content = {"split": self.split} | summary.as_dict() | {"kinds": kinds, "objects": per_object}
+        if self.unknown.ids:
+            others = ask_names(model, processor, self.unknown.clouds, "objects of unknown nouns")
+            per_object += [
+                {
+                    "object_id": record["object_id"],
+                    "family": record["family"],
+                    "truth": record["head_noun"],
+                    "noun_in_training": False,
+                    "answer": text,
+                    "right": [],
+                }
+                for record, text in zip(self.unknown.records, others, strict=True)
+            ]
+        hedging = hedged_shares(per_object)
+        content = (
+            {"split": self.split} | summary.as_dict() | {"kinds": kinds, "hedging": hedging, "objects": per_object}
+        )
         storage.write_json(self.folder / "accuracy.json", content)
         samples = answer_samples(model, processor, self.held_out)
         (self.folder / "answers.md").write_text(samples_table(samples))
         samples_picture(samples, self.held_out, self.folder / "answers.png")
         print(f"\n{self.split} objects, never seen in training; 95 % intervals clustered by family\n{summary.table()}")
-        print(f"\n{kinds_table(kinds)}\n\n{samples_table(samples)}")
+        print(f"\n{kinds_table(kinds)}")
+        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in hedging.items())
+        print(f'\n"It looks like ..." in place of "This is ...": {shares}\n\n{samples_table(samples)}')
 
     def kinds(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor) -> dict[str, dict]:
         """Kind of question -> accuracy with its interval, what guessing scores, and how often the answer was Yes."""
@@ -97,6 +139,16 @@ class HeldOutReport:
                 said = [chosen(answers[row], ("yes", "no")) == "yes" for row in of_kind]
                 rows[kind]["yes_rate"] = float(np.mean(said))
         return rows
+
+
+def hedged_shares(objects: Sequence[dict]) -> dict[str, float]:
+    """Share of hedged answers among the objects named right, named wrong, and of nouns that training did not have."""
+    groups = {
+        "named right": [row for row in objects if "model" in row["right"]],
+        "named wrong": [row for row in objects if row["noun_in_training"] and "model" not in row["right"]],
+        "unknown nouns": [row for row in objects if not row["noun_in_training"]],
+    }
+    return {name: float(np.mean([is_hedged(row["answer"]) for row in rows])) for name, rows in groups.items() if rows}
 
 
 def limited(questions: Sequence[Question]) -> list[Question]:

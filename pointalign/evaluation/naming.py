@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pointalign.certainty import HEDGES, Answer, generate_answers
 from pointalign.data.point_cloud import normalise, subsample, turn
 from pointalign.embedded import facts
 from pointalign.embedded.neighbours import chamfer
@@ -82,17 +83,32 @@ def ask(
     processor: PointAlignProcessor,
     clouds: Sequence[Sequence[np.ndarray]],
     questions: Sequence[str],
-    max_new_tokens: int = 24,
+    max_new_tokens: int = 16,
     batch_size: int = 16,
     description: str = "answers",
 ) -> list[str]:
-    """Greedy answers.
+    """Greedy answers; uncertain names are hedged as the model's threshold says.
 
     Args:
         clouds: those of each question.
     """
+    return [answer.text for answer in ask_certain(
+        model, processor, clouds, questions, max_new_tokens, batch_size, description
+    )]  # fmt: skip
+
+
+def ask_certain(
+    model: PointAlignForConditionalGeneration,
+    processor: PointAlignProcessor,
+    clouds: Sequence[Sequence[np.ndarray]],
+    questions: Sequence[str],
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+    description: str = "answers",
+) -> list[Answer]:
+    """As `ask`, with the probabilities of the answers."""
     model.eval()
-    answers: list[str] = []
+    answers: list[Answer] = []
     with torch.inference_mode():
         for start in tqdm(range(0, len(clouds), batch_size), desc=description, unit="batch", leave=False):
             conversations = []
@@ -103,8 +119,7 @@ def ask(
                 conversations.append([{"role": "user", "content": [*content, {"type": "text", "text": question}]}])
             batch = processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
             batch = batch.to(model.device)
-            generated = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-            answers += processor.answers(generated, batch["input_ids"].shape[1])
+            answers += generate_answers(model, processor, batch, max_new_tokens=max_new_tokens, do_sample=False)
     return answers
 
 
@@ -133,7 +148,7 @@ def ask_about(
 def head_noun(answer: str) -> str:
     """The head noun of an answer: "This is an office chair with arms." -> "chair"; "" where there is none."""
     phrase = answer.strip().split("\n")[0].split(".")[0].split(",")[0]
-    for opening in ("This is ", "These are ", "It is "):
+    for opening in (*HEDGES, *HEDGES.values(), "It is "):
         phrase = phrase.removeprefix(opening)
     words = phrase.split()
     if words and words[0].lower() in ("a", "an", "the", "some"):
@@ -161,12 +176,15 @@ class NamingReport:
     def table(self) -> str:
         width = max(len(name) for name in self.accuracy)
         seen, total = (next(iter(self.accuracy.values()))[key].count for key in ("noun in training", "all"))
-        lines = [f"{'head-noun accuracy':{width}}  {f'noun in training (n={seen})':28}  all (n={total})"]
+        columns = {f"noun in training (n={seen})": "noun in training"}
+        if total != seen:
+            columns[f"all (n={total})"] = "all"
+        lines = [f"{'head-noun accuracy':{width}}  " + "  ".join(f"{title:28}" for title in columns)]
         for name, parts in self.accuracy.items():
-            lines.append(f"{name:{width}}  {parts['noun in training']!s:28}  {parts['all']}")
+            lines.append(f"{name:{width}}  " + "  ".join(f"{parts[key]!s:28}" for key in columns.values()))
         for name, test in self.tests.items():
             lines.append(f"{name}: {100 * test['mean']:+.1f} points, p = {test['p']:.4f}")
-        return "\n".join(lines)
+        return "\n".join(line.rstrip() for line in lines)
 
     def as_dict(self) -> dict:
         accuracy = {

@@ -44,7 +44,7 @@ def sample_questions(objects: ObjectSet, seed: int = 0) -> list[Question]:
     drawn: list[Question] = []
     for kind in ("name",) * NAMES + KINDS:
         used = {question.family for question in drawn}
-        choices = [q for q in (names if kind == "name" else asked) if q.kind in (kind,) and q.family not in used]
+        choices = [q for q in names + asked if q.kind == kind and q.family not in used]
         if choices:
             drawn.append(choices[rng.integers(len(choices))])
     return drawn
@@ -69,7 +69,7 @@ def samples_table(samples: list[Sample]) -> str:
     """A Markdown table, and below it how many answers are right."""
     rows = [[s.question.text, s.answer, s.question.truth, s.verdict] for s in samples]
     table = markdown_table(["question", "answer", "truth", ""], rows, "llll")
-    right, possible = sum(s.right for s in samples), sum(s.possible for s in samples)
+    right, possible = sum(s.right for s in samples), sum(s.possible or s.right for s in samples)
     return f"{table}\n\n{right} of {possible} right; drawn at random, every kind of question\n"
 
 
@@ -77,13 +77,12 @@ def samples_picture(samples: list[Sample], objects: ObjectSet, path: Path) -> No
     """A PNG with the clouds, questions and answers of the samples."""
     from matplotlib.figure import Figure
 
-    places = {name: row for row, name in enumerate(objects.ids)}
     figure = Figure(figsize=(15, 6.4))
     axes = figure.subplots(2, -(-len(samples) // 2), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, sample in zip(axes.flat, samples, strict=False):
-        clouds = [objects.cloud(objects.ids[places[name]]) for name in sample.question.object_ids]
+        clouds = [objects.cloud(name) for name in sample.question.object_ids]
         size = 300 // len(clouds)
         axis.imshow(np.concatenate([render(cloud, size)[:, 2 * size :] for cloud in clouds], axis=1))
         mark, colour = ("✓", "#1a7f37") if sample.right else ("✗", "#b42318") if sample.possible else ("–", "#777777")

@@ -54,6 +54,7 @@ class PointAlignConfig(PreTrainedConfig):
         projector_hidden_size: width between the two linear layers of the modality projector.
         num_query_experts: sets of queries between which a router chooses, 0 for a single set without a router;
             `query_routing` and `query_top_k` as in `QueryExperts`.
+        name_threshold: names of a lower probability are hedged, see `pointalign.certainty`; 0 hedges none.
         adapters: LoRA stored beside the weights, not in them: arguments of `peft.LoraConfig` by part
             (`language_model`, `qformer`). None for no adapters.
     """
@@ -74,6 +75,7 @@ class PointAlignConfig(PreTrainedConfig):
     num_query_experts: int = 0
     query_routing: str = "sparse"
     query_top_k: int = 2
+    name_threshold: float = 0.0
     adapters: dict | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False

@@ -15,7 +15,8 @@ from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokeniz
 
 from pointalign.data.collator import IGNORED
 from pointalign.data.conversations import POINT_MARKER
-from pointalign.data.point_cloud import PointCloudError, load_point_cloud, normalise, subsample
+from pointalign.data.point_cloud import load_point_cloud
+from pointalign.data.prepare import prepare_cloud
 
 SEAM = "\ue000"  # of the private use area: where the text is cut before it is tokenized
 
@@ -43,18 +44,26 @@ class PointAlignFeatureExtractor(FeatureExtractionMixin):
         min_points: the fewest points that the point encoder can group.
         up_axis: the vertical axis of clouds that are read from files; prepared clouds have y up.
         num_channels: 6, xyz and rgb in 0..1.
+        reading: further options of `load_point_cloud`, such as missing_color.
     """
 
     model_input_names = ("point_values", "point_lengths")
 
     def __init__(
-        self, num_points: int = 8192, min_points: int = 32, up_axis: str = "y", num_channels: int = 6, **kwargs
+        self,
+        num_points: int = 8192,
+        min_points: int = 32,
+        up_axis: str = "y",
+        num_channels: int = 6,
+        reading: dict | None = None,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.num_points = num_points
         self.min_points = min_points
         self.up_axis = up_axis
         self.num_channels = num_channels
+        self.reading = reading or {}
 
     def prepare(self, cloud: Any) -> np.ndarray:
         """A cloud as the model reads it, `[min(N, num_points), num_channels]`.
@@ -64,25 +73,9 @@ class PointAlignFeatureExtractor(FeatureExtractionMixin):
 
         Raises: PointCloudError: another shape, values that are not finite, colours out of range, or too few points.
         """
-        points = load_point_cloud(cloud, up_axis=self.up_axis) if isinstance(cloud, (str, Path)) else cloud
-        points = np.asarray(points)
-        if points.dtype != np.float64:  # double precision is centred before it is rounded
-            points = points.astype(np.float32, copy=False)
-        if points.ndim != 2 or points.shape[1] != self.num_channels:
-            raise PointCloudError(
-                f"expected a cloud of shape [N, {self.num_channels}] (xyz, rgb), got {list(points.shape)}"
-            )
-        if not np.isfinite(points).all():
-            first = int(np.argwhere(~np.isfinite(points).all(axis=1))[0, 0])
-            raise PointCloudError(f"point {first} of the cloud is NaN or infinite: {points[first].tolist()}")
-        if self.num_channels == 6 and (points[:, 3:].min(initial=0) < 0 or points[:, 3:].max(initial=0) > 1):
-            low, high = points[:, 3:].min(), points[:, 3:].max()
-            raise PointCloudError(f"expected colours in 0..1, got {low:g} to {high:g}: divide 8-bit colours by 255")
-        if len(points) < self.min_points:
-            raise PointCloudError(
-                f"expected a cloud of at least {self.min_points} points for the point encoder, got {len(points)}"
-            )
-        return normalise(subsample(points, self.num_points))
+        if isinstance(cloud, (str, Path)):
+            cloud = load_point_cloud(cloud, self.up_axis, **self.reading)
+        return prepare_cloud(cloud, self.num_points, self.min_points, self.num_channels)
 
     def __call__(self, points: Sequence[Any], return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
         """`point_values [C, N, num_channels]`, padded with zeros, and `point_lengths [C]`, the real points of each."""

@@ -1,0 +1,89 @@
+"""A run is recorded or shipped: complete, from its own stage 1, and without a path of the machine."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import record_run
+import report
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Folders of a stage 1 and of a run from it; results and checkpoints go to folders of the test."""
+    for name in ("stage1", "run", "results", "checkpoints"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(record_run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record_run, "CHECKPOINTS", tmp_path / "checkpoints")
+    state = {"model.query_tokens": torch.ones(2)}
+    save_file(state, tmp_path / "stage1" / "stage.safetensors")
+    save_file(state | {"lora_A": torch.ones(3)}, tmp_path / "run" / "stage.safetensors")
+    stage1 = {"model": {"llm": "smollm2"}, "stage1": {"output": str(tmp_path / "stage1"), "seed": 0}}
+    run = {"model": {"llm": "smollm2", "checkpoint": str(tmp_path / "stage1")}, "data": {"clouds": ["/a/b", "c/d"]}}
+    run |= {"device": "CPU", "versions": {"torch": "2"}, "commit": "abc"}
+    for name, content in (("stage1", stage1), ("run", run)):
+        (tmp_path / name / "stage.json").write_text(json.dumps(content))
+    return tmp_path / "stage1", tmp_path / "run"
+
+
+def test_a_shipped_pair(folders, tmp_path):
+    stage1, run = folders
+    record_run.main([str(run), "--ship", str(stage1)])
+    written = tmp_path / "checkpoints"
+    assert sorted(path.name for path in written.iterdir()) == sorted(
+        f"{name}{suffix}" for name in ("furniture", "furniture-stage1") for suffix in (".json", ".safetensors")
+    )
+    assert load_file(written / "furniture.safetensors").keys() == {"model.query_tokens", "lora_A"}
+    described = json.loads((written / "furniture.json").read_text())
+    assert described["model"] == {"llm": "smollm2", "checkpoint": "furniture-stage1"}
+    assert described["data"]["clouds"] == ["b", "c/d"]
+    first = json.loads((written / "furniture-stage1.json").read_text())
+    assert first["stage1"] == {"output": "stage1", "seed": 0}
+
+
+def test_a_run_of_another_stage_1_is_not_shipped(folders, tmp_path):
+    stage1, run = folders
+    save_file({"model.query_tokens": torch.zeros(2)}, stage1 / "stage.safetensors")
+    with pytest.raises(ValueError, match=r"does not start from .*model\.query_tokens differs"):
+        record_run.main([str(run), "--ship", str(stage1)])
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_recorded_run_becomes_the_tables(folders, tmp_path, monkeypatch):
+    _, run = folders
+    interval = {"mean": 0.5, "low": 0.4, "high": 0.6, "count": 4}
+    methods = ("model before training", "model", "model, shuffled clouds", "1-NN Chamfer, best of 16 yaws")
+    tests = {"model against 1-NN Chamfer, best of 16 yaws": interval | {"p": 0.25}}
+    row = {"noun_in_training": True, "right": ["model"], "answer": "This is a bench."}
+    accuracy = {
+        "split": "test",
+        "accuracy": {name: {"noun in training": interval, "all": interval} for name in methods},
+        "tests": tests,
+        "kinds": {
+            "noun": interval | {"chance": 0.5, "yes_rate": 0.75},
+            "longest side": interval | {"chance": 1 / 3},
+        },
+        "objects": [row | {"object_id": str(i), "family": f"family {i}"} for i in range(4)],
+    }
+    (run / "accuracy.json").write_text(json.dumps(accuracy))
+    for name in record_run.PICTURES:
+        (run / name).write_text(f"content of {name}")
+    record_run.main([str(run)])
+    results = tmp_path / "results"
+    names = {"demo.json", "demo_answers.md", "demo_answers.png", "demo_loss.png"}
+    assert {path.name for path in results.iterdir()} == names
+    assert str(tmp_path) not in (results / "demo.json").read_text()
+
+    monkeypatch.setattr(report, "RESULTS", results)
+    text = report.demo()
+    assert "| model | 50.0 [40.0, 60.0] |" in text and "noun occurs in training (n=4)" in text
+    assert "all test objects" not in text, "the same objects"
+    assert "| noun | 50.0 [40.0, 60.0] | 50 | 75 | 4 |" in text
+    assert "| longest side | 50.0 [40.0, 60.0] | 33 |  | 4 |" in text
+    assert "- model against 1-NN Chamfer, best of 16 yaws: +50.0 [+40.0, +60.0] points, p = 0.2500" in text
+    assert "content of answers.md" in text
