@@ -115,7 +115,7 @@ def test_a_process_that_hangs_ends_the_job_and_is_named(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(HANGING.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "run"), timeout=20))
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29743", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
