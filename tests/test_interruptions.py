@@ -2,9 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
-from test_trainer import make_trainer
+from test_trainer import ROOT, make_trainer
 from transformers import TrainerCallback
 
 from pointalign.interruptions import SIGNALS, StopOnSignal
@@ -87,3 +89,36 @@ def test_a_killed_data_worker_is_a_clear_error_and_the_run_is_saved(tmp_path, pr
     (checkpoint,) = checkpoints(tmp_path)
     verify(checkpoint)
     assert checkpoint.name == f"checkpoint-{trainer.state.global_step}"
+
+
+HANGING = """
+import os, sys, time, torch
+sys.path.insert(0, {tests!r})
+import conftest, test_trainer
+torch.set_num_threads(1)
+processor = conftest.processor.__wrapped__(conftest.tokenizer.__wrapped__())
+trainer = test_trainer.make_trainer(
+    {folder!r}, processor, conftest.clouds.__wrapped__(), max_steps=50, ddp_timeout={timeout}
+)
+
+class Hang(test_trainer.TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1" and state.global_step == 2:
+            time.sleep(10_000)
+
+trainer.add_callback(Hang())
+trainer.train()
+"""
+
+
+def test_a_process_that_hangs_ends_the_job_and_is_named(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(HANGING.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "run"), timeout=20))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert (
+        "no progress for 20 s (training.ddp_timeout): process 1 hangs before the computation of step 3" in done.stderr
+    )
