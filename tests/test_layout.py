@@ -19,7 +19,7 @@ PROCEDURAL = (  # kinds of procedural objects
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
     ["pointalign_kernels"],
-    ["pointalign.alignment", "pointalign.storage"],
+    ["pointalign.alignment", "pointalign.storage", "pointalign.training_checks", "pointalign.allocator"],
     ["pointalign.options", "pointalign.run_checkpoints"],
     ["pointalign.step_checks", "pointalign.interruptions"],
     ["pointalign.resumable_trainer"],
@@ -39,7 +39,7 @@ LAYERS = [
     ["pointalign.models"],
     ["pointalign.efficient"],
     ["pointalign.embedded.views", "pointalign.embedded.words"],
-    ["pointalign.convert"],
+    ["pointalign.convert", "pointalign.language_model"],
     ["pointalign.stage_file"],
     ["pointalign.build"],
     ["pointalign.feature_cache", "pointalign.trainer"],
