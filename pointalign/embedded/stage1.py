@@ -252,7 +252,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from pointalign.train import keep_freed_memory
+    from pointalign.allocator import keep_freed_memory
 
     keep_freed_memory()
     options = parse(arguments)

@@ -31,6 +31,7 @@ class EvaluationOptions:
         up_axis: vertical axis of the clouds of an annotation file.
         sentence_models: NAME=FOLDER of sentence encoders; by default MiniLM of the assets; `none` leaves them out.
         device: by default CUDA where there is one.
+        quantization: `nf4` keeps the language model in 4 bits.
         output: folder of the results.
     """
 
@@ -44,6 +45,7 @@ class EvaluationOptions:
     up_axis: str = "y"
     sentence_models: list[str] = field(default_factory=list)
     device: str | None = None
+    quantization: str | None = None
     output: str = "runs/evaluation"
 
     def __post_init__(self) -> None:
@@ -92,8 +94,10 @@ def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> d
     """
     folder = Path(options.output)
     objects = load_objects(options)
-    model, processor, digest = build.load(name, device=options.device)
+    model, processor, digest = build.load(name, device=options.device, quantization=options.quantization)
     asked_options = {k: v for k, v in asdict(options).items() if k not in ("output", "device", "sentence_models")}
+    if options.quantization is None:  # earlier results do not name it
+        del asked_options["quantization"]
     content = {"model": Path(name).name, "weights": digest, "asked": asked_options, "generation": asdict(generation)}
     journal = Journal(folder / "answers.jsonl", content)
     features = Features(model, processor)
