@@ -123,7 +123,7 @@ def is_phi(llm: Path) -> bool:
 def _text_config(llm: Path) -> PreTrainedConfig:
     """Of a causal language model other than Phi-2."""
     try:
-        config = AutoConfig.from_pretrained(llm)
+        config = AutoConfig.from_pretrained(llm, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise ConversionError(f"{llm}: config.json is of no model that transformers knows: {error}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping or "text_config" in config.sub_configs:
