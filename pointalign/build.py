@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pointalign import stage_file, storage
+from pointalign import language_model, stage_file, storage
 from pointalign.efficient import quantization
 from pointalign.models import (
     PointAlignConfig,
@@ -35,11 +35,21 @@ NOT_QUANTIZED = (
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """The language model's dtype; `auto` is bfloat16 where this machine computes in it, else float32."""
+    """The language model's dtype; `auto` is bfloat16 where this machine computes in it, else float32.
+
+    On a GPU that only emulates bfloat16 (T4, V100, RTX 20) the choice and the faster one are printed.
+    """
     if name != "auto":
         return getattr(torch, name)
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        print(
+            "model.dtype=auto: float32, because this GPU only emulates bfloat16; float16 is faster and smaller: "
+            "--model.dtype float16 --training.fp16 true",
+            file=sys.stderr,
+        )
+        return torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
@@ -58,11 +68,7 @@ def build_model(
     """
     from transformers import AutoTokenizer
 
-    from pointalign import assets
-
-    folder = assets.language_model() if options.llm == "smollm2" else Path(options.llm)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"model.llm={options.llm!r}: no language model in {folder} (config.json is missing)")
+    folder = language_model.find_folder(options.llm)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = load_model(folder, options, point_branch_only)
     # a language model without weights takes no adapters
@@ -82,8 +88,8 @@ def build_model(
     processor = PointAlignProcessor(
         extractor, tokenizer, num_query_tokens=model.config.num_query_tokens, point_token_id=model.config.point_token_id
     )
-    if processor.ends_in_mark:
-        model.generation_config.eos_token_id = processor.end_token_ids()
+    generation = model.generation_config
+    generation.eos_token_id = processor.end_token_ids(generation.eos_token_id)
     return model, processor
 
 
@@ -96,17 +102,47 @@ def load_model(folder: Path, options: ModelOptions, point_branch_only: bool) -> 
     else:
         if point_branch_only:
             with torch.device("meta"):
-                language_model = AutoModelForCausalLM.from_config(
-                    AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
-                )
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         else:
-            language_model = load_language_model(folder, options)
+            llm = load_language_model(folder, options)
         torch.manual_seed(options.seed)
-        model = PointAlignForConditionalGeneration.from_language_model(language_model, options.preset)
+        model = PointAlignForConditionalGeneration.from_language_model(llm, options.preset)
     if not point_branch_only:
         fingerprint = stage_file.weights_fingerprint(folder, "model.language_model." if converted else "")
         model.model.language_model.weights_fingerprint = fingerprint
     return model
+
+
+RANDOM_PARTS = ("point_encoder", "point_mlp", "query_tokens", "qformer", "modality_projector")
+
+
+def require_trained_parts(options: ModelOptions) -> None:
+    """Refuse a run in front of a part that is random and frozen: the language model would learn to read noise.
+
+    Looks at names and at a converted folder's report alone, before any weight is loaded. A stage file holds every part,
+    and the run that wrote it came past here too.
+
+    Raises: ValueError: names the parts and where trained ones come from.
+    """
+    if options.checkpoint is not None:
+        return
+    folder = language_model.find_folder(options.llm)
+    report = folder / "conversion.json"
+    if model_type(folder) == MODEL_TYPE:
+        drawn = json.loads(report.read_text())["random"] if report.exists() else []
+        drawn = [name.removeprefix("model.") for name in drawn]
+        random = [part for part in RANDOM_PARTS if part in drawn or (part == "query_tokens" and "query" in drawn)]
+    else:
+        random = list(RANDOM_PARTS)
+    trained = {*options.train, *(["query_tokens"] if "qformer" in options.train else [])}
+    if frozen := [part for part in random if part not in trained]:
+        raise ValueError(
+            f"{', '.join(frozen)}: drawn at random and frozen, so the language model would read noise. Start from a "
+            f"trained stage (model.checkpoint); or put the published weights in front of the language model "
+            f"(python -m pointalign.convert --llm {options.llm} --point-encoder FILE --qformer FILE --output FOLDER, "
+            f"then model.llm=FOLDER); or add the parts to model.train"
+        )
 
 
 def load_converted(folder: Path, options: ModelOptions) -> PointAlignForConditionalGeneration:
@@ -134,7 +170,7 @@ def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
     """
     dtype = resolve_dtype(options.dtype)
     four_bits = quantization.quantization_config(options.quantization, dtype)
-    language_model, info = AutoModelForCausalLM.from_pretrained(
+    llm, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=four_bits, output_loading_info=True, trust_remote_code=False
     )
     if problems := [str(key) for kind in LOADING_PROBLEMS for key in info[kind]]:
@@ -142,10 +178,10 @@ def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
             f"model.llm={options.llm!r}: the weights do not fit the configuration, {len(problems)} are missing or "
             f"unexpected: {', '.join(sorted(problems)[:3])}; Phi-2 in its old format goes through pointalign.convert"
         )
-    quantization.keep_layout(language_model)
+    quantization.keep_layout(llm)
     if options.dequantize_once:
-        quantization.dequantize(language_model)
-    return language_model
+        quantization.dequantize(llm)
+    return llm
 
 
 def model_type(folder: Path) -> str | None:
@@ -286,7 +322,10 @@ def find_model(name: str | Path) -> Path:
 
 
 def load(
-    name: str | Path | None = None, up_axis: str | None = None, device: str | torch.device | None = None
+    name: str | Path | None = None,
+    up_axis: str | None = None,
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
 ) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor, str]:
     """Model in evaluation mode, processor, and a hash of the files that the weights were read from.
 
@@ -296,20 +335,32 @@ def load(
             trained with.
         up_axis: vertical axis of the clouds, in place of the processor's.
         device: by default CUDA where there is one.
+        quantization: `nf4` keeps the language model's weights in 4 bits, where memory is short. A stage that trained in
+            4 bits has the same weights either way; of other models the weights are rounded, which is printed.
 
     Raises:
         FileNotFoundError: none of these, or the stage file's language model is gone.
         ValueError: another kind of model, or a stage file that does not fit or does not say what it was trained with.
     """
     source = find_model(name or default_model())
+    rounded = quantization is not None
     if source.is_dir():
-        model = PointAlignForConditionalGeneration.from_pretrained(source, dtype="auto")
+        if quantization is None:
+            model = PointAlignForConditionalGeneration.from_pretrained(source, dtype="auto")
+        else:
+            model = load_converted(source, ModelOptions(quantization=quantization))
         processor = PointAlignProcessor.from_pretrained(source, trust_remote_code=False)
         files = sorted(source.glob("*.safetensors"))
     else:
-        model, processor = build_model(*stage_file.trained_options(source))
-        merge_adapters(model)
+        options, data = stage_file.trained_options(source)
+        rounded &= options.quantization != quantization
+        options = replace(options, quantization=quantization or options.quantization)
+        model, processor = build_model(options, data)
+        if quantization is None:
+            merge_adapters(model)
         files = [source]
+    if rounded:
+        print(f"--quantization {quantization}: {source} trained in more bits, its weights are rounded", file=sys.stderr)
     if up_axis is not None:
         processor.feature_extractor.up_axis = up_axis
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

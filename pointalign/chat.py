@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--up-axis", default="y", help="vertical axis of the files: x y z -x -y -z (default: y)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--quantization", choices=["nf4"], help="keep the language model in 4 bits (less memory)")
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -35,7 +36,7 @@ def chat(options: argparse.Namespace) -> int:
     from pointalign.build import load
     from pointalign.certainty import generate_answers
 
-    model, processor, _ = load(options.model)
+    model, processor, _ = load(options.model, quantization=options.quantization)
     for path, cloud in zip(options.files, clouds, strict=True):
         try:
             processor.feature_extractor.prepare(cloud)

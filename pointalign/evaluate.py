@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from pointalign.train import keep_freed_memory
+    from pointalign.allocator import keep_freed_memory
 
     keep_freed_memory()
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -37,6 +38,10 @@ from pointalign.options import Options, parse
 
 FORMAT = 1
 SHARD_SIZE = 4096
+# What numpy raises for a garbled file: its header is a Python literal.
+DAMAGED_ARRAYS = (
+    ValueError, EOFError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError, tokenize.TokenError,
+)  # fmt: skip
 
 
 class StaleCacheError(ValueError):
@@ -159,7 +164,7 @@ class FeatureCache:
         try:
             rows = np.lib.format.open_memmap(path, mode="r")
             checksums = np.fromfile(_checksums(self.folder, name, shard), dtype="<u4")
-        except (ValueError, EOFError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+        except DAMAGED_ARRAYS as error:
             raise ValueError(f"{path}: expected a file of numpy.save: {error}") from error
         if rows.dtype != np.float16 or rows.ndim != 3 or not len(rows) == len(checksums) == expected:
             raise ValueError(

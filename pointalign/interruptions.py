@@ -1,6 +1,11 @@
 """What ends a run from outside: signals, data workers that die, and processes of a job that hang."""
 
+import os
 import signal
+import sys
+import threading
+import time
+import traceback
 
 import torch
 from transformers import TrainerCallback
@@ -28,6 +33,12 @@ class StopOnSignal(TrainerCallback):
         except ValueError:  # not in the main thread, which alone can catch signals
             self._previous = {}
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        # When a data worker dies, torch raises wherever this process is. The loader notices it too, between two steps,
+        # where the state can be saved.
+        if args.dataloader_num_workers and self._previous and hasattr(signal, "SIGCHLD"):
+            self._previous.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+
     def _receive(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self._received == signal.SIGINT:
             raise KeyboardInterrupt
@@ -54,3 +65,50 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous = {}
+
+
+class HangWatch:
+    """Ends this process when it makes no progress for too long, and says which process of the job the others wait for.
+
+    A process that hangs leaves the others waiting inside a collective operation. Every process notes its progress in
+    the store that all of a job share, and a thread watches its own.
+
+    Args:
+        rank: of this process among `world_size`.
+        timeout: seconds without progress.
+    """
+
+    def __init__(self, rank: int, world_size: int, timeout: float):
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self._store = torch.distributed.distributed_c10d._get_default_store()
+        self._main = threading.get_ident()
+        self._ended = threading.Event()
+        self.note(0, computing=False)
+        self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
+        self._thread.start()
+
+    def note(self, step: int, computing: bool) -> None:
+        """This process begins to read the batches of a step, or to compute it."""
+        self._store.set(f"pointalign/progress/{self.rank}", str(2 * step + computing))
+        self._last = time.monotonic()
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(5.0, self.timeout / 10)):
+            if time.monotonic() - self._last > self.timeout:
+                stack = traceback.format_stack(sys._current_frames()[self._main])
+                print(f"error: {self.report()}\nProcess {self.rank} is at\n{stack[-1]}", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread waits in an operation that nothing interrupts
+
+    def report(self) -> str:
+        """Which processes are behind, and where."""
+        keys = [f"pointalign/progress/{rank}" for rank in range(self.world_size)]
+        progress = [int(self._store.get(key)) if self._store.check([key]) else 0 for key in keys]
+        step, computing = divmod(min(progress), 2)
+        behind = [str(rank) for rank, number in enumerate(progress) if number == min(progress)]
+        names = f"process {behind[0]} hangs" if len(behind) == 1 else f"processes {', '.join(behind)} hang"
+        where = f"{'in' if computing else 'before'} the computation of step {step + 1}"
+        return f"no progress for {self.timeout} s (training.ddp_timeout): {names} {where}"

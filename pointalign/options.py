@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from pointalign.alignment import AlignmentConfig
+from pointalign.training_checks import check_arguments, check_precision
 
 CACHED_PARTS = ("point_encoder", "point_mlp", "qformer", "qformer_lora", "query_tokens", "query_experts")
 PARTS = (*CACHED_PARTS, "modality_projector", "lora", "llm_norms")  # a feature cache stands for the first
@@ -21,14 +22,15 @@ class ModelOptions:
     """What is trained (`--model.*`).
 
     Attributes:
-        llm: folder of a causal language model; `smollm2`, the embedded one; or a folder that `pointalign.convert`
-            wrote, which has a point branch and may have adapters.
+        llm: folder of a causal language model, or its name on the Hugging Face hub; `smollm2`, the embedded one; or a
+            folder that `pointalign.convert` wrote, which has a point branch and may have adapters.
         preset: sizes of the point branch, `mini` or `minigpt3d-phi2`.
         checkpoint: point branch and adapters to start from: a stage file (.safetensors), a run's folder, or the name of
             a shipped one. None draws them at random.
         train: parts that train, of point_encoder, point_mlp, qformer (its queries included), qformer_lora (and the
             Q-Former's norms), query_tokens, query_experts, modality_projector, lora, llm_norms (of the published Phi).
-        dtype: of the language model's frozen weights; `auto` is bfloat16 where the hardware computes in it.
+        dtype: of the language model's frozen weights: float32, bfloat16, or float16 (with `training.fp16`); `auto` is
+            bfloat16 where the hardware computes in it, else float32.
         lora_rank, lora_alpha, lora_dropout, lora_targets: adapters, as in peft.
         qformer_lora_rank: of adapters on the Q-Former, with twice the rank as alpha; 0 for none.
         query_experts: number of query experts, which start as copies of the queries; 0 adds none.
@@ -64,8 +66,8 @@ class ModelOptions:
         unknown = sorted(set(self.train) - set(PARTS))
         if unknown:
             raise ValueError(f"model.train: unknown part {unknown[0]!r}, expected of {', '.join(PARTS)}")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"model.dtype={self.dtype!r}: expected auto, float32 or bfloat16")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"model.dtype={self.dtype!r}: expected auto, float32, bfloat16 or float16")
 
 
 @dataclass
@@ -112,6 +114,8 @@ class DataOptions:
         validation: annotations, of objects in `clouds`, whose losses are logged during training and never trained on;
             for the embedded objects those of their validation part.
         skip_bad: leave out objects that cannot be read, named and counted, instead of stopping.
+        skip_long: leave out samples that `max_length` would cut through a cloud or down to no answer, named and
+            counted, instead of stopping; longer answers are cut.
         fold: of the embedded objects, hold out this fold of five, 0 to 4, instead of the committed split; a fold has
             no validation part.
         evaluate: held-out questions at the end of the run: `none`, or the `validation` or `test` part of the embedded
@@ -134,6 +138,7 @@ class DataOptions:
     feature_cache: str | None = None
     views: int = 0
     skip_bad: bool = False
+    skip_long: bool = False
     validation: str | None = None
     fold: int | None = None
     evaluate: str = "none"
@@ -250,6 +255,8 @@ class Options:
 
     def _check_training(self) -> None:
         data, training = self.data, self.training
+        check_arguments(training)
+        check_precision(training, self.model.dtype)
         if training.fsdp and training.device.type == "cpu":
             raise ValueError("training.fsdp: accelerate shards on GPUs only, on a CPU it would copy without a word")
         if training.auto_batch and data.mixture:

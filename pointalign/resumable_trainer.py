@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from pointalign import run_checkpoints, step_checks, storage
-from pointalign.interruptions import StopOnSignal
+from pointalign.interruptions import HangWatch, StopOnSignal
 
 
 class ResumableTrainer(Trainer):
@@ -29,6 +29,7 @@ class ResumableTrainer(Trainer):
         self.depends_on = depends_on or {}
         self.budget = budget
         self.checkpoints: list[Path] = []  # that this run wrote or continues, oldest first; no other is ever deleted
+        self._watch: HangWatch | None = None
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
 
@@ -51,12 +52,16 @@ class ResumableTrainer(Trainer):
             lines = [*skipped, *(self._verify(checkpoint) if checkpoint else [])]
             if self.args.process_index == 0:
                 print("\n".join([*lines, f"going on from {checkpoint}" if checkpoint else "no checkpoint: a new run"]))
+        if self.args.world_size > 1:
+            self._watch = HangWatch(self.args.process_index, self.args.world_size, self.args.ddp_timeout)
         try:
             return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"{error}\n{step_checks.memory_advice(self.args, self.budget)}") from error
         finally:
             self.stop.restore()
+            if self._watch is not None:
+                self._watch.end()
 
     def _verify(self, checkpoint: Path) -> list[str]:
         manifest = run_checkpoints.verify(checkpoint)
@@ -68,6 +73,8 @@ class ResumableTrainer(Trainer):
         return trained
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        if self._watch is not None:
+            self._watch.note(self.state.global_step, computing=False)
         if self.state.global_step >= self.state.max_steps:  # a finished run that is resumed takes no further step
             return [], None
         try:
@@ -76,6 +83,11 @@ class ResumableTrainer(Trainer):
             if "DataLoader worker" not in str(error):
                 raise
             raise self._lost_worker(error) from error
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._watch is not None:
+            self._watch.note(self.state.global_step, computing=True)
+        return super().training_step(*args, **kwargs)
 
     def _lost_worker(self, error: RuntimeError) -> ChildProcessError:
         """A data worker died between two steps: save, where this process alone can."""

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pointalign.allocator import keep_freed_memory
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Dataset
@@ -36,19 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"\ninterrupted; complete files are in {options.training.output_dir}", file=sys.stderr)
             return 130
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse large buffers: returning them to the system takes ten times as long as computing with them."""
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library, without this setting
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of malloc.h
-    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20)):
-        mallopt(option, value)
 
 
 def run(options: "Options", held: ExitStack) -> int:
@@ -197,6 +186,7 @@ def make_trainer(
         stage_file.require_fold(options.model.checkpoint, data.fold)
     if data.views and data.feature_cache is None:
         data.feature_cache = str(Path(training.output_dir or "runs") / "features")
+    build.require_trained_parts(options.model)
     datasets = make_datasets(options)
     model, processor = build.build_model(options.model, data)
     features = point_features(model, processor, datasets, options)
@@ -281,11 +271,12 @@ def check_data(
     features: "FeatureCache | None",
     options: "Options",
 ) -> None:
-    """Check every cloud, or that the feature cache has every object; the first process reports.
+    """Check every cloud, or that the feature cache has every object, and the lengths; the first process reports.
 
-    Raises: ValueError: clouds are bad or features missing.
+    Raises: ValueError: clouds are bad, features missing, or samples too long to be cut.
     """
     from pointalign.data.check import check
+    from pointalign.data.collator import check_lengths
     from pointalign.feature_cache import entries
 
     for dataset in datasets:
@@ -294,6 +285,8 @@ def check_data(
         else:
             features.require(entries([dataset], options.data.views))
             report = f"{len(features)} entries in the feature cache {features.folder}"
+        lengths = check_lengths(dataset, processor, options.data.max_length, options.data.skip_long)
+        report = f"{report}\n{lengths}" if lengths else report
         if options.training.process_index == 0:
             print(report)
 

@@ -1,6 +1,7 @@
 """The two losses under `transformers.Trainer`: equally normalised, logged apart; checkpoints that resume exactly."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,11 @@ class AlignedModel(nn.Module):
         Returns:
             `loss`, and detached `ntp_loss` and `alignment_loss`, each this batch's share of the global mean.
         """
-        # Mixed precision follows the language model: with bf16 weights, the fp32 ones compute in bf16 too.
+        # Mixed precision follows the language model: with 16-bit weights, the fp32 ones compute in that dtype too. With
+        # fp32 weights the precision is the Trainer's, `training.fp16` or `training.bf16` included.
         dtype = self.model.model.language_model.dtype
-        with torch.autocast(point_mask.device.type, dtype, enabled=dtype == torch.bfloat16):
+        half = dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(point_mask.device.type, dtype) if half else nullcontext():
             return self._losses(point_mask, num_point_rows, inputs | {"use_cache": False})
 
     def _losses(self, point_mask: Tensor, num_point_rows: Tensor | None, inputs: dict[str, Any]) -> dict[str, Tensor]:

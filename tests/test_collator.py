@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pointalign.data.collator import ConversationCollator
+from pointalign.data.collator import ConversationCollator, check_lengths
 from pointalign.data.dataset import ConversationDataset
 
 CLOUDS = Path(__file__).parent / "clouds"
@@ -138,3 +138,70 @@ def test_text_alone_and_clouds_in_later_turns_train_beside_the_others(tmp_path, 
         assert losses["loss"].isfinite() and losses["ntp_loss"] > 0
         assert bool(losses["alignment_loss"] > 0) == bool(clouds)
         losses["loss"].backward()
+
+
+# -- samples that are too long -----------------------------------------------------------------------------------------
+
+
+def entry(object_id, question, answer="A thing."):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"object_id": object_id, "conversations": turns}
+
+
+@pytest.fixture
+def long_samples(tmp_path):
+    names = sorted({e["object_id"] for e in json.loads((CLOUDS / "annotations.json").read_text())})
+    entries = [
+        entry(names[0], "<point>\nWhat?"),
+        entry(names[1], f"{'Well, ' * 60}<point> what?"),  # the cut would go through the cloud
+        entry(names[2], f"<point> {'And so on, ' * 30} what?"),  # no answer is left
+        entry(names[3], "<point>\nWhat?", "A long thing. " * 30),  # the answer is cut
+    ]
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(entries))
+    return ConversationDataset(path, CLOUDS), names
+
+
+def test_samples_that_cannot_be_cut_are_named_by_object_before_training(long_samples, processor):
+    dataset, names = long_samples
+    with pytest.raises(ValueError) as error:
+        check_lengths(dataset, processor, max_length=200)
+    message = str(error.value)
+    assert "2 of 4 samples cannot be used" in message and "data.skip_long true" in message
+    assert f"{names[1]}: has" in message and "would cut through a point cloud" in message
+    assert f"{names[2]}: has" in message and "leaves no answer" in message
+    assert names[0] not in message and names[3] not in message
+
+
+def test_long_samples_are_dropped_and_counted_where_that_is_asked(long_samples, processor):
+    dataset, names = long_samples
+    report = check_lengths(dataset, processor, max_length=200, skip_long=True)
+    assert "2 samples were dropped, 2 are left" in report and f"{names[1]}: has" in report
+    assert "1 samples are longer than 200 tokens and are cut" in report
+    assert [ids for (ids,) in dataset.conversations.object_ids] == [names[0], names[3]]
+    ConversationCollator(processor, max_length=200)([dataset[0], dataset[1]])
+    assert check_lengths(dataset, processor, max_length=9000) == ""
+
+
+def test_only_samples_that_may_be_too_long_are_tokenised(long_samples, processor, monkeypatch):
+    dataset, _ = long_samples
+    read = []
+    original = type(dataset.conversations).__getitem__
+    monkeypatch.setattr(
+        type(dataset.conversations), "__getitem__", lambda self, place: read.append(place) or original(self, place)
+    )
+    check_lengths(dataset, processor, max_length=200, skip_long=True)
+    assert read == [1, 2, 3]
+
+
+def test_a_sample_that_the_chat_template_refuses_is_named(long_samples, processor):
+    dataset, names = long_samples
+    import copy
+
+    strict = copy.copy(processor)
+    strict.chat_template = (
+        "{% for m in messages %}{% if m.content | length > 250 %}{{ raise_exception('too long') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=rf"{names[1]}: the chat template refuses turns of user, assistant: too long"):
+        check_lengths(dataset, strict, max_length=200)

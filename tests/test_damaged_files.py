@@ -1,4 +1,4 @@
-"""Whatever is in a file, its reader returns or raises its own error: bytes changed at random, and files that hurt."""
+"""Whatever is in a file, its reader returns or raises its own error: changed at random, or made to hurt."""
 
 import json
 import os
@@ -26,6 +26,8 @@ def mutations(data: bytes, count: int = CASES, seed: int = 0):
     for _ in range(count):
         changed = bytearray(data)
         for _ in range(draw.choice((1, 1, 1, 4))):
+            if not changed:
+                break
             at, length = draw.randrange(len(changed)), draw.choice((1, 1, 2, 8, 64))
             kind = draw.randrange(5)
             if kind == 0:
@@ -55,13 +57,18 @@ def test_stage_files(tmp_path):
             assert path.name in str(error)
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        "[]", '{"adapters": [1]}', '{"adapters": {"qformer": {}}}', "[" * 100_000, "x", '{"query_routing": "other"}',
-        '{"adapters": {"qformer": {"lora_alpha": "8"}}}', '{"name_threshold": "high"}',
-    ],
-)  # fmt: skip
+HEADERS = [
+    "[]",
+    "x",
+    "[" * 100_000,
+    '{"adapters": [1]}',
+    '{"adapters": {"qformer": {}}}',
+    '{"adapters": {"qformer": {"lora_alpha": "8"}}}',
+    '{"query_routing": "other"}',
+]
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
 def test_a_header_that_no_stage_has_is_refused(header, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "s.safetensors", metadata={"model": header})
     with pytest.raises(ValueError, match=r"s\.safetensors: the settings in its header are damaged"):
@@ -114,6 +121,7 @@ def test_feature_caches(tmp_path):
         return {"queries": np.random.default_rng(0).random((len(ids), 4, 16), dtype=np.float32)}
 
     feature_cache.write(made, names, encode, "fp", shard_size=4)
+    expected = feature_cache.FeatureCache(made, "fp").batch(names)["query_features"]
     for path in sorted(made.iterdir()):
         for data in mutations(path.read_bytes(), CASES // 4, seed=len(path.name)):
             folder = tmp_path / "spoiled"
@@ -124,9 +132,7 @@ def test_feature_caches(tmp_path):
             except ValueError as error:
                 assert "spoiled" in str(error)
             else:  # spaces in JSON, say
-                assert torch.equal(
-                    batch["query_features"], feature_cache.FeatureCache(made, "fp").batch(names)["query_features"]
-                )
+                assert torch.equal(batch["query_features"], expected)
 
 
 def test_checkpoint_folders(tmp_path):
@@ -161,7 +167,7 @@ def test_checkpoint_folders(tmp_path):
 def test_recipes(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     text = (options.RECIPES / "align.yaml").read_bytes()
-    for data in mutations(text, max(20, CASES // 5)):
+    for data in mutations(text, max(20, CASES // 50)):
         path.write_bytes(data)
         try:
             options.parse([str(path), "--training.use_cpu", "true"])
@@ -200,7 +206,7 @@ def test_a_language_model_folder_brings_no_code(tmp_path, tokenizer):
     classes = {
         "AutoConfig": "own.Config",
         "AutoModelForCausalLM": "own.Model",
-        "AutoTokenizer": ["own.Tokenizer", None],
+        "AutoTokenizer": ["own.Words", None],
     }
     (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
     (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")

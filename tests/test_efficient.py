@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CLOUDS, tiny_text_config
+from conftest import CLOUDS, first_stage, tiny_text_config
 from safetensors.torch import load_file
 from test_train import TINY
 from transformers import AutoModelForCausalLM
@@ -48,9 +48,11 @@ def language_model(request, tmp_path_factory, tokenizer):
 def run(tmp_path, language_model):
     """`run(name, *options)` trains three steps and returns the last log, of loss, its parts and the gradient norm."""
     recipe = tmp_path / "recipe.yaml"
+    start = first_stage(language_model, tmp_path / "start.safetensors")
     recipe.write_text(
         f"""
-model: {{llm: {language_model}, train: [modality_projector, lora], lora_rank: 4, lora_dropout: 0.0, dtype: float32}}
+model: {{llm: {language_model}, checkpoint: {start}, train: [modality_projector, lora], lora_rank: 4, lora_dropout: 0.0,
+        dtype: float32}}
 data: {{annotations: {CLOUDS / "annotations.json"}, clouds: {CLOUDS}, num_points: 256}}
 alignment: {{weight: 0.5}}
 training: {{max_steps: 3, logging_steps: 3, save_strategy: 'no', report_to: none, use_cpu: true, disable_tqdm: true,
@@ -192,7 +194,7 @@ def test_the_plan_measures_the_longest_batch(mixture, tmp_path, processor):
     )
 
 
-def test_cached_features_stand_for_the_clouds(run, tmp_path, capsys, monkeypatch):
+def test_cached_features_stand_for_the_clouds(run, tmp_path, language_model, capsys, monkeypatch):
     cache = ["--data.feature_cache", str(tmp_path / "cache")]
     plain = run("plain")
     assert feature_cache.main([run.recipe, *cache]) == 0
@@ -207,7 +209,8 @@ def test_cached_features_stand_for_the_clouds(run, tmp_path, capsys, monkeypatch
         train.main([run.recipe, *cache, "--data.num_points", "128", "--training.output_dir", str(tmp_path / "x")]) == 1
     )
     assert "other weights or preprocessing" in capsys.readouterr().err
-    assert train.main([run.recipe, *cache, "--model.seed", "1", "--training.output_dir", str(tmp_path / "y")]) == 1
+    other = ["--model.checkpoint", str(first_stage(language_model, tmp_path / "other.safetensors", seed=1))]
+    assert train.main([run.recipe, *cache, *other, "--training.output_dir", str(tmp_path / "y")]) == 1
     assert "other weights or preprocessing" in capsys.readouterr().err
 
 

@@ -432,3 +432,30 @@ def test_a_stage_file_and_its_exported_folder_answer_alike(tmp_path, tokenizer):
     assert (first - expected).abs().max() < 0.05  # the point branch is stored in bfloat16
     torch.testing.assert_close(second, first, atol=1e-5, rtol=1e-4)
     assert one_hash != other_hash and not any(".lora_" in name for name in alone.state_dict())
+
+
+def test_the_questions_of_an_annotation_file_are_asked(saved, tmp_path, capsys):
+    """Several clouds in a question included; conversations without a cloud in their first question are left out."""
+    texts = {
+        "one": ("<point>\nHow many legs has it?", "Four."),
+        "two": ("Compare <point> and <point>.", "Both stand."),
+        "text": ("What is a chair?", "A seat."),
+    }
+    ids = {"one": NAMES[0], "two": [NAMES[1], NAMES[2]], "text": None}
+    entries = [
+        {"object_id": ids[kind], "conversation_type": kind,
+         "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": truth}]}
+        for kind, (question, truth) in texts.items()
+    ]  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(entries))
+    given = arguments(saved, tmp_path / "out", "--task", "answers", "--data", str(tmp_path / "mine.json"))
+    assert evaluate.main(given) == 0
+    written = json.loads((tmp_path / "out" / "answers.json").read_text())["results"]
+    assert [row["object_id"] for row in written] == [NAMES[0], [NAMES[1], NAMES[2]]]
+    assert [row["ground_truth"] for row in written] == ["Four.", "Both stand."]
+    task = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]["answers"]
+    assert [row["question"] for row in task["questions"]] == ["How many legs has it?", "Compare object 1 and object 2."]
+    assert task["kind"] == "captioning" and task["metrics"]
+    capsys.readouterr()
+    assert evaluate.main([str(saved), "--task", "answers"]) == 1
+    assert "--task answers asks the questions of your file" in capsys.readouterr().err

@@ -261,6 +261,14 @@ def test_laz(tmp_path):
     cut = path.read_bytes()
     error_of(written(tmp_path / "d.laz", cut[: len(cut) * 3 // 4]))
     error_of(written(tmp_path / "e.laz", bytes(300)))
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<I", raw, 100, 2**32 - 1)
+    assert "descriptions" in error_of(written(tmp_path / "f.laz", bytes(raw)))
+    raw = bytearray(path.read_bytes())
+    (start,) = struct.unpack_from("<I", raw, 96)
+    (table,) = struct.unpack_from("<q", raw, start)
+    struct.pack_into("<I", raw, table + 4, 2**31 - 1)  # chunks: lazrs aborts its process, not this one
+    assert "cannot be read" in error_of(written(tmp_path / "g.laz", bytes(raw)))
 
 
 def test_laz_without_its_decoder_names_the_extra(tmp_path, monkeypatch):

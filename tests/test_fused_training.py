@@ -20,6 +20,7 @@ TOLERANCE = 2e-3  # of every logged loss, after 50 updates that each feed roundi
 
 SCRIPT = """
 import sys
+from pathlib import Path
 sys.path.insert(0, {tests!r})
 import conftest, test_train, torch
 from transformers import AutoModelForCausalLM
@@ -32,8 +33,9 @@ folder = {folder!r}
 torch.manual_seed(0)
 AutoModelForCausalLM.from_config(conftest.tiny_text_config("llama")).save_pretrained(folder + "/llm")
 conftest.tokenizer.__wrapped__().save_pretrained(folder + "/llm")
+start = str(conftest.first_stage(folder + "/llm", Path(folder) / "start.safetensors"))
 common = [
-    "--model.llm", folder + "/llm", "--model.checkpoint", "null", "--model.train", "[modality_projector,lora]",
+    "--model.llm", folder + "/llm", "--model.checkpoint", start, "--model.train", "[modality_projector,lora]",
     "--model.lora_dropout", "0", "--model.dtype", "float32", "--alignment.weight", "1.0", "--data.evaluate", "none",
     "--data.annotations", {annotations!r}, "--data.clouds", {clouds!r}, "--data.num_points", "128",
     "--data.mixture", "[]", "--data.views", "0",

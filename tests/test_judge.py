@@ -14,7 +14,9 @@ from pointalign.evaluation.judge import (
     JudgeFailure,
     JudgeOptions,
     StringJudge,
+    UnreadableReplies,
     build_judge,
+    differences,
     judge_cases,
     judge_file,
     judge_tasks,
@@ -194,6 +196,122 @@ def test_replies_are_read_strictly(kind, reply, expected):
     assert verdict(kind, reply, Case("a bed", "a bed", "bed", classes=("chair", "bed"))) == expected
 
 
+@pytest.mark.parametrize(
+    "kind, reply, expected",
+    [
+        ("object", "<think>Both seem to be seats.\nF? No, T.</think>\n\nT#both are seats", 1.0),
+        ("object", "Both seem to be seats. F?\n</think>\nT#both are seats", 1.0),  # the prompt opened the thoughts
+        ("object", "<think>Let me see, T#", None),  # cut inside its thoughts
+        ("object", "<|channel|>analysis<|message|>Hm, F.<|end|><|channel|>final<|message|>T#same", 1.0),
+        ("object", "T: same", 1.0),
+        ("object", "F - a chair is no bed", 0.0),
+        ("object", "**T**#both are chairs", 1.0),
+        ("object", "**T#both are chairs**", 1.0),
+        ("object", "Answer: F#no", 0.0),
+        ("object", "```\nT#both are chairs\n```", 1.0),
+        ("object", "Yes, both are chairs.", 1.0),
+        ("object", "The reference is a chair, and so is the answer.\nT#the same", 1.0),
+        ("object", "The same", None),
+        ("object", "T-shirts differ", 1.0),
+        ("class", "Index: 1#bed", 1.0),
+        ("class", "1: bed", 1.0),
+        ("class", "(1) bed", 1.0),
+        ("class", "`1`#bed#it is a bed", 1.0),
+        ("class", "1.5#", None),
+        ("class", "-1 # none of them", 0.0),
+        ("caption", "Score: 85#most of it", 0.85),
+        ("caption", "85/100#most of it", 0.85),
+        ("caption", "85 / 100", 0.85),
+        ("caption", "8/10#most", 0.8),
+        ("caption", "85 out of 100 - most", 0.85),
+        ("caption", "85%#most", 0.85),
+        ("caption", "87.5#most", 0.875),
+        ("caption", "Final score: **85**#most", 0.85),
+        ("caption", "850#", None),
+        ("caption", "15 chairs are there", None),
+    ],
+)
+def test_replies_in_the_shapes_that_judges_really_give(kind, reply, expected):
+    assert verdict(kind, reply, Case("a bed", "a bed", "bed", classes=("chair", "bed"))) == expected
+
+
+def refusing(allowed):
+    """A script of an endpoint that refuses every parameter outside `allowed`, as OpenAI's reasoning models do."""
+
+    def script(number, prompt, body):
+        for name in ("temperature", "seed", "max_tokens", "max_completion_tokens"):
+            if name in body and name not in allowed:
+                error = {"message": f"Unsupported parameter: '{name}' is not supported with this model.", "param": name}
+                return 400, json.dumps({"error": error}).encode(), {}
+        return 200, "T#same", {}
+
+    return script
+
+
+@pytest.mark.parametrize("allowed", [("max_completion_tokens",), ("seed", "max_tokens"), ()])
+def test_refused_parameters_are_left_out(serve, tmp_path, capsys, allowed):
+    server = serve(lambda number, prompt: refusing(allowed)(number, prompt, server.requests[number - 1]))
+    judge = build_judge(options(server, concurrency=1, max_tokens=77))
+    assert judge_cases(judge, "object", CASES, tmp_path / "stored.jsonl").values == [1.0] * 6
+    last = server.requests[-1]
+    assert {name for name in last if name not in ("messages", "model")} == set(allowed)
+    assert last.get("max_completion_tokens", 77) == 77
+    refused = 6 - len(server.requests)
+    assert refused < 0 and capsys.readouterr().err.count("refuses") == -refused  # each is tried once, not per answer
+
+
+def test_another_bad_request_still_ends_the_run(serve, tmp_path):
+    server = serve(lambda number, prompt: (400, b'{"error": {"message": "the model does not exist"}}', {}))
+    with pytest.raises(JudgeFailure, match="400"):
+        judge_cases(build_judge(options(server, concurrency=1)), "object", CASES[:1], tmp_path / "stored.jsonl")
+
+
+def test_tokens_and_further_fields_are_sent(serve, tmp_path):
+    server = serve(lambda number, prompt: (200, "T#", {}))
+    extra = {"chat_template_kwargs": {"enable_thinking": False}}
+    judge = build_judge(options(server, max_tokens=300, extra_body=extra))
+    judge_cases(judge, "object", CASES[:1], tmp_path / "stored.jsonl")
+    assert (
+        server.requests[0]["max_tokens"] == 300
+        and server.requests[0]["chat_template_kwargs"] == extra["chat_template_kwargs"]
+    )
+    assert judge.name != build_judge(options(server)).name  # its replies are stored under another name
+
+
+def test_unreadable_replies_stop_with_advice_and_are_asked_again(serve, tmp_path):
+    cut = json.loads(completion(""))
+    cut["choices"][0] |= {"finish_reason": "length", "message": {"role": "assistant", "content": None}}
+    answers = ["<think>Let me", "<think>Let me", cut, "T#", "T#", "T#"]
+    replies = [text if isinstance(text, str) else json.dumps(text).encode() for text in answers]
+    server = serve(lambda number, prompt: (200, replies[number - 1] if number <= 6 else "F#", {}))
+    judge = build_judge(options(server, concurrency=1))
+    with pytest.raises(UnreadableReplies, match=r"3 of 6 replies .*<think>Let me.*--judge\.max_tokens"):
+        judge_cases(judge, "object", CASES, tmp_path / "stored.jsonl")
+    assert judge_cases(judge, "object", CASES, tmp_path / "stored.jsonl").values == [0.0] * 3 + [1.0] * 3
+    assert len(server.requests) == 9  # what could be read was not asked again
+
+
+def test_pointllms_own_answer_files(serve, tmp_path):
+    """ModelNet40 with row numbers and class indices, without names; Objaverse with captions."""
+    server = serve(lambda number, prompt: (200, "8#chair#" if "Classes" in prompt else "Score: 50#", {}))
+    rows = [{"object_id": i, "ground_truth": truth, "model_output": f"A chair {i}."} for i, truth in enumerate((8, 39))]
+    named = {"object_id": 2, "ground_truth": 23, "model_output": "A stand.", "label_name": "night_stand"}
+    content = {"prompt": "What is this?", "results": [*rows, named]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    line = judge_file(tmp_path / "a.json", "class", options(server))
+    written = json.loads((tmp_path / "a.judged.json").read_text())
+    assert [row["verdict"] for row in written["results"]] == [1.0, 0.0, 0.0]
+    assert "the judge's class prompt is this project's, version 1" in line and "question" not in line
+    content["results"][0]["ground_truth"] = "A chair with arms."
+    (tmp_path / "a.json").write_text(json.dumps(content | {"results": content["results"][:1]}))
+    line = judge_file(tmp_path / "a.json", "caption", options(server))
+    assert "the answers are to PointLLM's question 0, published are 2" in line
+    (tmp_path / "b.json").write_text(json.dumps({"results": [{"object_id": 1, "ground_truth": "a"}]}))
+    with pytest.raises(ValueError, match="result 0 lacks 'model_output'"):
+        judge_file(tmp_path / "b.json", "caption", options(server))
+    assert any("another question, 'Tell me" in reason for reason in differences("Tell me.", "object"))
+
+
 def write_answers(folder, texts):
     rows = [{"object_id": f"o{i}", "ground_truth": "a red chair", "model_output": text} for i, text in enumerate(texts)]
     (folder / "answers.json").write_text(json.dumps({"prompt": "p", "results": rows}))
@@ -218,6 +336,31 @@ def test_a_file_of_answers_is_judged_and_written(serve, tmp_path):
     assert [row["verdict"] for row in written["results"]] == [0.4] * 3 and written["score"]["mean"] == pytest.approx(
         0.4
     )
+
+
+def test_a_local_model_that_thinks_gets_room_for_its_verdict(tmp_path, tokenizer, monkeypatch):
+    from conftest import tiny_text_config
+    from transformers import AutoModelForCausalLM
+
+    from pointalign.evaluation.local_judges import SHORT_REPLY, LocalJudge
+
+    AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    limits = []
+    replies = {SHORT_REPLY: "<think>Let me see", 200: "<think>Let me see.</think>T#same"}
+
+    def generate(self, batch, limit):
+        limits.append(limit)
+        return torch.zeros(limit), replies[limit]
+
+    import torch
+
+    monkeypatch.setattr(LocalJudge, "_generate", generate)
+    judge = build_judge(JudgeOptions(model=str(tmp_path), max_tokens=200))
+    assert verdict("object", judge.reply("object", CASES[0]), CASES[0]) == 1.0 and limits == [SHORT_REPLY, 200]
+    replies[SHORT_REPLY] = "T#same"
+    judge.reply("object", CASES[0])
+    assert limits == [SHORT_REPLY, 200, SHORT_REPLY]  # another model is not asked for more
 
 
 def test_options_name_what_is_missing(tmp_path):

@@ -23,7 +23,7 @@ READERS = (  # what reads clouds knows nothing of the embedded objects; data set
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
     ["pointalign_kernels"],
-    ["pointalign.alignment", "pointalign.storage"],
+    ["pointalign.alignment", "pointalign.storage", "pointalign.training_checks", "pointalign.allocator"],
     ["pointalign.options", "pointalign.run_checkpoints"],
     ["pointalign.step_checks", "pointalign.interruptions"],
     ["pointalign.resumable_trainer"],
@@ -43,8 +43,8 @@ LAYERS = [
     ["pointalign.embedded.neighbours"],
     ["pointalign.models"],
     ["pointalign.efficient"],
-    ["pointalign.embedded.views", "pointalign.embedded.words"],
-    ["pointalign.convert"],
+    ["pointalign.embedded.descent", "pointalign.embedded.views", "pointalign.embedded.words"],
+    ["pointalign.convert", "pointalign.language_model"],
     ["pointalign.stage_file"],
     ["pointalign.build"],
     ["pointalign.feature_cache", "pointalign.trainer", "pointalign.certainty"],

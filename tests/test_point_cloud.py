@@ -543,6 +543,15 @@ def valid_files(tmp_path_factory):
         save_ply(folder / f"{text}.ply", text)
     for kind in ("ascii", "binary", "binary_compressed"):
         (folder / f"{kind}.pcd").write_bytes(pcd_bytes(kind))
+    np.savez_compressed(folder / "a.npz", xyz=XYZ, rgb=RGB)
+    save_npy(folder / "b.npy", np.array({"xyz": XYZ[:9], "rgb": RGB[:9], "id": "a"}, object))
+    for suffix in ("xyz", "pts", "csv", "txt"):
+        head = {"pts": "9\n", "csv": "x,y,z,r,g,b\n"}.get(suffix, "# a scan\n")
+        delimiter = "," if suffix == "csv" else " "
+        with (folder / f"a.{suffix}").open("w") as file:
+            file.write(head)
+            np.savetxt(file, np.hstack([XYZ[:9], RGB[:9]]), delimiter=delimiter)
+    trimesh.Scene([trimesh.PointCloud(XYZ), square()]).export(folder / "scene.glb")
     texture = SimpleMaterial(image=Image.fromarray(QUADRANTS.repeat(4, 0)))
     for suffix in ("ply", "obj", "glb", "gltf", "stl", "off"):
         square(material=texture).export(folder / f"mesh.{suffix}")

@@ -218,6 +218,59 @@ def test_layouts(device):
     assert torch.equal(farthest_point_sample(one, 50, impl="native"), expected[:1].expand(3, -1))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_coordinates_of_a_map_keep_their_shape(device, impl):
+    """UTM metres in double precision: rounded to float32 they would lie on a grid of half a metre."""
+    near = torch.rand(2, 600, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(20)) * 8
+    near = (near * 2**10).round() / 2**10  # differences are exact in both places
+    far = near + torch.tensor([500_000, 5_400_000, 0, 0, 0, 0], dtype=torch.float64)
+    near, far = near.to(device), far.to(device)
+    index = farthest_point_sample(near, 40, impl=impl)
+    assert torch.equal(farthest_point_sample(far, 40, impl=impl), index)
+    for got, expected in zip(knn(far[:, :9, :3], far, 8, impl=impl), knn(near[:, :9, :3], near, 8, impl=impl),
+                             strict=True):  # fmt: skip
+        assert torch.equal(got, expected)
+    groups = group_points(far, index, 8, impl=impl)
+    assert groups.dtype == torch.float32 and torch.equal(groups, group_points(near, index, 8, impl=impl))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_empty_batches_and_half_precision(device, impl):
+    points = uniform(2, 50, torch.Generator().manual_seed(21)).to(device)
+    none = torch.zeros(0, 4, dtype=torch.int64, device=device)
+    assert farthest_point_sample(points[:0], 4, impl=impl).shape == (0, 4)
+    assert [part.shape for part in knn(points[:0, :5], points[:0], 4, impl=impl)] == [(0, 5, 4)] * 2
+    assert [part.shape for part in knn(points[:, :0], points, 4, impl=impl)] == [(2, 0, 4)] * 2
+    assert group_points(points[:0], none, 4, impl=impl).shape == (0, 4, 4, 3)
+    assert group_points(points, none.new_zeros(2, 0), 4, impl=impl).shape == (2, 0, 4, 3)
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
+        cast = points.to(kind)
+        index = farthest_point_sample(cast, 60, impl=impl)
+        assert torch.equal(index, farthest_point_sample(cast.float(), 60, impl=impl))
+        assert torch.equal(knn(cast[:, :3], cast, 60, impl=impl)[1], knn(cast[:, :3].float(), cast.float(), 60)[1])
+        groups = group_points(cast, index[:, :5], 60, impl=impl)
+        assert groups.dtype == (torch.float32 if kind == torch.float64 else kind) and groups.shape == (2, 5, 60, 3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_millions_of_points(device):
+    """One cloud of 6 million points, as a scanner gives it, against exact arithmetic on its grid."""
+    side = torch.arange(182, dtype=torch.float32)
+    grid = torch.cartesian_prod(side, side, side)[:6_000_000]
+    points = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(22))][None].to(device)
+    index = farthest_point_sample(points, 3, impl="native")[0]
+    first, second = points[0, index[0]], points[0, index[1]]
+    distance = (points[0] - first).square().sum(dim=1)
+    assert distance[index[1]] == distance.max()
+    nearest = torch.minimum(distance, (points[0] - second).square().sum(dim=1))
+    assert nearest[index[2]] == nearest.max()
+    centre = (points[0] == 90).all(dim=1).nonzero()[:, 0][None]
+    groups = group_points(points, centre, 7, impl="native")[0, 0].cpu()
+    assert groups[0].abs().sum() == 0 and (groups[1:].square().sum(dim=1) == 1).all() and len(groups.unique(dim=0)) == 7
+
+
 @needs_native_cpu
 def test_threads_and_instruction_sets_give_the_same_bits():
     program = """
@@ -254,6 +307,22 @@ BAD_CALLS = {
     "centre_index": lambda impl, bad: group_points(bad[:1], torch.tensor([[50]]), 4, impl=impl),
     "expected at least one point": lambda impl, bad: farthest_point_sample(bad[:1, :0], 4, impl=impl),
     "query: expected a batch of 1": lambda impl, bad: knn(bad[:1].expand(2, -1, -1), bad[:1], 4, impl=impl),
+    "points: expected [B, N, 3 + F], got [2, 3, 50]: this looks like [B, 3, N], pass points.transpose(1, 2)": (
+        lambda impl, bad: farthest_point_sample(bad.transpose(1, 2), 4, impl=impl)
+    ),
+    "query: expected [B, Q, 3], got [2, 3, 50]: this looks like [B, 3, N]": (
+        lambda impl, bad: knn(bad.transpose(1, 2), bad, 4, impl=impl)
+    ),
+    "points: expected [B, N, 3 + F], got [50, 3]: pass points[None]": (
+        lambda impl, bad: farthest_point_sample(bad[0], 4, impl=impl)
+    ),
+    "points: expected [B, N, 3 + F], got [2, 50, 2]": lambda impl, bad: knn(bad, bad[..., :2], 4, impl=impl),
+    "centre_index: expected int64 [B, G] with B = 1, got torch.int32 [1, 1]": (
+        lambda impl, bad: group_points(bad[:1], torch.tensor([[0]], dtype=torch.int32), 4, impl=impl)
+    ),
+    "centre_index: expected int64 [B, G] with B = 2, got torch.int64 [1, 1]": (
+        lambda impl, bad: group_points(bad, torch.tensor([[0]]), 4, impl=impl)
+    ),
     "expected one of torch.float32": lambda impl, bad: group_points(
         bad[:1], torch.tensor([[0]]), 4, dtype=torch.float64, impl=impl
     ),

@@ -186,12 +186,6 @@ def test_the_ids_of_a_prompt_open_the_ids_of_its_training_sample(processor, clou
         assert whole[: len(prompt)] == prompt
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(processor):
-    template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
-        tensors(processor, [user("Q"), assistant("A"), user("Q"), assistant("A")], chat_template=template)
-
-
 def test_without_a_chat_template_the_published_layout_serves(tokenizer, clouds):
     import copy
 

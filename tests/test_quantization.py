@@ -123,3 +123,42 @@ def test_sharded_storage(monkeypatch):
 def test_unknown_quantization():
     with pytest.raises(ValueError, match="none or nf4"):
         ModelOptions(quantization="int8")
+
+
+def test_a_stage_answers_in_the_weights_that_it_trained_on(folder, tmp_path, clouds, capsys):
+    """Merged, or with its adapters on the 4-bit weights as in training; other weights are rounded, which is said."""
+    from dataclasses import asdict
+
+    from conftest import user
+
+    from pointalign import chat, stage_file
+
+    chosen = ModelOptions(llm=str(folder), dtype="float32", lora_rank=4, quantization="nf4")
+    from pointalign.options import DataOptions
+
+    trained, processor = build.build_model(chosen, DataOptions(num_points=256))
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1).copy_(parameter.bfloat16())  # a stage file holds matrices in bfloat16
+            elif ".lora_A." in name or "model.point" in name or "projector" in name:
+                parameter.copy_(parameter.bfloat16())
+    path = tmp_path / "stage.safetensors"
+    stage_file.save_stage(trained, path, {"model": asdict(chosen), "data": {"num_points": 256}})
+    batch = processor.apply_chat_template([user("What?", clouds[0])], tokenize=True, add_generation_prompt=True)
+    with torch.no_grad():
+        expected = trained.eval()(**batch).logits
+        for bits in (None, "nf4"):
+            model, _, _ = build.load(path, device="cpu", quantization=bits)
+            layers = [m for m in model.get_decoder().modules() if quantization.is_4bit(m)]
+            assert bool(layers) == (bits is not None)
+            torch.testing.assert_close(model(**batch).logits, expected, atol=2e-2, rtol=2e-2)
+            assert "rounded" not in capsys.readouterr().err
+    build.export(build.load(path, device="cpu")[0], processor, tmp_path / "model")
+    import numpy as np
+
+    np.save(tmp_path / "cloud.npy", clouds[0])
+    talk = [str(tmp_path / "cloud.npy"), "--model", str(tmp_path / "model"), "--max-new-tokens", "2", "--question", "?"]
+    assert chat.main([*talk, "--quantization", "nf4"]) == 0
+    shown = capsys.readouterr()
+    assert "> ?" in shown.out and "trained in more bits, its weights are rounded" in shown.err

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from experiments.ablation.ablation import run_ablation
-from pointalign.train import keep_freed_memory
+from pointalign.allocator import keep_freed_memory
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,7 +31,7 @@ from pointalign.evaluation.probe import probe_layers, probe_property, spaced
 from pointalign.evaluation.results import versions
 from pointalign.evaluation.tasks import EncodedObjects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
-from pointalign.models.processing import PLAIN_CHAT_TEMPLATE
+from pointalign.models.chat_layout import PLAIN_CHAT_TEMPLATE
 from pointalign.options import DataOptions
 from pointalign.storage import lock
 

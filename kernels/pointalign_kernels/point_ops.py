@@ -89,13 +89,44 @@ def _check_finite(native: bool, points: Tensor, lengths: Tensor | None, name: st
         reference.require_finite(points, lengths, name)
 
 
+_MANY = 32  # columns of a point; a tensor [B, 3, N] has more
+
+
+def _check_shape(points: Tensor, name: str = "points", expected: str = "[B, N, 3 + F]") -> None:
+    """Raises: ValueError: no batch of clouds, or one with the coordinates in the second place."""
+    if points.ndim == 3 and points.shape[2] >= 3 and not (points.shape[1] == 3 and points.shape[2] > _MANY):
+        return
+    hint = ""
+    if points.ndim == 3 and points.shape[1] == 3:
+        hint = f": this looks like [B, 3, N], pass {name}.transpose(1, 2)"
+    elif points.ndim == 2:
+        hint = f": pass {name}[None] for a single cloud"
+    raise ValueError(f"{name}: expected {expected}, got {list(points.shape)}{hint}")
+
+
+def _near_origin(points: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Coordinates in double precision that float32 would round, relative to the first point of their cloud.
+
+    The ops compute in float32 and need differences only: a cloud in metres of a map would lose its shape.
+    """
+    if points.dtype != torch.float64 or points.numel() == 0 or torch.compiler.is_compiling():
+        return points, *others
+    xyz = points[..., :3]
+    if torch.equal(xyz.float().double().nan_to_num(), xyz.nan_to_num()):
+        return points, *others
+    origin = xyz[:, :1]
+    return tuple(
+        torch.cat([tensor[..., :3].double() - origin, tensor[..., 3:].double()], dim=-1) for tensor in (points, *others)
+    )
+
+
 def farthest_point_sample(
     points: Tensor, num_samples: int, start_index: int = 0, lengths: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
     """Greedy farthest-point sampling: each new sample is the point farthest from all samples so far.
 
     Args:
-        points: `[B, N, 3 + F]`, xyz first; computed in fp32.
+        points: `[B, N, 3 + F]`, xyz first; computed in fp32, of fp64 points relative to the cloud's first one.
         num_samples: K, at least 1.
         start_index: the first sample of every cloud (the last point where a cloud is shorter).
         lengths: `[B]` int64, the number of points of each cloud, 1 to N; None means N.
@@ -109,6 +140,8 @@ def farthest_point_sample(
         ValueError: a shape, an index or, on a CPU, a coordinate is not usable; the message names the first bad point.
         RuntimeError: `impl="native"` where the compiled library cannot run.
     """
+    _check_shape(points)
+    (points,) = _near_origin(points)
     native = _runs_native(impl, points)
     _check_finite(native, points, lengths)
     if native:
@@ -133,6 +166,10 @@ def knn(
 
     Raises: ValueError, RuntimeError: as `farthest_point_sample`.
     """
+    _check_shape(query, "query", "[B, Q, 3]")
+    _check_shape(points)
+    if query.shape[0] == points.shape[0] and points.dtype == torch.float64:
+        points, query = _near_origin(points, query)
     native = _runs_native(impl, points, query)
     _check_finite(native, points, lengths)
     _check_finite(native, query, None, "query")
@@ -155,7 +192,8 @@ def group_points(
         points: `[B, N, 3 + F]`, xyz first.
         centre_index: `[B, G]` int64, rows of `points`.
         k: neighbours per centre, at least 1.
-        dtype: of the result: float32, float16 or bfloat16; None means that of `points`. Differences are fp32.
+        dtype: of the result: float32, float16 or bfloat16; None means that of `points`, float32 for float64 and
+            integers. Differences are fp32.
         lengths, impl: as in `farthest_point_sample`.
 
     Returns:
@@ -164,7 +202,15 @@ def group_points(
 
     Raises: ValueError, RuntimeError: as `farthest_point_sample`.
     """
-    dtype = points.dtype if dtype is None else dtype
+    _check_shape(points)
+    if centre_index.ndim != 2 or centre_index.shape[0] != points.shape[0] or centre_index.dtype != torch.int64:
+        raise ValueError(
+            f"centre_index: expected int64 [B, G] with B = {points.shape[0]}, got {centre_index.dtype} "
+            f"{list(centre_index.shape)}"
+        )
+    (points,) = _near_origin(points)
+    if dtype is None:
+        dtype = points.dtype if points.dtype in GROUP_DTYPES else torch.float32
     if dtype not in GROUP_DTYPES:
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(str(choice) for choice in GROUP_DTYPES)}")
     native = _runs_native(impl, points)

@@ -20,6 +20,8 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 def require_finite(points: Tensor, lengths: Tensor | None = None, name: str = "points") -> None:
     """Raises ValueError, naming the first of `points` `[B, N, 3 + F]` whose xyz is NaN or infinite."""
+    if lengths is None and points.numel() == 0:
+        return
     bad = ~points[..., :3].isfinite().all(dim=-1)
     bad &= torch.arange(points.shape[1], device=points.device) < _lengths(points, lengths)[:, None]
     if bad.any():

@@ -1,5 +1,7 @@
 """`python -m pointalign.convert`: the published weights (MiniGPT-3D, PointAlign, Phi-2, BLIP-2) become one folder.
 
+In front of another language model than Phi-2 the published point branch gets a new projector, which is to be trained.
+
 Tensors are read, translated and written one at a time. `conversion.json` accounts for every tensor of every file. A
 tensor that no rule explains or that a part lacks ends the conversion before anything is written.
 """
@@ -27,6 +29,8 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises: ConversionError: a file is refused, or tensors are missing, unexplained or of the wrong shape.
     """
+    llm = None if options.llm is None else Path(options.llm)
+    phi = llm is None or sizes.is_phi(llm)
     paths = [("llm", options.llm), ("qformer", options.qformer), ("point_encoder", options.point_encoder)]
     paths += [("checkpoint", path) for path in options.checkpoint]
     sources = [Source(role, Path(path)) for role, path in paths if path is not None]
@@ -34,10 +38,9 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
         raise ConversionError("nothing to convert: give --llm, --qformer, --point-encoder or --checkpoint")
     if options.merge_adapters and options.llm is None:
         raise ConversionError("--merge-adapters needs --llm, the weights to merge into")
-    llm = None if options.llm is None else Path(options.llm)
-    collected = collect(sources)
+    collected = collect(sources, other_llm=not phi)
     config = sizes.configure(collected, llm, options)
-    shapes = sizes.expected_shapes(config)
+    shapes = sizes.expected_shapes(config, collected)
     absent = sizes.verify(collected, shapes, config.num_query_experts, with_llm=llm is not None)
     adapters = sizes.adapter_options(collected, options)
     report = {
@@ -56,7 +59,7 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
             report["fingerprint"] = write.self_test(folder)
         report["tensors"] = collected.report
         storage.write_json(folder / REPORT_FILE, report)
-        readme = write.card(report["sources"], report["random"], report["adapters"])
+        readme = write.card(report["sources"], report["random"], report["adapters"], phi)
         (folder / "README.md").write_text(readme)
     return report
 
@@ -67,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Convert published weights into a folder for from_pretrained. Without --llm the parts are only "
         f"translated, into {PARTS_FILE}, which a later --checkpoint takes.",
     )
-    parser.add_argument("--llm", help="folder of Phi-2, in either format")
+    parser.add_argument("--llm", help="folder of Phi-2, in either format, or of any causal language model")
     parser.add_argument("--qformer", help="BLIP-2 file, for the Q-Former")
     parser.add_argument("--point-encoder", help="PointBERT file, of MiniGPT-3D or PointLLM")
     parser.add_argument("--checkpoint", action="append", default=[], help="stage file; of several, the last one counts")
@@ -98,6 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{options.output}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     if report["random"]:
         print(f"in no file, so drawn at random and to be trained: {', '.join(report['random'])}")
+    if options.point_encoder:
+        print(
+            "clouds: the published encoders saw PointLLM's 8192_npy as stored, z up: leave up_axis at y for them, and "
+            "read files with y up, such as .glb, with up_axis -z"
+        )
     return 0
 
 

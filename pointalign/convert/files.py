@@ -20,6 +20,7 @@ from pointalign.models.adapters import LLM, LLM_TARGETS, QFORMER, QFORMER_TARGET
 ENCODER = "model.point_encoder."
 EXPERT = "model.query_experts.queries."  # + index: the files hold a tensor per expert
 ALIGNMENT = "alignment_projector."
+_OF_THE_LLM = (LLM, "model.modality_projector.", ALIGNMENT)  # trained for a language model's hidden states
 
 _CHECKPOINT_RULES = [
     (r"point_2_Qformer_proj\.", "model.point_mlp."),
@@ -35,7 +36,7 @@ _CHECKPOINT_RULES = [
     (r"model\.(point_|query_|qformer\.|modality_|language_model\.)", r"model.\1"),  # parts converted earlier
 ]
 _RULES = {
-    "llm": [(r"(?=model\.|lm_head\.)", LLM)],
+    "llm": [(r"", LLM)],  # whether the model has a place for it, `sizes.verify` says
     "qformer": [(r"query_tokens$", "model.query_tokens"), (r"Qformer\.bert\.", QFORMER)],
     "point_encoder": [(r"(module\.point_encoder\.)?(?!module\.)", ENCODER)],
     "checkpoint": _CHECKPOINT_RULES,
@@ -253,8 +254,12 @@ class Collection:
         self.report.append({"file": file, "tensor": tensor, "status": status, "detail": detail})
 
 
-def collect(sources: list[Source]) -> Collection:
+def collect(sources: list[Source], other_llm: bool = False) -> Collection:
     """Every source's tensors under this package's names; of several files that hold a tensor the last one counts.
+
+    Args:
+        other_llm: the language model is another than the stage files were trained with, so of those only the point
+            branch is used. A projector to the same width is left out too: it leads into the other model's space.
 
     Raises: ConversionError: no rule explains a tensor, or two names of a tensor hold different values.
     """
@@ -268,6 +273,8 @@ def collect(sources: list[Source]) -> Collection:
                 target, reason = translate(source.role, name)
             except KeyError:
                 raise ConversionError(f"{source.path}: nothing explains the tensor {name!r}") from None
+            if other_llm and source.role == "checkpoint" and target and target.startswith(_OF_THE_LLM):
+                target, reason = None, "of another language model"
             if target is None:
                 collected.note(name, "ignored", reason, file)
             elif target not in names:
@@ -285,7 +292,7 @@ def collect(sources: list[Source]) -> Collection:
             target: Piece(f"{file}:{name}", source.shapes[name], source.dtypes[name], partial(source.read, name))
             for target, name in names.items()
         }
-        if source.role == "llm":
+        if source.role == "llm" and not other_llm:
             pieces = _join_qkv(source, pieces)
         for target in collected.pieces.keys() & pieces.keys():
             collected.note(target, "replaced", pieces[target].origin)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pointalign.convert import files
 from pointalign.convert.files import ALIGNMENT, ENCODER, EXPERT, Collection, ConversionError, Piece
@@ -48,12 +49,12 @@ def configure(collected: Collection, llm: Path | None, options: argparse.Namespa
         llm: folder of the language model, whose `config.json` is read.
         options: of the command line, for what no tensor tells: head size, groups and query routing.
 
-    Raises: ConversionError: a width that is no multiple of the head size, or a language model other than Phi-2.
+    Raises: ConversionError: a width that is no multiple of the head size, or no language model of text alone.
     """
     pieces = collected.pieces
     num_experts = count_layers(pieces, EXPERT)
     return PointAlignConfig(
-        text_config=_text_config(pieces, llm),
+        text_config=_phi_config(pieces, llm) if llm is None or is_phi(llm) else _text_config(llm),
         point_config=_point_config(pieces, options),
         qformer_config=_qformer_config(pieces, options),
         num_query_experts=num_experts,
@@ -109,7 +110,30 @@ def _qformer_config(pieces: dict[str, Piece], options: argparse.Namespace) -> An
     return Blip2QFormerConfig(**values)
 
 
-def _text_config(pieces: dict[str, Piece], llm: Path | None) -> PointAlignPhiConfig:
+def is_phi(llm: Path) -> bool:
+    """Whether a folder holds Phi-2, the language model of the published weights, in either format.
+
+    Raises: ConversionError: the folder has no configuration.
+    """
+    if not (llm / "config.json").is_file():
+        raise ConversionError(f"{llm}: expected the folder of a language model, but config.json is missing")
+    return json.loads((llm / "config.json").read_text()).get("model_type") in ("phi", "phi-msft")
+
+
+def _text_config(llm: Path) -> PreTrainedConfig:
+    """Of a causal language model other than Phi-2."""
+    try:
+        config = AutoConfig.from_pretrained(llm, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise ConversionError(f"{llm}: config.json is of no model that transformers knows: {error}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping or "text_config" in config.sub_configs:
+        raise ConversionError(
+            f"{llm}: config.json is of {config.model_type!r}, expected a causal language model of text alone"
+        )
+    return config
+
+
+def _phi_config(pieces: dict[str, Piece], llm: Path | None) -> PointAlignPhiConfig:
     if llm is None:  # the files can hold adapters and norms alone
         norm = pieces.get(f"{LLM}model.layers.0.input_layernorm.weight")
         head = pieces.get(f"{LLM}model.layers.0.self_attn.q_layernorm.weight")
@@ -120,8 +144,6 @@ def _text_config(pieces: dict[str, Piece], llm: Path | None) -> PointAlignPhiCon
             hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // head.shape[0]
         )
     stored = json.loads((llm / "config.json").read_text())
-    if stored.get("model_type") not in ("phi", "phi-msft"):
-        raise ConversionError(f"{llm}: config.json is of {stored.get('model_type')!r}, expected Phi-2 ('phi')")
     values = {
         name: stored[name]
         for name in (
@@ -136,15 +158,28 @@ def _text_config(pieces: dict[str, Piece], llm: Path | None) -> PointAlignPhiCon
     return PointAlignPhiConfig(**values)
 
 
-def expected_shapes(config: PointAlignConfig) -> Shapes:
-    """Of every weight of the model without adapters; as in the files, a tensor per query expert."""
+def expected_shapes(config: PointAlignConfig, collected: Collection | None = None) -> Shapes:
+    """Of every weight of the model without adapters and tied weights; as in the files, a tensor per query expert.
+
+    Args:
+        collected: its copies of tied weights are dropped.
+    """
     with torch.device("meta"):
         model = PointAlignForConditionalGeneration(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = tied_weights(model)
+    for name in tied.keys() & (collected.pieces.keys() if collected is not None else ()):
+        collected.note(collected.pieces.pop(name).origin, "ignored", f"tied to {tied[name]}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     experts = shapes.pop("model.query_experts.queries", None)
     if experts:
         shapes |= {f"{EXPERT}{index}": (1, *experts[1:]) for index in range(experts[0])}
     return shapes
+
+
+def tied_weights(model: PointAlignForConditionalGeneration) -> dict[str, str]:
+    """Weights of the language model that are another of its weights, mostly the head the embeddings: name -> other."""
+    tied = model.model.language_model.all_tied_weights_keys
+    return {f"{LLM}{name}": f"{LLM}{other}" for name, other in tied.items()}
 
 
 def verify(collected: Collection, shapes: Shapes, num_experts: int, with_llm: bool) -> list[str]:
@@ -215,6 +250,8 @@ def _misfit_factor(name: str, pieces: dict[str, Piece], shapes: Shapes) -> list[
 
 def _identity_norms(shapes: Shapes, pieces: dict[str, Piece]) -> set[str]:
     """Norms that the variant adds to Phi-2: biases that no file stores, and weights where no checkpoint is given."""
+    if not any(name.endswith(".self_attn.post_layernorm.weight") for name in shapes):  # another language model
+        return set()
     added = {
         name for name in shapes if name.startswith(LLM) and any(f".{n}_layernorm." in name for n in ("q", "k", "post"))
     }

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from pointalign import storage
 from pointalign.convert.files import ALIGNMENT, EXPERT, Collection, ConversionError, Piece
+from pointalign.convert.sizes import tied_weights
 from pointalign.models import (
     PointAlignConfig,
     PointAlignFeatureExtractor,
     PointAlignForConditionalGeneration,
     PointAlignModel,
+    PointAlignPhiConfig,
     PointAlignPhiForCausalLM,
     PointAlignProcessor,
 )
@@ -90,8 +92,9 @@ def _assemble(
         pieces["model.query_experts.queries"] = Piece(
             "experts", shape, torch.float32, lambda: torch.cat([expert.read().float() for expert in experts])
         )
+    phi = isinstance(config.text_config, PointAlignPhiConfig)
     for name, piece in pieces.items():
-        is_norm = any(f"{norm}." in name for norm in PointAlignPhiForCausalLM.trained_norms)
+        is_norm = phi and any(f"{norm}." in name for norm in PointAlignPhiForCausalLM.trained_norms)
         in_fp32 = not name.startswith(LLM) or is_norm or ".lora_" in name
         if piece.dtype.is_floating_point:
             pieces[name] = piece._replace(dtype=torch.float32 if in_fp32 else dtype or piece.dtype)
@@ -142,6 +145,10 @@ def _write_processor(folder: Path, llm: Path, config: PointAlignConfig) -> None:
     generation = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.eos_token_id
     )
+    if (llm / "generation_config.json").is_file() and not isinstance(text, PointAlignPhiConfig):
+        stored = GenerationConfig.from_pretrained(llm)  # it may name more end marks than config.json
+        generation.eos_token_id = stored.eos_token_id or generation.eos_token_id
+        generation.pad_token_id = stored.pad_token_id or generation.pad_token_id
     if any((llm / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
         tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -151,27 +158,29 @@ def _write_processor(folder: Path, llm: Path, config: PointAlignConfig) -> None:
             extractor, tokenizer, num_query_tokens=config.num_query_tokens, point_token_id=config.point_token_id
         )
         processor.save_pretrained(folder)
-        generation.eos_token_id = processor.end_token_ids()
+        generation.eos_token_id = processor.end_token_ids(generation.eos_token_id)
     generation.save_pretrained(folder)
 
 
 LICENCES = {
     "llm": "Phi-2: MIT",
+    "other_llm": "the language model: see its folder",
     "qformer": "BLIP-2 (LAVIS): BSD-3-Clause",
     "point_encoder": "PointBERT as released with PointLLM: CC-BY-NC-SA-4.0",
     "checkpoint": "MiniGPT-3D: CC-BY-NC-SA-4.0 (non-commercial, share alike)",
 }
 
 
-def card(sources: list[dict[str, Any]], random: list[str], adapters: dict) -> str:
+def card(sources: list[dict[str, Any]], random: list[str], adapters: dict, phi: bool) -> str:
     """README.md of the output: the files it was converted from and their licences.
 
     Args:
         sources: as `Source.describe` returns them.
         random: names of the parts that no file holds.
         adapters: those in `adapters.safetensors`; empty where they were merged.
+        phi: whether the language model is Phi-2.
     """
-    roles = {source["role"] for source in sources}
+    roles = {source["role"] if phi or source["role"] != "llm" else "other_llm" for source in sources}
     licence = "cc-by-nc-sa-4.0" if roles & {"checkpoint", "point_encoder"} else "other"
     lines = ["---", f"license: {licence}", "library_name: pointalign", "---", "", "# Converted weights", ""]
     lines += ["Written by `python -m pointalign.convert` from these files:", ""]
@@ -196,12 +205,13 @@ NUM_TOKENS = 16
 class Reader:
     """Reads weights of a folder one at a time, in fp32 with the adapters folded in."""
 
-    def __init__(self, folder: Path, adapters: dict[str, dict[str, Any]] | None):
-        self.folder, self.adapters = folder, adapters or {}
+    def __init__(self, folder: Path, adapters: dict[str, dict[str, Any]] | None, tied: dict[str, str]):
+        self.folder, self.adapters, self.tied = folder, adapters or {}, tied
         self.file_of = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
         self.factors = load_file(folder / ADAPTER_FILE) if self.adapters else {}
 
     def __call__(self, name: str) -> Tensor:
+        name = self.tied.get(name, name)
         with safe_open(self.folder / self.file_of[name], framework="pt") as file:
             value = file.get_tensor(name)
         value = value.float() if value.is_floating_point() else value
@@ -239,9 +249,9 @@ def measure(folder: Path) -> dict[str, Any]:
     Raises: ConversionError: the folder's weights are not those of the model.
     """
     config = PointAlignConfig.from_pretrained(folder)
-    read = Reader(folder, config.adapters)
     with init_empty_weights(include_buffers=False):
         model = PointAlignForConditionalGeneration(config).eval()
+    read = Reader(folder, config.adapters, tied_weights(model))
     branch = {name: read(name) for name in read.file_of if ".language_model." not in name}
     absent, unexpected = model.load_state_dict(branch, strict=False, assign=True)
     missing = [name for name in absent if ".language_model." not in name]

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from pointalign.data.conversations import Conversation, to_messages
+from pointalign.data.dataset import ConversationDataset
 from pointalign.data.point_cloud import augment
 
 IGNORED = -100  # label of a token that carries no loss
+NAMED = 10  # samples named in a message
 
 
 def pack(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
@@ -50,13 +52,55 @@ def pack(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
 
 def token_counts(processor, conversations: Sequence[Conversation], max_length: int) -> list[int]:
     """Number of tokens of each conversation in the processor's layout, at most `max_length`; no cloud is read."""
-    template = processor.chat_template
-    counts = []
-    for conversation in conversations:
-        messages = to_messages(conversation, [""] * len(conversation.object_ids))
-        parts, _ = processor._render(messages, template, False, {})
-        counts.append(min(max_length, len(processor._encode(parts)["input_ids"])))
-    return counts
+    return [min(max_length, len(_tokens(processor, each)["input_ids"])) for each in conversations]
+
+
+def _tokens(processor, conversation: Conversation) -> dict[str, list]:
+    """Token ids, point mask and labels of a conversation in the processor's layout; no cloud is read."""
+    messages = to_messages(conversation, [""] * len(conversation.object_ids))
+    parts, _ = processor._render(messages, processor.chat_template, False, {})
+    return processor._encode(parts)
+
+
+def check_lengths(dataset: ConversationDataset, processor, max_length: int, skip_long: bool = False) -> str:
+    """Find the samples that cannot be cut at `max_length` tokens, or that the chat template refuses, before training.
+
+    A token is a byte of text at least, so the entries' lengths in the file leave few to tokenise.
+
+    Args:
+        skip_long: drop these samples from `dataset.conversations`.
+
+    Returns: A line on the samples that were dropped and those that training cuts; "" if there are none.
+
+    Raises: ValueError: there are such samples and `skip_long` is off, or no sample is left; names their objects.
+    """
+    conversations = dataset.conversations
+    empty = Conversation((), "", (("user", ""), ("assistant", "")))
+    around = len(_tokens(processor, empty)["input_ids"])  # a system turn, among others
+    bad: dict[int, str] = {}
+    cut = 0
+    for place, (size, ids) in enumerate(zip(conversations.entry_bytes, conversations.object_ids, strict=True)):
+        if size + around + processor.num_query_tokens * len(ids) <= max_length:
+            continue
+        try:
+            row = _tokens(processor, conversations[place])
+            problem = processor.cut_problem(row, max_length)
+            cut += len(row["input_ids"]) > max_length and not problem
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            bad[place] = f"{', '.join(ids) or 'a text'}: {problem}"
+    named = "\n".join(f"  {line}" for line in list(bad.values())[:NAMED])
+    lines = [f"{len(bad)} of {len(conversations)} samples cannot be used, the first {NAMED}:\n{named}"] if bad else []
+    if bad and not skip_long:
+        raise ValueError(f"{lines[0]}\nRaise data.max_length, or pass --data.skip_long true to train without them.")
+    if bad:
+        conversations.keep_places([place for place in range(len(conversations)) if place not in bad])
+        lines.append(f"{len(bad)} samples were dropped, {len(conversations)} are left")
+    if not len(conversations):
+        raise ValueError(f"{lines[0]}\nNo sample is left to train on.")
+    lines += [f"{cut} samples are longer than {max_length} tokens and are cut"] if cut else []
+    return "\n".join(lines)
 
 
 class TokenBudgetSampler(Sampler[list[int]]):

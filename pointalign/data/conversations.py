@@ -107,7 +107,10 @@ class IndexedConversations(Sequence[Conversation]):
 
     def keep(self, condition: Callable[[tuple[str, ...]], bool]) -> None:
         """Drop every conversation whose object ids do not meet the condition."""
-        places = [i for i, ids in enumerate(self.object_ids) if condition(ids)]
+        self.keep_places([i for i, ids in enumerate(self.object_ids) if condition(ids)])
+
+    def keep_places(self, places: Sequence[int]) -> None:
+        """Drop every conversation that is not at one of these places."""
         self._starts = array("q", [self._starts[i] for i in places])
         self.entry_bytes = array("q", [self.entry_bytes[i] for i in places])
         self.object_ids = [self.object_ids[i] for i in places]

@@ -1,8 +1,10 @@
 """Readers of .pcd, .las and .laz, and the table of all readers of points."""
 
-import io
 import math
 import struct
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -154,37 +156,49 @@ def _scaled(data: Buffer, table: dict[str, np.ndarray]) -> RawPoints:
 
 
 _LAZ_EXPANSION = 1000  # bytes that a compressed byte may stand for; terrestrial scans reach about 20
-_LAZ_BLOCK = 1 << 19  # points decompressed at once
+
+# Runs in another process: where a corrupt file promises too much, lazrs does not raise but aborts, or never ends.
+_DECOMPRESS = """
+import io, sys, laspy
+points = laspy.read(io.BytesIO(sys.stdin.buffer.read()), laz_backend=laspy.LazBackend.Lazrs).points
+names = set(points.point_format.dimension_names)
+for name in ("X", "Y", "Z", "red", "green", "blue"):
+    if name in names:
+        sys.stdout.buffer.write(points[name].astype("<i4" if name in "XYZ" else "<u2").tobytes())
+"""
 
 
 def read_laz(data: Buffer) -> RawPoints:
-    """LAZ, decompressed by laspy and lazrs (extra: laz) block by block, so that memory follows the real points."""
-    _, _, record, count = _las_header(data)
+    """LAZ, decompressed by laspy and lazrs (extra: laz) in another process."""
+    start, kind, record, count = _las_header(data)
+    (descriptions,) = struct.unpack_from("<I", data, 100)
+    (extended,) = struct.unpack_from("<I", data, 243) if data[25] >= 4 and len(data) >= 375 else (0,)
+    if 54 * descriptions > start or 60 * extended > len(data):
+        raise PointCloudError(f"the header promises {descriptions + extended} descriptions: the header is wrong")
     if count * record > _LAZ_EXPANSION * len(data):
         raise PointCloudError(
             f"the header promises {count} points ({count * record} bytes) but the compressed file has {len(data)} "
             "bytes: the file is truncated or its header is wrong"
         )
+    if find_spec("laspy") is None or find_spec("lazrs") is None:
+        raise PointCloudError("reading .laz needs laspy and lazrs: pip install 'pointalign[laz]'")
+    limit = 20 + count / 50_000  # seconds
     try:
-        import laspy
-        import lazrs
-    except ImportError as error:
-        raise PointCloudError("reading .laz needs laspy and lazrs: pip install 'pointalign[laz]'") from error
-    blocks: list[dict[str, np.ndarray]] = []
-    try:
-        with laspy.open(io.BytesIO(data), laz_backend=laspy.LazBackend.Lazrs) as reader:
-            for block in reader.chunk_iterator(_LAZ_BLOCK):
-                columns = {"x": block.X, "y": block.Y, "z": block.Z}
-                if "red" in block.point_format.dimension_names:
-                    columns |= {"red": block.red, "green": block.green, "blue": block.blue}
-                blocks.append({name: np.array(column) for name, column in columns.items()})
-    except (laspy.errors.LaspyException, lazrs.LazrsError) as error:
-        raise PointCloudError(f"the compressed points cannot be read ({error})") from error
-    if not blocks:
-        raise PointCloudError("the file holds no points")
-    table = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    if len(table["x"]) != count:
-        raise PointCloudError(f"the header promises {count} points, {len(table['x'])} came out")
+        child = subprocess.run([sys.executable, "-c", _DECOMPRESS], input=data, capture_output=True, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        raise PointCloudError(f"the compressed points are corrupt: no end after {limit:.0f} s") from error
+    if child.returncode:
+        lines = child.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        reason = next((line for line in lines if "memory allocation" in line), lines[-1])
+        raise PointCloudError(f"the compressed points cannot be read ({reason[:200]})")
+    coloured = kind & 0x3F in _LAS_COLOUR_OFFSET
+    if count == 0 or len(child.stdout) != count * (18 if coloured else 12):
+        raise PointCloudError(f"the header promises {count} points, {len(child.stdout)} bytes of them came out")
+    places = np.frombuffer(child.stdout, "<i4", 3 * count).reshape(3, count)
+    table = dict(zip("xyz", places, strict=True))
+    if coloured:
+        colours = np.frombuffer(child.stdout, "<u2", 3 * count, 12 * count).reshape(3, count)
+        table |= dict(zip(("red", "green", "blue"), colours, strict=True))
     return _scaled(data, table)
 
 

@@ -5,7 +5,6 @@ on the device, counting every tensor that autograd saves; they grow linearly wit
 """
 
 import heapq
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil  # of accelerate
 import torch
 from torch import Tensor, nn
 
@@ -106,7 +106,7 @@ def device_bytes(device: torch.device, limit_gb: float | None = None) -> int:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        total = psutil.virtual_memory().total
     return total if limit_gb is None else min(total, round(limit_gb * GB))
 
 

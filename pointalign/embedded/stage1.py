@@ -17,9 +17,8 @@ Training takes hours on a CPU. The same command goes on where it was stopped, wi
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from pointalign import assets, storage
+from pointalign.embedded.descent import descend
 from pointalign.embedded.neighbours import neighbour_loss
 from pointalign.embedded.views import Batch, TrainingViews
 from pointalign.embedded.words import FactWords
@@ -38,13 +37,8 @@ from pointalign.models import PointAlignForConditionalGeneration, PointAlignProc
 RIDGE = 1e-3  # regularisation of the closed form, relative to the mean square of its inputs
 FIT_BATCHES = 50  # batches that the closed form is fitted to
 DROPOUT = 0.1  # before the encoder's head for words
-WEIGHT_DECAY = 0.1
-MUON_RATE = 4.0  # Muon's learning rate relative to AdamW's
-RISE = 0.1  # share of the steps in which the learning rate rises; then it falls along a cosine
 METRIC_WIDTH = 256  # width of the embedding that says which clouds are alike
 TEACHER_WEIGHT = 2.0  # of the loss towards the teacher's features
-SAVE_EVERY = 500  # steps
-LOG_EVERY = 50  # steps, over which losses are averaged
 
 
 class Encoder(nn.Module):
@@ -110,6 +104,8 @@ class Stage1:
             for kind, facts in known.items()
             if any(fact is not None for fact in facts)
         }
+        # each query says one kind: with fewer queries than kinds, the first kinds
+        self.said = dict(list(self.kinds.items())[: model.config.num_query_tokens])
         self.bfloat16 = self.branch.language_model.dtype == torch.bfloat16
         self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
         widths = model.config.point_config.hidden_size, self.embedding.shape[1], len(self.kinds)
@@ -140,18 +136,25 @@ class Stage1:
         with self.precision:
             projected = self.branch.modality_projector(self.branch.query(tokens))
         loss = projected.new_zeros((), dtype=torch.float32)
-        for number, kind in enumerate(self.kinds.values()):
-            loss = loss + kind.query_loss(projected[:, number :: len(self.kinds)], kind.logits(words[:, number]))
+        for number, kind in enumerate(self.said.values()):
+            loss = loss + kind.query_loss(projected[:, number :: len(self.said)], kind.logits(words[:, number]))
         return loss
 
-    def train(self, encoder_steps: int, query_steps: int, learning_rate: float, folder: Path | None = None) -> None:
-        """Train the point branch in place. With `folder`, keep the state there and go on from what it holds."""
+    def train(
+        self, encoder_steps: int, query_steps: int, learning_rate: float, folder: Path | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Train the point branch in place. With `folder`, keep the state there and go on from what it holds.
+
+        Returns: the losses of the encoder's steps and of the queries', since the last stored step.
+        """
         branch = self.branch
         trainable = [parameter for parameter in branch.parameters() if parameter.requires_grad]
         branch.requires_grad_(False)
         self.encoder.requires_grad_(True).train()
         matrices = self.muon_matrices(branch.point_encoder)
-        descend(self.encoder, matrices, self.encoder_loss, encoder_steps, learning_rate, "encoder", folder)
+        encoder_losses = descend(
+            self.encoder, matrices, self.encoder_loss, encoder_steps, learning_rate, "encoder", folder
+        )
         self.encoder.requires_grad_(False).eval()
         readers = nn.ModuleDict(
             {name: getattr(branch, name) for name in ("point_mlp", "qformer", "modality_projector")}
@@ -159,7 +162,7 @@ class Stage1:
         readers.register_parameter("query_tokens", branch.query_tokens)
         readers.requires_grad_(True).train()
         first = encoder_steps  # views go on where the encoder's ended
-        descend(
+        query_losses = descend(
             readers, self.muon_matrices(branch.qformer), lambda step: self.query_loss(first + step), query_steps,
             learning_rate, "queries", folder,
         )  # fmt: skip
@@ -167,6 +170,7 @@ class Stage1:
         self.fit_last_map(encoder_steps + query_steps)
         for parameter in trainable:
             parameter.requires_grad_(True)
+        return encoder_losses, query_losses
 
     def fit_last_map(self, first_step: int) -> None:
         """Solve for the modality projector's last linear map, then scale its tokens to the length of words.
@@ -187,8 +191,8 @@ class Stage1:
         with self.precision:
             inputs = self.branch.modality_projector[:-1](self.branch.query(tokens)).float()
         targets = inputs.new_empty(*inputs.shape[:2], self.embedding.shape[1])
-        for number, kind in enumerate(self.kinds.values()):
-            targets[:, number :: len(self.kinds)] = kind.mean_embedding(kind.logits(words[:, number]))[:, None]
+        for number, kind in enumerate(self.said.values()):
+            targets[:, number :: len(self.said)] = kind.mean_embedding(kind.logits(words[:, number]))[:, None]
         return inputs, targets
 
     def muon_matrices(self, part: nn.Module) -> list[nn.Parameter]:
@@ -207,95 +211,6 @@ class Stage1:
             nouns += [kind.words[index] for index in kind.logits(words).argmax(dim=-1).tolist()]
         self.encoder.train(training)
         return nouns
-
-
-def descend(
-    module: nn.Module,
-    matrices: list[nn.Parameter],
-    loss_of_step: Callable[[int], Tensor],
-    steps: int,
-    learning_rate: float,
-    name: str,
-    folder: Path | None = None,
-) -> list[float]:
-    """Minimise a loss over the parameters of a module, from step to step, resumable.
-
-    Args:
-        matrices: the parameters that Muon takes; AdamW takes the rest.
-        name: of the progress bar and of the files in `folder`.
-
-    Returns:
-        The losses since the last stored step.
-    """
-    for_muon = {id(parameter) for parameter in matrices}
-    parameters = list(module.parameters())
-    others = [parameter for parameter in parameters if id(parameter) not in for_muon]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-    ]
-    if matrices:
-        rate = MUON_RATE * learning_rate
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
-        )
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    path = folder / f"{name}.safetensors" if folder is not None else None
-    first = load_progress(path, module, optimizers) if path is not None and path.exists() else 0
-    losses: list[float] = []
-    progress = tqdm(
-        range(first, steps), desc=f"stage 1, {name}", unit="step", initial=first, total=steps, mininterval=5
-    )
-    for step in progress:
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * one_cycle(step, steps)
-            optimizer.zero_grad()
-        torch.manual_seed(step)  # of the dropout
-        loss = loss_of_step(step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        losses.append(loss.item())
-        if step % LOG_EVERY == LOG_EVERY - 1:
-            progress.set_postfix(loss=f"{np.mean(losses[-LOG_EVERY:]):.3f}", refresh=False)
-        if path is not None and (step + 1 == steps or (step + 1) % SAVE_EVERY == 0):
-            save_progress(path, module, optimizers, step + 1)
-    return losses
-
-
-def one_cycle(step: int, steps: int) -> float:
-    """Share of the highest learning rate: a linear rise, then half a cosine down to nearly nothing."""
-    rise = max(1, round(RISE * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step + 1 - rise) / (steps + 1 - rise)))
-
-
-def save_progress(path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int) -> None:
-    tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    storage.write_tensors(path, tensors, {"steps": str(steps)})
-
-
-def load_progress(path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Load what `save_progress` wrote. Returns the number of steps done."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        steps = int(file.metadata()["steps"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    module.load_state_dict({name[7:]: tensor for name, tensor in tensors.items() if name.startswith("module.")})
-    for number, optimizer in enumerate(optimizers):
-        content = optimizer.state_dict()
-        content["state"] = {}
-        for name, tensor in tensors.items():
-            if name.startswith(prefix := f"optimizer.{number}."):
-                index, key = name.removeprefix(prefix).split(".")
-                content["state"].setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict(content)
-    return steps
 
 
 @torch.no_grad()
@@ -337,7 +252,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from pointalign.train import keep_freed_memory
+    from pointalign.allocator import keep_freed_memory
 
     keep_freed_memory()
     options = parse(arguments)

@@ -10,45 +10,25 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from pointalign import assets, storage
 from pointalign.data.dataset import CLASSES
-from pointalign.evaluation import metrics
-from pointalign.evaluation.naming import head_noun
+from pointalign.evaluation.judge_replies import PROMPT_VERSION, PROMPTS, Case, verdict
+from pointalign.evaluation.local_judges import Judge, LocalJudge, StringJudge, Usage
 from pointalign.evaluation.statistics import cluster_mean
+from pointalign.evaluation.tasks import PROMPTS as QUESTIONS
 
-PROMPT_VERSION = "1"
 ATTEMPTS, PAUSE = 6, 1.0  # requests per answer; seconds between the first two, doubled after each
-PROMPTS = {
-    "object": (
-        "Two texts each describe one 3D object.\nReference: {truth}\nAnswer: {answer}\n"
-        "Do both name the same kind of object? Ignore colour, material, style and any further detail. A more general "
-        "or a more special name counts if it can mean the same thing.\n"
-        "Reply in one line: T#short reason, if they do; F#short reason, if not."
-    ),
-    "class": (
-        "Classes, by index:\n{classes}\nAnswer: {answer}\n"
-        "Which class does the answer describe best? If it fits none of them, reply -1.\n"
-        "Reply in one line: index#class#short reason."
-    ),
-    "caption": (
-        "A reference caption of a 3D object and a caption to be rated.\nReference: {truth}\nCaption: {answer}\n"
-        "Which share of what the reference says (kind of object, parts, colours, shape, use) does the caption state "
-        "correctly? Near synonyms count, contradictions do not.\n"
-        "Reply in one line: a whole number from 0 (nothing) to 100 (everything)#short reason."
-    ),
-}
 
 
 @dataclass
@@ -61,74 +41,28 @@ class JudgeOptions:
             `string` for the rules of `StringJudge`.
         concurrency: number of simultaneous requests.
         timeout: seconds until a request counts as failed.
+        max_tokens: of a reply, the thoughts of a reasoning model included.
+        extra_body: further fields of every request, as JSON, such as '{"reasoning_effort": "low"}'.
     """
 
     base_url: str | None = None
     model: str | None = None
     concurrency: int = 4
     timeout: float = 60.0
+    max_tokens: int = 2048
+    extra_body: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.base_url and not self.model:
             raise ValueError("--judge.base_url needs --judge.model, the model's name at that endpoint")
 
 
+class UnreadableReplies(ValueError):
+    """So many replies of a judge cannot be read that its scores would say nothing; all replies are stored."""
+
+
 class JudgeFailure(OSError):
     """An endpoint gave no reply to some answers; the other replies are stored, and the same command continues."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """An answer to judge against a reference text `truth`; `classes` is the closed list of a `class` case."""
-
-    truth: str
-    answer: str
-    label: str = ""
-    classes: tuple[str, ...] = ()
-
-    def prompt(self, kind: str) -> str:
-        listed = "\n".join(f"{index}: {name}" for index, name in enumerate(self.classes))
-        return PROMPTS[kind].format(truth=self.truth, answer=self.answer, classes=listed)
-
-
-@dataclass
-class Usage:
-    """Counts of requests and tokens; a retry is a repeated request."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    requests: int = 0
-    retries: int = 0
-
-
-class Judge:
-    """Base of the judges: `name` identifies one among stored replies, `workers` is the number of simultaneous cases."""
-
-    def __init__(self, name: str, workers: int = 1):
-        self.name, self.workers = name, workers
-        self.usage = Usage()
-
-    def prepare(self, kind: str, cases: Sequence[Case]) -> None:
-        """Called once, with all cases that lack a reply."""
-
-    def reply(self, kind: str, case: Case) -> str:
-        raise NotImplementedError
-
-
-def verdict(kind: str, reply: str, case: Case) -> float | None:
-    """A reply as a number in 0..1, None if it is unusable.
-
-    `object`: `T#...` or `F#...`; `class`: `index#...`, 1 if the index is the label's; `caption`: `score#...`.
-    """
-    opening = reply.strip().partition("#")[0].strip().strip(".\"'`*")
-    if kind == "object":
-        return {"T": 1.0, "F": 0.0, "TRUE": 1.0, "FALSE": 0.0}.get(opening.upper())
-    if not re.fullmatch(r"-?\d{1,4}", opening):
-        return None
-    number = int(opening)
-    if kind == "class":
-        return float(number == case.classes.index(case.label)) if -1 <= number < len(case.classes) else None
-    return number / 100 if 0 <= number <= 100 else None
 
 
 @dataclass
@@ -141,16 +75,22 @@ class Judged:
 
 
 def judge_cases(judge: Judge, kind: str, cases: Sequence[Case], stored: Path) -> Judged:
-    """Judge every case; each reply is appended to the file `stored` as it comes, and is not asked for again.
+    """Judge every case; each reply is appended to the file `stored` as it comes. A reply that can be read is not asked
+    for again by a later call.
 
     Raises:
         JudgeFailure: some cases got no reply; the other replies are stored.
+        UnreadableReplies: more than a fifth of five or more replies cannot be read.
     """
     if kind not in PROMPTS:
         raise ValueError(f"judge of kind {kind!r}: expected one of {', '.join(PROMPTS)}")
     known = _read_replies(stored)
     keys = [_key(judge.name, kind, case) for case in cases]
-    pending = {key: case for key, case in zip(keys, cases, strict=True) if key not in known}
+    pending = {
+        key: case
+        for key, case in zip(keys, cases, strict=True)
+        if key not in known or verdict(kind, known[key], case) is None
+    }
     if pending:
         judge.prepare(kind, list(pending.values()))
     stored.parent.mkdir(parents=True, exist_ok=True)
@@ -176,11 +116,26 @@ def judge_cases(judge: Judge, kind: str, cases: Sequence[Case], stored: Path) ->
         list(pool.map(ask, pending.items()))
     progress.close()
     if failures:
-        missing = sum(key not in known for key in pending)
+        missing = sum(key not in known for key in keys)
         raise JudgeFailure(f"{missing} of {len(cases)} answers got no reply; the others are stored: {failures[0]}")
     replies = [known[key] for key in keys]
     values = [verdict(kind, reply, case) for reply, case in zip(replies, cases, strict=True)]
+    _check_readable(judge, replies, values)
     return Judged(replies, values, judge.usage)
+
+
+MOST_UNREADABLE = 0.2  # of the replies
+FEWEST_REPLIES = 5  # from which on the share is judged
+
+
+def _check_readable(judge: Judge, replies: Sequence[str], values: Sequence[float | None]) -> None:
+    unreadable = [reply for reply, value in zip(replies, values, strict=True) if value is None]
+    if len(replies) >= FEWEST_REPLIES and len(unreadable) > MOST_UNREADABLE * len(replies):
+        raise UnreadableReplies(
+            f"{len(unreadable)} of {len(replies)} replies of {judge.name} cannot be read, such as "
+            f"{unreadable[0][:200]!r}: a reasoning model may need more --judge.max_tokens, or --judge.extra_body that "
+            "turns its thoughts off; else take another judge. The same command asks for these again"
+        )
 
 
 def _key(name: str, kind: str, case: Case) -> str:
@@ -199,9 +154,18 @@ def _read_replies(path: Path) -> dict[str, str]:
 
 
 def summary(judged: Judged, families: Sequence[str]) -> dict[str, Any]:
-    """Mean with interval (an unusable reply counts as 0), the number of unusable replies, and requests and tokens."""
+    """Mean with interval (an unusable reply counts as 0), the number of unusable replies, and requests and tokens.
+
+    `usable_score` is the mean of the usable replies alone, which PointLLM's evaluator calls clean.
+    """
     score = cluster_mean([value or 0.0 for value in judged.values], families).as_dict()
-    return {"score": score, "invalid": judged.values.count(None), "usage": asdict(judged.usage)}
+    usable = [value for value in judged.values if value is not None]
+    return {
+        "score": score,
+        "usable_score": sum(usable) / len(usable) if usable else None,
+        "invalid": judged.values.count(None),
+        "usage": asdict(judged.usage),
+    }
 
 
 def judge_file(answers: Path, kind: str, options: JudgeOptions, families: Sequence[str] | None = None) -> str:
@@ -212,11 +176,15 @@ def judge_file(answers: Path, kind: str, options: JudgeOptions, families: Sequen
     """
     if options.model is None:
         raise ValueError("name a judge: --judge.model NAME --judge.base_url URL, --judge.model FOLDER, or string")
-    results = json.loads(answers.read_text())["results"]
-    classes = CLASSES if kind == "class" else ()
-    if classes and (unknown := sorted({row["label_name"] for row in results} - set(classes))):
+    content = json.loads(answers.read_text(encoding="utf-8-sig"))
+    results, classes = _rows(content, answers), CLASSES if kind == "class" else ()
+    labels = [_class_of(row) if classes else str(row.get("label_name") or "") for row in results]
+    if classes and (unknown := sorted(set(labels) - set(classes))):
         raise ValueError(f"{answers}: {unknown[0]!r} is not a class of ModelNet40")
-    cases = [Case(row["ground_truth"], row["model_output"], row.get("label_name", ""), classes) for row in results]
+    cases = [
+        Case(label if classes else str(row["ground_truth"]), row["model_output"], label, classes)
+        for row, label in zip(results, labels, strict=True)
+    ]
     judge = build_judge(options)
     judged = judge_cases(judge, kind, cases, answers.parent / "judge-replies.jsonl")
     result = summary(judged, families or [str(row["object_id"]) for row in results])
@@ -225,7 +193,8 @@ def judge_file(answers: Path, kind: str, options: JudgeOptions, families: Sequen
         for row, reply, value in zip(results, judged.replies, judged.values, strict=True)
     ]
     written = answers.with_name(f"{answers.stem}.judged.json")
-    described = {"judge": judge.name, "prompt_version": PROMPT_VERSION, "kind": kind}
+    differs = differences(str(content.get("prompt", "")), kind)
+    described = {"judge": judge.name, "prompt_version": PROMPT_VERSION, "kind": kind, "differs_from_paper": differs}
     storage.write_json(written, described | result | {"results": rows})
     score, usage = result["score"], result["usage"]
     return (
@@ -233,8 +202,40 @@ def judge_file(answers: Path, kind: str, options: JudgeOptions, families: Sequen
         f"[{100 * score['low']:.1f}, {100 * score['high']:.1f}] over {score['count']} answers, "
         f"{result['invalid']} unusable replies (counted as 0); {usage['requests']} requests, "
         f"{usage['retries']} retries, {usage['prompt_tokens']} + {usage['completion_tokens']} tokens\n"
-        f"written: {written}"
+        f"not comparable with the published table: {'; '.join(differs)}\nwritten: {written}"
     )
+
+
+def _rows(content: Any, path: Path) -> list[dict[str, Any]]:
+    """The results of an answer file, of this program or PointLLM's."""
+    rows = content.get("results") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f'{path}: expected {{"prompt": ..., "results": [...]}} with at least one result')
+    for number, row in enumerate(rows):
+        for name in ("object_id", "ground_truth", "model_output"):
+            if not isinstance(row, dict) or name not in row:
+                raise ValueError(f"{path}: result {number} lacks {name!r}")
+    return rows
+
+
+def _class_of(row: dict[str, Any]) -> str:
+    """The class's name: `label_name`, or in PointLLM's files without it the index in `ground_truth`."""
+    name, truth = row.get("label_name"), row["ground_truth"]
+    if not name and isinstance(truth, int) and 0 <= truth < len(CLASSES):
+        return CLASSES[truth]
+    return str(name or truth).replace("_", " ")
+
+
+def differences(prompt: str, kind: str) -> list[str]:
+    """What makes a score differ from PointLLM's table: the judge's prompt, the question, unusable replies."""
+    numbers = {text.strip(): number for number, text in enumerate(QUESTIONS)}
+    number = numbers.get(prompt.strip())
+    expected = (2,) if kind == "caption" else (0, 1)
+    asked = f"another question, {prompt!r:.80}" if number is None else f"PointLLM's question {number}"
+    reasons = [f"the judge's {kind} prompt is this project's, version {PROMPT_VERSION}"]
+    if number not in expected:
+        reasons.append(f"the answers are to {asked}, published are {' and '.join(map(str, expected))}")
+    return [*reasons, "an unusable reply counts as 0 (usable_score leaves them out)"]
 
 
 def judge_tasks(folder: Path, evaluation: dict[str, Any], options: JudgeOptions) -> str:
@@ -249,7 +250,10 @@ def judge_tasks(folder: Path, evaluation: dict[str, Any], options: JudgeOptions)
 
 
 class EndpointJudge(Judge):
-    """An OpenAI-compatible endpoint, asked at temperature 0 with a fixed seed.
+    """An OpenAI-compatible endpoint, asked at temperature 0 with a fixed seed, where it accepts them.
+
+    A parameter that the endpoint refuses (reasoning models take no temperature and no max_tokens) is left out from then
+    on, with a warning.
 
     A request is repeated after rate limits, server errors, timeouts, broken connections and responses that do not
     follow the protocol, after a growing pause (or the pause that `Retry-After` asks for). Any other error, such as a
@@ -259,8 +263,11 @@ class EndpointJudge(Judge):
     def __init__(self, options: JudgeOptions):
         import openai
 
-        super().__init__(f"{options.base_url} {options.model}", options.concurrency)
+        extra = f" {json.dumps(options.extra_body, sort_keys=True)}" if options.extra_body else ""
+        super().__init__(f"{options.base_url} {options.model}{extra}", options.concurrency)
         self.model = options.model
+        self.extra_body = options.extra_body
+        self.parameters: dict[str, Any] = {"temperature": 0, "seed": 0, "max_tokens": options.max_tokens}
         self._lock = threading.Lock()
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = openai.OpenAI(base_url=options.base_url, api_key=key, timeout=options.timeout, max_retries=0)
@@ -268,10 +275,12 @@ class EndpointJudge(Judge):
     def reply(self, kind: str, case: Case) -> str:
         import openai
 
-        waits = [PAUSE * 2**attempt for attempt in range(ATTEMPTS - 1)]
-        for wait in [*waits, None]:
+        waits: list[float | None] = [*(PAUSE * 2**attempt for attempt in range(ATTEMPTS - 1)), None]
+        while True:
+            wait = waits.pop(0)
+            parameters = dict(self.parameters)
             try:
-                return self._request(kind, case)
+                return self._request(kind, case, parameters)
             except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
                 failure: Exception = error
                 response = getattr(error, "response", None)
@@ -281,24 +290,49 @@ class EndpointJudge(Judge):
             except (openai.APIResponseValidationError, json.JSONDecodeError, MalformedResponse) as error:
                 failure = error
             except openai.APIStatusError as error:
+                if error.status_code in (400, 422) and self._leave_out(error, parameters):
+                    waits.insert(0, wait)
+                    continue
                 raise JudgeFailure(f"{self.name} refuses: {error.status_code} {error.message}") from error
             if wait is None:
                 raise JudgeFailure(f"{self.name}: no reply after {ATTEMPTS} attempts: {failure}") from failure
             with self._lock:
                 self.usage.retries += 1
             time.sleep(wait)
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _request(self, kind: str, case: Case) -> str:
+    def _leave_out(self, error: Any, sent: dict[str, Any]) -> bool:
+        """Drop the parameter that an error names from further requests. Returns whether it was one of those sent."""
+        named = str(getattr(error, "param", "") or "")
+        text = str(error.message)
+        refused = next((name for name in sent if name == named), None) or next(
+            (name for name in sent if re.search(rf"\b{name}\b", text)), None
+        )
+        if refused is None:
+            return False
+        with self._lock:
+            if refused in self.parameters:
+                value = self.parameters.pop(refused)
+                instead = "max_completion_tokens" if refused == "max_tokens" else None
+                if instead:
+                    self.parameters[instead] = value
+                print(
+                    f"{self.name} refuses {refused}: asked {f'with {instead}' if instead else 'without it'}",
+                    file=sys.stderr,
+                )
+        return True
+
+    def _request(self, kind: str, case: Case, parameters: dict[str, Any]) -> str:
         response = self.client.chat.completions.create(
             model=str(self.model),
             messages=[{"role": "user", "content": case.prompt(kind)}],
-            temperature=0,
-            seed=0,
-            max_tokens=64,
+            extra_body=self.extra_body or None,
+            **parameters,
         )
         try:
-            text = response.choices[0].message.content
+            choice = response.choices[0]
+            text = choice.message.content
+            if text is None and choice.finish_reason == "length":
+                text = ""  # cut inside its thoughts, which the server keeps apart
         except (AttributeError, IndexError, TypeError) as error:
             raise MalformedResponse(f"the response holds no message: {str(response)[:200]}") from error
         if not isinstance(text, str):
@@ -315,74 +349,6 @@ class MalformedResponse(ValueError):
     """A response with status 200 that holds no reply."""
 
 
-class LocalJudge(Judge):
-    """A causal language model from a local folder, with greedy decoding."""
-
-    def __init__(self, folder: Path):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        weights = storage.file_hash(folder / "config.json", *sorted(folder.glob("*.safetensors")))[:16]
-        super().__init__(f"local {folder.name} {weights}")  # with the hash, because two folders may share a name
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval().to(device)
-        )  # type: ignore[arg-type]
-
-    def reply(self, kind: str, case: Case) -> str:
-        messages = [{"role": "user", "content": case.prompt(kind)}]
-        batch = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
-        with torch.inference_mode():
-            generated = self.model.generate(**batch, max_new_tokens=48, do_sample=False)  # type: ignore[operator]
-        new = generated[0, batch["input_ids"].shape[1] :]
-        self.usage.requests += 1
-        self.usage.prompt_tokens += batch["input_ids"].shape[1]
-        self.usage.completion_tokens += len(new)
-        return self.tokenizer.decode(new, skip_special_tokens=True)
-
-
-class StringJudge(Judge):
-    """Rules that need no language model: head nouns, and sentence embeddings where they differ.
-
-    `object`: T if the answer's head noun is the label's, or either text's noun occurs in the other, or the cosine of
-    the two nouns is at least 0.8. `class`: the class whose name occurs in the answer (the longest), else the nearest by
-    cosine. `caption`: 100 times the cosine of both texts, negative cosines as 0.
-    """
-
-    def __init__(self, sentence_encoder: Path):
-        super().__init__(f"string 1 {sentence_encoder.name}")
-        self.folder = sentence_encoder
-        self.embeddings: dict[str, Tensor] = {}
-
-    def prepare(self, kind: str, cases: Sequence[Case]) -> None:
-        """Embed all texts at once."""
-        texts = {case.answer for case in cases} | {name for case in cases for name in case.classes}
-        texts |= {case.truth for case in cases}
-        texts |= {head_noun(text) or text for case in cases for text in (case.answer, case.label or case.truth)}
-        if missing := sorted(texts - self.embeddings.keys()):
-            self.embeddings |= dict(zip(missing, metrics.embed(self.folder, missing), strict=True))
-
-    def cosine(self, a: str, b: str) -> float:
-        return float(self.embeddings[a] @ self.embeddings[b])
-
-    def reply(self, kind: str, case: Case) -> str:
-        words = f" {' '.join(re.findall('[a-z0-9]+', case.answer.lower()))} "
-        if kind == "caption":
-            return f"{round(100 * max(0.0, self.cosine(case.answer, case.truth)))}#cosine of the two texts"
-        if kind == "class":
-            named = [name for name in case.classes if f" {name} " in words]
-            best = max(named, key=len) if named else max(case.classes, key=lambda name: self.cosine(name, case.answer))
-            return f"{case.classes.index(best)}#{best}#{'named' if named else 'nearest by cosine'}"
-        ours, theirs = (head_noun(text) or text for text in (case.answer, case.label or case.truth))
-        reference = f" {' '.join(re.findall('[a-z0-9]+', case.truth.lower()))} "
-        if ours and (ours == theirs or f" {ours.lower()} " in reference or f" {theirs.lower()} " in words):
-            return "T#the noun is the same"
-        near = self.cosine(ours, theirs)
-        return f"{'T' if near >= 0.8 else 'F'}#cosine of the nouns {near:.2f}"
-
-
 def build_judge(options: JudgeOptions) -> Judge:
     """The judge that the options name."""
     if options.base_url is not None:
@@ -395,4 +361,4 @@ def build_judge(options: JudgeOptions) -> Judge:
             f"--judge.model {options.model}: expected `string`, or the folder of a language model; the name of a "
             "served model also needs --judge.base_url, its endpoint"
         )
-    return LocalJudge(folder)
+    return LocalJudge(folder, options.max_tokens)

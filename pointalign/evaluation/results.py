@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pointalign import assets, build, storage
-from pointalign.evaluation import markdown_table, metrics, statistics, tasks
+from pointalign.evaluation import markdown_table, metrics, own_questions, statistics, tasks
 from pointalign.evaluation.answering import Features, Generation, Journal, answer, with_input
 
 
@@ -19,7 +19,8 @@ class EvaluationOptions:
     """Which questions about which objects a model is asked.
 
     Attributes:
-        task: any of classification, captioning, geometry, yesno, modelnet40.
+        task: any of classification, captioning, geometry, yesno, modelnet40; or answers, the questions of an
+            annotation file.
         data: `furniture` (the embedded objects), an annotation file in the PointLLM schema, or ModelNet40's `.dat`.
         clouds: folder of the clouds that an annotation file names.
         split: part of the embedded objects: train, validation or test.
@@ -30,6 +31,7 @@ class EvaluationOptions:
         up_axis: vertical axis of the clouds of an annotation file.
         sentence_models: NAME=FOLDER of sentence encoders; by default MiniLM of the assets; `none` leaves them out.
         device: by default CUDA where there is one.
+        quantization: `nf4` keeps the language model in 4 bits.
         output: folder of the results.
     """
 
@@ -43,12 +45,15 @@ class EvaluationOptions:
     up_axis: str = "y"
     sentence_models: list[str] = field(default_factory=list)
     device: str | None = None
+    quantization: str | None = None
     output: str = "runs/evaluation"
 
     def __post_init__(self) -> None:
         for name in self.task:
-            if name not in tasks.TASKS:
-                raise ValueError(f"--task {name}: expected one of {', '.join(tasks.TASKS)}")
+            if name not in (*tasks.TASKS, own_questions.TASK):
+                raise ValueError(f"--task {name}: expected one of {', '.join((*tasks.TASKS, own_questions.TASK))}")
+        if own_questions.TASK in self.task and self.data == "furniture":
+            raise ValueError("--task answers asks the questions of your file: add --data FILE and --clouds FOLDER")
         if self.data != "furniture" and self.clouds is None and "modelnet40" not in self.task:
             raise ValueError("--data FILE needs --clouds FOLDER, the folder of the clouds that the file names")
         if any(number not in (0, 1) for number in self.prompts):
@@ -89,15 +94,21 @@ def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> d
     """
     folder = Path(options.output)
     objects = load_objects(options)
-    model, processor, digest = build.load(name, device=options.device)
+    model, processor, digest = build.load(name, device=options.device, quantization=options.quantization)
     asked_options = {k: v for k, v in asdict(options).items() if k not in ("output", "device", "sentence_models")}
+    if options.quantization is None:  # earlier results do not name it
+        del asked_options["quantization"]
     content = {"model": Path(name).name, "weights": digest, "asked": asked_options, "generation": asdict(generation)}
     journal = Journal(folder / "answers.jsonl", content)
     features = Features(model, processor)
     encoders = sentence_models(options.sentence_models)
     results: dict[str, Any] = {}
     for kind in options.task:
-        for number, prompt_task in enumerate(tasks.build_tasks(kind, objects, options.prompts)):
+        if kind == own_questions.TASK:
+            built = [own_questions.question_task(Path(options.data), options.limit)]
+        else:
+            built = tasks.build_tasks(kind, objects, options.prompts)
+        for number, prompt_task in enumerate(built):
             names_objects = kind in ("classification", "modelnet40")
             inputs = options.inputs if names_objects and number == 0 else ["true"]  # controls under one prompt suffice
             for task in [with_input(prompt_task, control) for control in inputs]:

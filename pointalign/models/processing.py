@@ -6,6 +6,7 @@ token such as `<|im_end|>`.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,15 @@ from pointalign.data.collator import IGNORED
 from pointalign.data.conversations import POINT_MARKER
 from pointalign.data.point_cloud import load_point_cloud
 from pointalign.data.prepare import prepare_cloud
+from pointalign.models.chat_layout import (
+    PLAIN_CHAT_TEMPLATE,
+    answer_end,
+    control_tokens,
+    find_answers,
+    unused,
+)
 
 SEAM = "\ue000"  # of the private use area: where the text is cut before it is tokenized
-
-END_MARK = "###"  # of an answer in the published layout
-
-# For language models without a chat template: the layout with which the published weights were trained. Every question
-# follows BOS in [INST] brackets, its answer follows without a space and ends in ###. The first of the two spaces ends
-# the question, the second belongs to the bracket.
-# Source: the released code of MiniGPT-3D and PointAlign. All stages set `chat_template: True`, which brackets the
-# question of single-turn samples too. MiniGPT-3D's evaluation uses another layout than its training (`<s>` as text in
-# place of BOS, and a second [INST] after the cloud); here a model is asked in the layout of its training.
-PLAIN_CHAT_TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}{{ m['content'] }}"
-    f"{END_MARK}"
-    "{% else %}{{ bos_token or '' }}[INST] {{ m['content'] }}  [/INST]{% endif %}{% endfor %}"
-)
 
 
 class PointAlignFeatureExtractor(FeatureExtractionMixin):
@@ -116,7 +109,7 @@ class PointAlignProcessor(ProcessorMixin):
         self.point_prefix = point_prefix
         self.point_suffix = point_suffix
         if chat_template is None and tokenizer is not None:
-            chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+            chat_template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     # -- text with `<point>` markers ---------------------------------------------------------------------------------
@@ -177,8 +170,8 @@ class PointAlignProcessor(ProcessorMixin):
             kwargs: passed on to the tokenizer's chat template.
 
         Raises:
-            ValueError: content other than text and clouds, a template that changes earlier turns or loses a cloud, or
-                a row whose cut would go through a cloud or leave nothing to learn from.
+            ValueError: content other than text and clouds, a template that refuses or loses a turn or a cloud, or a
+                row whose cut would go through a cloud or leave nothing to learn from.
         """
         batched = bool(conversation) and isinstance(conversation[0], list)
         conversations: list[list[dict]] = conversation if batched else [conversation]  # type: ignore[assignment]
@@ -198,34 +191,14 @@ class PointAlignProcessor(ProcessorMixin):
         """Parts `(text, is_answer)` with `None` in the place of each cloud, and the clouds."""
         assert self.tokenizer is not None
         typed = "".join(_texts(messages))
-        marker, seam = _unused(POINT_MARKER, typed), _unused(SEAM, typed)
-        controls = [token for token in self._control_tokens(template) if token in typed]
+        marker, seam = unused(POINT_MARKER, typed), unused(SEAM, typed)
+        controls = [token for token in control_tokens(self.tokenizer, template) if token in typed]
         plain, clouds = [], []
         for message in messages:
             text, clouds_of_message = self._flat_content(message["content"], marker, controls, seam)
             plain.append(message | {"content": text})
             clouds += clouds_of_message
-
-        def render(turns: int, prompt: bool) -> str:
-            return self.tokenizer.apply_chat_template(
-                plain[:turns], chat_template=template, tokenize=False, add_generation_prompt=prompt, **kwargs
-            )
-
-        complete = render(len(plain), add_generation_prompt)
-        parts: list[tuple[str, bool]] = []
-        done = 0
-        for turn, message in enumerate(plain):
-            if message["role"] != "assistant":
-                continue
-            before, after = render(turn, True), render(turn + 1, False)
-            answer = after[len(before) :].rstrip()
-            if not complete.startswith(before + answer):
-                raise ValueError(
-                    "the chat template rewrites earlier turns, which hides where an answer begins: use another template"
-                )
-            parts += [(complete[done : len(before)], False), (answer, True)]
-            done = len(before) + len(answer)
-        parts.append((complete[done:], False))
+        parts = find_answers(self.tokenizer, template, plain, add_generation_prompt, kwargs)
         pieces: list[tuple[str | None, bool]] = []
         for text, is_answer in parts:
             for piece in _split_at(text, marker):
@@ -234,22 +207,6 @@ class PointAlignProcessor(ProcessorMixin):
         if places != len(clouds):
             raise ValueError(f"the chat template dropped or repeated a point cloud: {places} places of {len(clouds)}")
         return pieces, clouds
-
-    def _control_tokens(self, template: str) -> list[str]:
-        """Tokens that are plain text where a user types them: special tokens, and added ones that the template writes.
-
-        `all_special_tokens` lacks some: Llama 3's `<|start_header_id|>` is in the list of added tokens only.
-        """
-        assert self.tokenizer is not None
-        turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
-        written = template  # and what the template puts together from pieces
-        written += self.tokenizer.apply_chat_template(
-            turns, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-        added = self.tokenizer.added_tokens_decoder.values()
-        tokens = {token.content for token in added if token.special or token.content in written}
-        tokens |= set(self.tokenizer.all_special_tokens)
-        return [token for token in tokens if len(token.strip()) > 1]  # added tokens of spaces are ordinary text
 
     def _flat_content(self, content: str | list[dict], marker: str, controls: list[str], seam: str) -> tuple[str, list]:
         """A message's content as text, the marker in each cloud's place, typed control tokens cut; and the clouds."""
@@ -314,18 +271,23 @@ class PointAlignProcessor(ProcessorMixin):
             batch.update(self.feature_extractor(clouds, return_tensors=return_tensors))
         return batch
 
+    def cut_problem(self, row: dict[str, list], max_length: int, labels: bool = True) -> str:
+        """Why a row of `_encode` cannot be cut at `max_length` tokens; "" if it can, or is short enough.
+
+        Args:
+            labels: an answer must be left to learn from.
+        """
+        long = f"has {len(row['input_ids'])} tokens; cutting it at max_length={max_length}"
+        if any(row["point_mask"][max_length:]):
+            return f"{long} would cut through a point cloud: allow more tokens or shorten the text before the cloud"
+        if labels and all(label == IGNORED for label in row["labels"][:max_length]):
+            return f"{long} leaves no answer to learn from: allow more tokens or shorten the question"
+        return ""
+
     def _truncate(self, row: dict[str, list], max_length: int, number: int, labels: bool) -> None:
         """Cut a row at `max_length` tokens, in place. Raises: ValueError, see `apply_chat_template`."""
-        if any(row["point_mask"][max_length:]):
-            raise ValueError(
-                f"row {number} has {len(row['input_ids'])} tokens; cutting it at max_length={max_length} would cut "
-                f"through a point cloud: allow more tokens or shorten the text before the cloud"
-            )
-        if labels and all(label == IGNORED for label in row["labels"][:max_length]):
-            raise ValueError(
-                f"row {number} has {len(row['input_ids'])} tokens; cutting it at max_length={max_length} leaves no "
-                f"answer to learn from: allow more tokens or shorten the question"
-            )
+        if problem := self.cut_problem(row, max_length, labels):
+            raise ValueError(f"row {number} {problem}")
         for name in row:
             row[name] = row[name][:max_length]
 
@@ -340,22 +302,26 @@ class PointAlignProcessor(ProcessorMixin):
 
         Returns: B texts without special tokens and without what follows an end mark.
         """
-        texts = self.tokenizer.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)
-        if self.ends_in_mark:
-            texts = [text.partition(END_MARK)[0] for text in texts]
-        return [text.strip() for text in texts]
+        end = answer_end(self.tokenizer, self.chat_template)
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.get_vocab().get(end)}
+        rows = [list(takewhile(lambda id: id not in ends, row)) for row in generated[:, prompt_length:].tolist()]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [(text.partition(end)[0] if end else text).strip() for text in texts]
 
-    @property
-    def ends_in_mark(self) -> bool:
-        """Whether answers end in `END_MARK`, as in the published layout."""
-        return self.chat_template == PLAIN_CHAT_TEMPLATE
+    def end_token_ids(self, known: int | list[int] | None = None) -> list[int]:
+        """Ids that end an answer, for `generation_config.eos_token_id`: EOS, and the mark of the chat template.
 
-    def end_token_ids(self) -> list[int]:
-        """Ids that end an answer, for `generation_config.eos_token_id`: EOS, and tokens that contain the end mark."""
-        ends = [self.tokenizer.eos_token_id]
-        if self.ends_in_mark:
-            ends += sorted(id for token, id in self.tokenizer.get_vocab().items() if END_MARK in token)
-        return [token_id for token_id in ends if token_id is not None]
+        A mark that is no token of its own, `###` of the published layout, ends in every token that contains it.
+
+        Args:
+            known: ids that the language model names already.
+        """
+        ends = [self.tokenizer.eos_token_id, *([known] if isinstance(known, int) else known or [])]
+        if end := answer_end(self.tokenizer, self.chat_template):
+            vocabulary = self.tokenizer.get_vocab()
+            ends += [vocabulary[end]] if end in vocabulary else []
+            ends += sorted(id for token, id in vocabulary.items() if end in token)
+        return list(dict.fromkeys(token_id for token_id in ends if token_id is not None))
 
     @property
     def model_input_names(self) -> list[str]:
@@ -369,13 +335,6 @@ def _texts(messages: list[dict]) -> list[str]:
         content = message["content"]
         texts += [content] if isinstance(content, str) else [item["text"] for item in content if item["type"] == "text"]
     return texts
-
-
-def _unused(marker: str, text: str) -> str:
-    """`marker`, bracketed until it does not occur in `text`."""
-    while marker in text:
-        marker = f"<{marker}>"
-    return marker
 
 
 def _cut_inside(text: str, tokens: list[str], seam: str) -> str:

@@ -1,0 +1,124 @@
+"""Signals save at the next step; a dead data worker is a clear error; nothing that was trained is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_trainer import ROOT, make_trainer
+from transformers import TrainerCallback
+
+from pointalign.interruptions import SIGNALS, StopOnSignal
+from pointalign.run_checkpoints import checkpoints, verify
+
+
+class SendAt(TrainerCallback):
+    """Sends signals to this process at the beginning of a step."""
+
+    def __init__(self, step: int, *numbers: int):
+        self.step, self.numbers = step, numbers
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM)])
+def test_the_signals_of_a_scheduler_save_at_the_next_step(numbers, tmp_path, processor, clouds):
+    died = []
+    previous = {number: signal.signal(number, lambda *_: died.append(1)) for number in set(numbers)}
+    trainer = make_trainer(tmp_path, processor, clouds, max_steps=9, save_strategy="steps", save_steps=100)
+    trainer.add_callback(SendAt(2, *numbers))
+    try:
+        trainer.train()
+        assert trainer.state.global_step == 3 and trainer.stop.number in numbers and not died
+        assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
+        verify(tmp_path / "checkpoint-3")
+        os.kill(os.getpid(), numbers[0])
+        assert died == [1], "after training the handlers are those of before"
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def test_signals_are_those_that_schedulers_send():
+    assert {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} == set(SIGNALS)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():
+    stop = StopOnSignal()
+    stop._receive(signal.SIGTERM, None)
+    stop._receive(signal.SIGTERM, None)
+    stop._receive(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop._receive(signal.SIGINT, None)
+
+
+class KillWorkerAt(TrainerCallback):
+    """Kills a data worker after a step, as the system does when memory is short."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            children = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _parent(pid) == os.getpid()]
+            for pid in children:
+                with open(f"/proc/{pid}/cmdline", "rb") as file:
+                    assert b"python" in file.read()
+                os.kill(pid, signal.SIGKILL)
+
+
+def _parent(pid: str) -> int:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the workers in /proc")
+def test_a_killed_data_worker_is_a_clear_error_and_the_run_is_saved(tmp_path, processor, clouds):
+    options = {"save_strategy": "steps", "save_steps": 100, "dataloader_num_workers": 1, "max_steps": 40}
+    trainer = make_trainer(tmp_path, processor, clouds, **options)
+    trainer.add_callback(KillWorkerAt(2))
+    with pytest.raises(ChildProcessError, match=r"a data worker died after step \d+.*num_workers.*checkpoint-\d+"):
+        trainer.train()
+    (checkpoint,) = checkpoints(tmp_path)
+    verify(checkpoint)
+    assert checkpoint.name == f"checkpoint-{trainer.state.global_step}"
+
+
+HANGING = """
+import os, sys, time, torch
+sys.path.insert(0, {tests!r})
+import conftest, test_trainer
+torch.set_num_threads(1)
+processor = conftest.processor.__wrapped__(conftest.tokenizer.__wrapped__())
+trainer = test_trainer.make_trainer(
+    {folder!r}, processor, conftest.clouds.__wrapped__(), max_steps=50, ddp_timeout={timeout}
+)
+
+class Hang(test_trainer.TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1" and state.global_step == 2:
+            time.sleep(10_000)
+
+trainer.add_callback(Hang())
+trainer.train()
+"""
+
+
+def test_a_process_that_hangs_ends_the_job_and_is_named(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(HANGING.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "run"), timeout=20))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert (
+        "no progress for 20 s (training.ddp_timeout): process 1 hangs before the computation of step 3" in done.stderr
+    )
