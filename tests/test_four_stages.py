@@ -49,10 +49,12 @@ def files(tmp_path_factory, tokenizer):
     made.save_container(folder / "point_model.pth", made.encoder(), "base_model")
     image_language = {name: one for name, one in made.stage().items() if name.startswith("llama_")}
     made.save_container(folder / "tinygptv.pth", image_language | {"visual_encoder.cls_token": torch.zeros(1, 1, 4)})
-    arguments = ["--llm", "phi", "--qformer", "blip2.pth", "--point-encoder", "point_model.pth"]
-    arguments += ["--checkpoint", "tinygptv.pth", "--output", "converted"]
-    paths = [one if one.startswith("--") else str(folder / one) for one in arguments]
-    assert convert.main([*paths, "--head-size", "4", "--num-groups", "8", "--group-size", "4"]) == 0
+    made.save_container(folder / "stage3.pth", made.stage())
+    for checkpoint, output in (("tinygptv.pth", "converted"), ("stage3.pth", "converted-stage3")):
+        arguments = ["--llm", "phi", "--qformer", "blip2.pth", "--point-encoder", "point_model.pth"]
+        arguments += ["--checkpoint", checkpoint, "--output", output]
+        paths = [one if one.startswith("--") else str(folder / one) for one in arguments]
+        assert convert.main([*paths, "--head-size", "4", "--num-groups", "8", "--group-size", "4"]) == 0
     return folder
 
 
@@ -146,7 +148,7 @@ def test_the_alignment_stage_in_four_bits(recipe, files, tmp_path, clouds):
         flags += ["--data.mixture", MIXTURE]
     else:  # the converted folder brings point branch and adapters along
         flags += ["--model.checkpoint=null", "--training.memory_limit_gb=null", "--training.dataloader_num_workers=0"]
-    options = parse([recipe, "--model.llm", str(files / "converted"), "--model.dtype=float32", *flags])
+    options = parse([recipe, "--model.llm", str(files / "converted-stage3"), "--model.dtype=float32", *flags])
     model, processor = build.build_model(options.model, options.data)
     for layer in model.get_decoder().layers:
         for linear in (layer.self_attn.query_key_value, layer.self_attn.dense):
@@ -156,7 +158,7 @@ def test_the_alignment_stage_in_four_bits(recipe, files, tmp_path, clouds):
     assert not quantization.is_4bit(model.get_output_embeddings())
     before = {name: one.detach().clone() for name, one in model.state_dict().items() if ".lora_" in name}
 
-    state = run(recipe, files / "converted", tmp_path / "run", *flags)
+    state = run(recipe, files / "converted-stage3", tmp_path / "run", *flags)
     assert all(not torch.equal(state[name], one.bfloat16()) for name, one in before.items() if ".language_" in name)
     log = json.loads((tmp_path / "run" / "stage.json").read_text())["last_log"]
     assert 0 < log["alignment_loss"] < 2 and log["ntp_loss"] > 0
