@@ -145,7 +145,8 @@ def _write_processor(folder: Path, llm: Path, config: PointAlignConfig) -> None:
     generation = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.eos_token_id
     )
-    if (llm / "generation_config.json").is_file() and not isinstance(text, PointAlignPhiConfig):
+    phi = isinstance(text, PointAlignPhiConfig)
+    if (llm / "generation_config.json").is_file() and not phi:
         stored = GenerationConfig.from_pretrained(llm)  # it may name more end marks than config.json
         generation.eos_token_id = stored.eos_token_id or generation.eos_token_id
         generation.pad_token_id = stored.pad_token_id or generation.pad_token_id
@@ -158,7 +159,7 @@ def _write_processor(folder: Path, llm: Path, config: PointAlignConfig) -> None:
             extractor, tokenizer, num_query_tokens=config.num_query_tokens, point_token_id=config.point_token_id
         )
         processor.save_pretrained(folder)
-        generation.eos_token_id = processor.end_token_ids(generation.eos_token_id)
+        generation.eos_token_id = processor.end_token_ids(None if phi else generation.eos_token_id)
     generation.save_pretrained(folder)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+from tqdm import tqdm
 
 from pointalign.data.conversations import Conversation, to_messages
 from pointalign.data.dataset import ConversationDataset
@@ -79,7 +80,8 @@ def check_lengths(dataset: ConversationDataset, processor, max_length: int, skip
     around = len(_tokens(processor, empty)["input_ids"])  # a system turn, among others
     bad: dict[int, str] = {}
     cut = 0
-    for place, (size, ids) in enumerate(zip(conversations.entry_bytes, conversations.object_ids, strict=True)):
+    entries = list(zip(conversations.entry_bytes, conversations.object_ids, strict=True))
+    for place, (size, ids) in enumerate(tqdm(entries, "Checking the lengths", disable=None)):
         if size + around + processor.num_query_tokens * len(ids) <= max_length:
             continue
         try:

@@ -59,6 +59,11 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[st
 
     `all_special_tokens` lacks some: Llama 3's `<|start_header_id|>` is in the list of added tokens only.
     """
+    return _control_tokens(tokenizer, template, len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: str, _size: int) -> list[str]:
     written = template + render(tokenizer, template, _turns("u", "a"), True)  # and what it puts together from pieces
     added = tokenizer.added_tokens_decoder.values()
     tokens = {token.content for token in added if token.special or token.content in written}
