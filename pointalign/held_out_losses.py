@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from pointalign.options import Options
     from pointalign.trainer import AlignedModel, PointAlignTrainer
 
-PER_KIND = 8  # samples of a batch
+PER_KIND = 6  # samples of a batch
+EMBEDDED_KINDS = {
+    "name": ["name"],
+    "yes or no": ["yes-no name", "yes-no colour", "yes-no side"],
+    "colour": ["colour"],
+    "side": ["side"],
+    "two clouds": ["two clouds"],
+}
 PREFIX = "held_out"  # of the names in the log
 
 
@@ -92,7 +99,11 @@ def validation_paths(options: Options) -> tuple[Path, Any] | None:
 
 
 def kinds(options: Options) -> dict[str, list[str] | None]:
-    """Label -> conversation types that share a held-out batch: the parts of the mixture, or all that is trained on."""
+    """Label -> conversation types that share a held-out batch: kinds of question of the embedded objects, of other data
+    the parts of the mixture, or all that is trained on.
+    """
+    if options.data.annotations is None and options.data.validation is None:
+        return dict(EMBEDDED_KINDS)
     parts = [part.types for part in options.data.mixture] or [options.data.types]
     return {(types[0] if types else "all"): types for types in parts}
 

@@ -33,6 +33,11 @@ LEGS = "How many legs does it have?"
 BUCKETS = {"wider": 0.0, "about equal": 1 / MARGIN, "taller": MARGIN, "twice as tall": 2.0}  # least height / width
 PAIR_MARGIN = 1.5  # ratio of the two aspects below which no pair is asked about
 PAIRS = 2  # objects that each object is compared with
+QUIZ_ROUNDS = 2  # times that a quiz opens with each of the questions for the noun
+QUIZ_KINDS = (  # after the opening, one question of each group
+    ("colour", "place", "yes-no colour"), ("side", "aspect"), ("yes-no side",),
+    ("yes-no shape", "yes-no symmetry", "legs", "length"),
+)  # fmt: skip
 NUMBERS = "None One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve".split()
 
 
@@ -348,7 +353,30 @@ def entries_of(record: dict, yes_no: Sequence[Asked] = ()) -> list[dict]:
     turns = [(NAME, named(record))]
     for kinds in (("colour",), ("side", "aspect")):
         turns += [(item.question, item.answer) for item in choices if item.kind in kinds][:1]
-    return [*entries, _entry(ids, "multi_round", "dialogue", *turns)]
+    dialogues = [_entry(ids, "multi_round", "dialogue", *turns)]
+    return [
+        *entries,
+        *dialogues,
+        *(_entry(ids, "multi_round", "quiz", *quiz) for quiz in quizzes(record, [*choices, *yes_no])),
+    ]
+
+
+def quizzes(record: dict, asked: Sequence[Asked]) -> list[list[tuple[str, str]]]:
+    """Dialogues of several of the object's questions: most of a sample's tokens are the cloud's, and are shared so.
+
+    The name comes first where it is asked for, and no other question of that dialogue gives it away. Of two dialogues
+    that open with a yes/no question about a noun, one is answered with Yes and one with No.
+    """
+    nouns = sorted((item for item in asked if item.kind == "yes-no name"), key=lambda item: item.answer)
+    openings = [(NAME, named(record)), *((item.question, item.answer) for item in nouns)] * QUIZ_ROUNDS
+    dialogues = []
+    for number, opening in enumerate(openings):
+        order = sorted(asked, key=lambda item: _draw(record, f"quiz {number}/{item.question}"))
+        followers = [next((item for item in order if item.kind in kinds), None) for kinds in QUIZ_KINDS]
+        turns = [(item.question, item.answer) for item in followers if item is not None]
+        turns.sort(key=lambda turn: _draw(record, f"quiz {number}/order {turn[0]}"))
+        dialogues.append([opening, *turns])
+    return dialogues
 
 
 def conversations(records: Sequence[dict]) -> list[dict]:
