@@ -20,7 +20,7 @@ from pointalign.models import (
 )
 from pointalign.models.configuration import PointBertConfig
 from pointalign.models.modeling import LOADING_PROBLEMS
-from pointalign.options import DataOptions, ModelOptions
+from pointalign.options import READING_OPTIONS, DataOptions, ModelOptions
 
 MODEL_TYPE = PointAlignConfig.model_type
 # Modules of a converted model outside the decoder blocks: they stay in their dtype.
@@ -83,7 +83,10 @@ def build_model(
     point = model.config.point_config
     num_points = data.num_points or getattr(point, "num_points", PointBertConfig.num_points)
     extractor = PointAlignFeatureExtractor(
-        num_points=num_points, min_points=max(point.num_groups, point.group_size), up_axis=data.up_axis
+        num_points=num_points,
+        min_points=max(point.num_groups, point.group_size),
+        up_axis=data.up_axis,
+        reading={name: getattr(data, name) for name in READING_OPTIONS},
     )
     processor = PointAlignProcessor(
         extractor, tokenizer, num_query_tokens=model.config.num_query_tokens, point_token_id=model.config.point_token_id

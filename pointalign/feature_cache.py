@@ -50,7 +50,8 @@ class StaleCacheError(ValueError):
 
 def fingerprint(model: PointAlignForConditionalGeneration, extractor: PointAlignFeatureExtractor) -> str:
     """SHA-256 of the frozen point branch's weights and of the preprocessing."""
-    preprocessing = {name: getattr(extractor, name) for name in ("num_points", "min_points", "up_axis", "num_channels")}
+    names = ("num_points", "min_points", "up_axis", "num_channels", "reading")
+    preprocessing = {name: getattr(extractor, name) for name in names}
     point = model.config.point_config
     sizes = {"num_groups": point.num_groups, "group_size": point.group_size, "format": FORMAT}
     if model.model.query_experts is not None:  # the routing is not part of the weights
@@ -306,7 +307,7 @@ def encoder_of(
 
     def view_of(name: str) -> np.ndarray:
         object_id, _, number = name.rpartition("#")
-        cloud = load_point_cloud(find_cloud(clouds, object_id), extractor.up_axis)
+        cloud = load_point_cloud(find_cloud(clouds, object_id), extractor.up_axis, **extractor.reading)
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
         # no more points than the model reads: the rest would be augmented in vain
         cloud = cloud[rng.permutation(len(cloud))[: extractor.num_points]]

@@ -13,6 +13,7 @@ CACHED_PARTS = ("point_encoder", "point_mlp", "qformer", "qformer_lora", "query_
 PARTS = (*CACHED_PARTS, "modality_projector", "lora", "llm_norms")  # a feature cache stands for the first
 RECIPES = Path(__file__).parent / "recipes"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+READING_OPTIONS = ("missing_color", "max_nonfinite", "parts")  # of `data`: how files are read
 MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_DEPTH = 20
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pointalign import storage
 from pointalign.models import PointAlignForConditionalGeneration
-from pointalign.options import CHECKPOINTS, DataOptions, ModelOptions
+from pointalign.options import CHECKPOINTS, READING_OPTIONS, DataOptions, ModelOptions
 
 STAGE_FILE = "stage.safetensors"
 EXPERTS = "model.query_experts.queries"
@@ -225,7 +225,9 @@ def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
         )
     names = ("llm", "preset", "dtype", "lora_rank", "lora_alpha", "lora_targets", "qformer_lora_rank", "quantization")
     model = {name: described["model"][name] for name in names if name in described["model"]}
-    data = {name: value for name, value in described["data"].items() if name in ("num_points", "up_axis")}
+    data = {
+        name: value for name, value in described["data"].items() if name in ("num_points", "up_axis", *READING_OPTIONS)
+    }
     for section, values, defaults in (("model", model, ModelOptions()), ("data", data, DataOptions(num_points=0))):
         for name, value in values.items():
             if name != "lora_targets" and value is not None and type(value) is not type(getattr(defaults, name)):
