@@ -42,7 +42,7 @@ def test_a_recipe_by_name_by_path_and_under_options(tmp_path):
         (["--alignment.weight=-1"], "alignment.weight=-1"),
         (["--alignment.target", "clip"], "alignment.target='clip'"),
         (["--model.train", "[lora, head]"], "unknown part 'head'"),
-        (["--model.dtype", "float16"], "model.dtype='float16'"),
+        (["--model.dtype", "int8"], "model.dtype='int8'"),
         (["--data.evaluate", "all"], "data.evaluate='all'"),
         (["--data.annotations", "a.json"], "data.annotations and data.clouds belong together"),
         (
