@@ -26,7 +26,8 @@ from pointalign.evaluation.statistics import cluster_mean
 from pointalign.evaluation.tasks import embedded_objects
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
-PER_KIND = 24  # questions of a kind, at the end of a training
+PER_KIND = 16  # questions of a kind, at the end of a training
+CALIBRATED, UNKNOWN = 64, 48  # validation objects and objects of unknown nouns that are asked about
 CHANCE = {"longest side": 1 / 3, "aspect bucket": 1 / 4, "colour": 1 / len(PALETTE)}  # else 1 / 2
 
 
@@ -47,7 +48,7 @@ class HeldOutReport:
         known = np.isin(self.held_out.labels, self.training.labels)
         # only these can be named right, so accuracies are of these
         self.known = self.held_out.subset(np.flatnonzero(known))
-        self.unknown = self.held_out.subset(np.flatnonzero(~known))
+        self.unknown = self.held_out.subset(np.flatnonzero(~known)).first(UNKNOWN)
         self.results: dict[str, np.ndarray] = {}
 
     def before(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor) -> None:
@@ -61,7 +62,7 @@ class HeldOutReport:
         """
         if self.fold is not None:
             return
-        objects = embedded_objects(assets.embedded_objects(), "validation")
+        objects = embedded_objects(assets.embedded_objects(), "validation").first(CALIBRATED)
         answers = ask_certain(
             model,
             processor,

@@ -83,7 +83,7 @@ def ask(
     processor: PointAlignProcessor,
     clouds: Sequence[Sequence[np.ndarray]],
     questions: Sequence[str],
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 12,
     batch_size: int = 16,
     description: str = "answers",
 ) -> list[str]:
@@ -102,7 +102,7 @@ def ask_certain(
     processor: PointAlignProcessor,
     clouds: Sequence[Sequence[np.ndarray]],
     questions: Sequence[str],
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 12,
     batch_size: int = 16,
     description: str = "answers",
 ) -> list[Answer]:
