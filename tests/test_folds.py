@@ -110,6 +110,7 @@ arms:
     return tmp_path
 
 
+@pytest.mark.usefixtures("random_point_branch")
 def test_what_runs_wrote_of_their_objects_counts_as_one_set(objects, recipes, tmp_path):
     folders = [tmp_path / "out" / f"fold-{fold}" for fold in range(2)]
     for fold, folder in enumerate(folders):

@@ -87,6 +87,7 @@ def test_every_stage_starts_from_the_one_before(files, tmp_path, clouds):
     assert (scores[0] - scores[1]).abs().mean() < 0.02 * scores[1].std()  # a stage file rounds to bfloat16
 
 
+@pytest.mark.usefixtures("random_point_branch")
 def test_a_converted_folder_and_a_run_are_evaluated(files, tmp_path):
     run("align", files / "converted", tmp_path / "run", "--alignment.layer=[2]", "--data.mixture", MIXTURE)
     for model in (files / "converted", tmp_path / "run" / "stage.safetensors"):
@@ -98,6 +99,7 @@ def test_a_converted_folder_and_a_run_are_evaluated(files, tmp_path):
         assert len(json.loads((output / "classification-prompt0.json").read_text())["results"]) == 2
 
 
+@pytest.mark.usefixtures("random_point_branch")
 @pytest.mark.parametrize("routing", ["sparse", "soft", "constant"])
 def test_query_experts_train_under_every_routing(routing, files, tmp_path):
     flags = ["--data.mixture", MIXTURE, "--model.query_routing", routing, "--training.weight_decay=0"]

@@ -16,6 +16,7 @@ from pointalign.held_out_losses import HeldOutLosses
 from pointalign.models import configuration
 from pointalign.options import MixturePart, Options, TrainingOptions, parse
 
+pytestmark = pytest.mark.usefixtures("random_point_branch")
 PARTS = {"simple_description": "[simple_description]", "single_round": "[single_round, multi_round]"}
 
 
@@ -146,6 +147,8 @@ def test_what_is_held_out(tmp_path, monkeypatch):
 
 def test_a_batch_for_every_part_of_the_mixture():
     options = Options(training=TrainingOptions(use_cpu=True))
+    assert held_out_losses.kinds(options) == held_out_losses.EMBEDDED_KINDS
+    options.data.annotations, options.data.validation = "a.json", "b.json"
     assert held_out_losses.kinds(options) == {"all": None}
     options.data.types = ["name"]
     assert held_out_losses.kinds(options) == {"name": ["name"]}
