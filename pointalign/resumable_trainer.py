@@ -79,8 +79,10 @@ class ResumableTrainer(Trainer):
             return [], None
         try:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # PyTorch notices a dead worker by its signal, or at the closed pipe of a tensor that was on its way
+            at_pipe = not isinstance(error, RuntimeError) and self.args.dataloader_num_workers > 0
+            if not at_pipe and "DataLoader worker" not in str(error):
                 raise
             raise self._lost_worker(error) from error
 
@@ -89,7 +91,7 @@ class ResumableTrainer(Trainer):
             self._watch.note(self.state.global_step, computing=True)
         return super().training_step(*args, **kwargs)
 
-    def _lost_worker(self, error: RuntimeError) -> ChildProcessError:
+    def _lost_worker(self, error: Exception) -> ChildProcessError:
         """A data worker died between two steps: save, where this process alone can."""
         if self.args.world_size == 1 and 0 < self.state.global_step and self.args.should_save:
             self._save_checkpoint(self.model)

@@ -12,7 +12,7 @@ from PIL import Image
 from pointalign import assets
 from pointalign.evaluation import held_out, naming
 from pointalign.evaluation.choices import Question
-from pointalign.evaluation.held_out import HeldOutReport, limited
+from pointalign.evaluation.held_out import PER_KIND, HeldOutReport, limited
 from pointalign.evaluation.samples import (
     KINDS,
     NAMES,
@@ -122,7 +122,7 @@ def test_a_kind_is_cut_to_the_same_number_of_yes_and_no():
     )
     counts = {(kind, label): sum((q.kind, q.label) == (kind, label) for q in cut) for kind, label in
               (("noun", "yes"), ("noun", "no"), ("side", "width"))}  # fmt: skip
-    assert counts == {("noun", "yes"): 12, ("noun", "no"): 12, ("side", "width"): 24}
+    assert counts == {("noun", "yes"): PER_KIND // 2, ("noun", "no"): PER_KIND // 2, ("side", "width"): PER_KIND}
     few = asked("noun", "yes", yes_no, 3)
     assert limited(few) == few
 

@@ -97,6 +97,9 @@ except ChildProcessError as error:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the workers in /proc")
+@pytest.mark.skipif(
+    "POINTALIGN_LONG_TESTS" not in os.environ, reason="a signal that may arrive anywhere: run it by `make test-long`"
+)
 def test_a_killed_data_worker_is_a_clear_error_and_the_run_is_saved(tmp_path):
     """In a process of its own: PyTorch raises from a signal handler, which may run anywhere in a process of tests."""
     script = tmp_path / "killed.py"
