@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial import KDTree
 
+from pointalign.embedded.annotations import conversations
 from pointalign.embedded.catalogue import (
     POINTS,
     SPLIT_FILE,
@@ -38,7 +39,6 @@ from pointalign.embedded.catalogue import (
     sample_object,
 )
 from pointalign.embedded.facts import PALETTE, read_name
-from pointalign.embedded.questions import conversations
 
 SHARES = (0.64, 0.11, 0.25)  # a quarter for the test: with fewer families the intervals would be too wide
 SAMPLES = {

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from made_records import box, committed_names, record
 from experiments import families
 from pointalign import assets
 from pointalign.embedded import catalogue, facts
+from pointalign.embedded.annotations import conversations
 from pointalign.embedded.procedural_questions import procedural_record
-from pointalign.embedded.questions import conversations
 from pointalign.evaluation import naming, tasks
 
 TILT = "1 0 0 0 0 1 0 -1 0"  # z up -> y up
@@ -344,11 +345,14 @@ def check_geometry(entry, points):
         "wider_than_deep": width > depth,
         "deeper_than_wide": depth > width,
     }
-    if entry["fact"] in compared:
-        assert answer.startswith("Yes, " if compared[entry["fact"]] else "No, ")
-    elif entry["fact"] in ("longest_side", "shortest_side"):
-        pick = max if entry["fact"] == "longest_side" else min
-        assert answer == f"The {pick([(width, 'width'), (height, 'height'), (depth, 'depth')])[1]}."
+    if entry["kind"] == "yes-no side":
+        assert answer.endswith(", so yes." if compared[entry["fact"]] else ", so no.")
+    elif entry["fact"] in compared:
+        adjectives = entry["fact"].split("_than_")
+        stated = re.fullmatch(r"It is (\w+) than it is (\w+)\.", answer)
+        assert (stated[1] == adjectives[0]) is compared[entry["fact"]] and stated[1] != stated[2]
+    elif entry["fact"] == "longest_side":
+        assert answer == f"The {max([(width, 'width'), (height, 'height'), (depth, 'depth')])[1]}."
     else:
         return 0
     return 1

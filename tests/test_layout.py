@@ -30,6 +30,7 @@ LAYERS = [
     ["pointalign.embedded.facts"],
     ["pointalign.embedded.debatable", "pointalign.embedded.descriptions"],
     ["pointalign.embedded.questions"],
+    ["pointalign.embedded.annotations"],
     [f"pointalign.data.{name}" for name in READERS],
     ["pointalign.embedded.procedural_parts"],
     ["pointalign.embedded.procedural_groups"],

@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from pointalign import assets
 from pointalign.data.conversations import load_conversations
-from pointalign.embedded import catalogue, descriptions, facts, questions
+from pointalign.embedded import annotations, catalogue, descriptions, facts, questions
 from pointalign.embedded.debatable import could_be
 from pointalign.embedded.procedural import MAKERS, procedural_object
 from pointalign.embedded.procedural_questions import procedural_record
@@ -55,7 +55,7 @@ def records(request):
 
 @pytest.fixture(scope="module")
 def entries(records):
-    return questions.conversations(records)
+    return annotations.conversations(records)
 
 
 def turns(entry: dict) -> list[tuple[str, str]]:
@@ -64,13 +64,17 @@ def turns(entry: dict) -> list[tuple[str, str]]:
     return list(zip(values[::2], values[1::2], strict=True))
 
 
+def conclusion(answer: str) -> str:
+    return answer.rpartition(", so ")[2].rstrip(".")
+
+
 def counts(entries: list[dict], kind: str) -> dict[str, Counter]:
-    """Question -> how often its answers have each first word."""
+    """Question -> how often its answers conclude in each way: "yes", "no", "the first", "the second"."""
     found: dict[str, Counter] = defaultdict(Counter)
     for entry in entries:
         if entry["kind"].startswith(kind):
             [(question, answer)] = turns(entry)
-            found[question][answer.split(",")[0]] += 1
+            found[question][conclusion(answer)] += 1
     return found
 
 
@@ -79,9 +83,9 @@ def counts(entries: list[dict], kind: str) -> dict[str, Counter]:
 
 def test_every_yes_no_text_has_as_many_yes_as_no(entries):
     found = counts(entries, "yes-no") | counts(entries, "same kind")
-    unequal = {text: count for text, count in found.items() if count["Yes"] != count["No"]}
+    unequal = {text: count for text, count in found.items() if count["yes"] != count["no"]}
     assert not unequal
-    assert all(count["Yes"] + count["No"] == count.total() for count in found.values()), "nothing but Yes and No"
+    assert all(count["yes"] + count["no"] == count.total() for count in found.values()), "nothing but yes and no"
     texts = {text for item in questions.PROPERTIES.values() for text in item.texts}
     assert texts | {questions.SAME_KIND} <= found.keys()
 
@@ -89,34 +93,34 @@ def test_every_yes_no_text_has_as_many_yes_as_no(entries):
 def test_every_noun_is_asked_about_and_every_object_twice(records, entries):
     found = counts(entries, "yes-no name")
     nouns = Counter(item["head_noun"] for item in records)
-    assert {text: count["Yes"] for text, count in found.items()} == {
+    assert {text: count["yes"] for text, count in found.items()} == {
         questions.noun_question(noun): count for noun, count in nouns.items()
     }
     asked = defaultdict(list)
     for entry in entries:
         if entry["kind"] == "yes-no name":
-            asked[entry["object_id"]].append(turns(entry)[0][1].split(",")[0])
+            asked[entry["object_id"]].append(conclusion(turns(entry)[0][1]))
     assert asked == {item["object_id"]: asked[item["object_id"]] for item in records}
-    assert all(sorted(words) == ["No", "Yes"] for words in asked.values())
+    assert all(sorted(words) == ["no", "yes"] for words in asked.values())
 
 
 def test_every_main_colour_is_asked_about(records, entries):
     mains = Counter(colour for item in records if (colour := facts.main_colour(item)))
-    found = {text: count["Yes"] for text, count in counts(entries, "yes-no colour").items()}
+    found = {text: count["yes"] for text, count in counts(entries, "yes-no colour").items()}
     assert found == {f"Is it mostly {colour}?": count for colour, count in mains.items()}
 
 
 def test_first_and_second_are_equally_often_taller(entries):
     [(_, count)] = counts(entries, "two clouds").items()
-    assert count["The first."] == count["The second."] > 1000
+    assert count["the first"] == count["the second"] > 1000
 
 
 def test_paraphrases_ask_about_different_objects_of_the_more_frequent_answer():
     items = [record_with_mirror(i, i < 2) for i in range(10)]
     asked = [q for q in questions.property_questions(items) if q.fact == "mirror_left_right"]
     assert len(asked) == 3 * 2 * 2 and len({q.question for q in asked}) == 3
-    assert len({q.object_ids for q in asked if q.answer.startswith("No")}) == 6, "three texts, two objects each"
-    assert len({q.object_ids for q in asked if q.answer.startswith("Yes")}) == 2
+    assert len({q.object_ids for q in asked if not q.affirmed}) == 6, "three texts, two objects each"
+    assert len({q.object_ids for q in asked if q.affirmed}) == 2
 
 
 def record_with_mirror(number: int, mirror: bool) -> dict:
@@ -125,15 +129,15 @@ def record_with_mirror(number: int, mirror: bool) -> dict:
 
 
 def test_a_single_object_is_not_asked_what_gives_its_answer_away():
-    kinds = {entry["kind"] for entry in questions.conversations([record(box(2, 5, 1))])}
+    kinds = {entry["kind"] for entry in annotations.conversations([record(box(2, 5, 1))])}
     assert "side" in kinds and not [kind for kind in kinds if kind.startswith(("yes-no", "same", "two"))]
 
 
 def test_a_noun_without_a_counterpart_is_left_out():
     nouns = ["chair", "chair", "sofa", "car"]
     items = [procedural_record(record(box(1, 2, 1), noun), str(i)) for i, noun in enumerate(nouns)]
-    asked = [(q.question, q.answer.split(",")[0]) for q in questions.noun_questions(items)]
-    assert Counter(asked).keys() >= {("Is this a car?", "Yes"), ("Is this a car?", "No")} and len(asked) == 4
+    asked = [(q.question, q.affirmed) for q in questions.noun_questions(items)]
+    assert Counter(asked).keys() >= {("Is this a car?", True), ("Is this a car?", False)} and len(asked) == 4
 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.5])
@@ -196,7 +200,7 @@ def test_no_debatable_noun_is_denied(records, entries):
     ]
     denied = 0
     for entry in entries:
-        if entry["kind"] != "yes-no name" or not turns(entry)[0][1].startswith("No, "):
+        if entry["kind"] != "yes-no name" or conclusion(turns(entry)[0][1]) != "no":
             continue
         item = by_id[entry["object_id"]]
         noun = re.fullmatch(r"(?:Is this|Are these) (?:an? )?(.+)\?", turns(entry)[0][0])[1]
@@ -212,20 +216,30 @@ def side(item: dict, name: str) -> float:
 
 def is_true(item: dict, question: str, answer: str) -> bool:
     """Whether an answer about an object is right, worked out from its record without the writing code."""
-    yes = answer.startswith("Yes, ")
-    word = answer.rstrip(".").lower()
+    statement, _, concluded = answer.rstrip(".").lower().rpartition(", so ")
+    yes, statement = concluded == "yes", statement or concluded
+    word = re.sub("^(it is|they are|it is mostly|the category is) ", "", statement)
     sides = {name: item[name] for name in ("width", "height", "depth")}
     small, middle, large = sorted(sides.values())
     adjectives = {"taller": "height", "wider": "width", "deeper": "depth"}
-    stated = re.fullmatch(r"(?:Yes|No), it is (\w+) than it is (\w+)\.", answer)
+    side_of = {"tall": "height", "wide": "width", "deep": "depth"}
+    stated = re.fullmatch(r"it is (\w+) than it is (\w+)", statement)
     stated_holds = stated is not None and side(item, adjectives[stated[1]]) > side(item, stated[2])
     if match := re.fullmatch(r"Is it (\w+) than it is (\w+)\?", question):
         return stated_holds and yes == (side(item, adjectives[match[1]]) > 1.1 * side(item, match[2]))
     if match := re.fullmatch(r"Is its (\w+) greater than its (\w+)\?", question):
         return stated_holds and yes == (sides[match[1]] > 1.1 * sides[match[2]])
-    if match := re.match(r"Which side is (longest|shortest)", question):
-        best = max if match[1] == "longest" else min
-        return word == f"the {best(sides, key=lambda name: sides[name])}"
+    if question in (
+        "Is it taller or wider?",
+        "Is it wider or taller?",
+        "Is it wider or deeper?",
+        "Is it deeper or wider?",
+    ):
+        return stated_holds and {adjectives[stated[1]], side_of[stated[2]]} == {
+            adjectives[choice] for choice in re.findall("taller|wider|deeper", question)
+        }
+    if question.startswith("Which side is longest"):
+        return word == f"the {max(sides, key=lambda name: sides[name])}"
     if question.startswith("How do height and width compare"):
         ratio = item["height"] / item["width"]
         buckets = ["wider", "about equal", "taller", "twice as tall"]
@@ -239,11 +253,12 @@ def is_true(item: dict, question: str, answer: str) -> bool:
     if match := re.fullmatch(r"Is it mostly (\w+)\?", question):
         first = max(item["colors"], key=item["colors"].get)
         return (
-            answer.endswith(f"mostly {first}.")
+            statement == f"it is mostly {first}"
             and yes == (match[1] == first)
             and (yes or match[1] not in item["colors"])
         )
     if "color" in question:
+        word = word.removeprefix("mostly ")
         return word == max(item["colors"], key=item["colors"].get) and item["colors"][word] >= 0.4
     if match := re.fullmatch(r"Which category fits this object: (.+), (.+) or (.+)\?", question):
         return word == item["category"] and word in match.groups()
@@ -252,7 +267,7 @@ def is_true(item: dict, question: str, answer: str) -> bool:
         number = int(re.fullmatch(r"About (\d+) cm\.", answer)[1])
         return abs(number - int(match[1]) * length / known) <= max(5, 0.15 * number)
     if match := re.fullmatch(r"(Is this|Are these) (?:an? )?(.+)\?", question):
-        return yes == (match[2] == item["head_noun"]) and names(item, answer.partition(", ")[2])
+        return yes == (match[2] == item["head_noun"]) and names(item, f"{statement}.")
     if question == "What is this?":
         return names(item, answer)
     raise AssertionError(f"an unknown question: {question}")
@@ -260,9 +275,9 @@ def is_true(item: dict, question: str, answer: str) -> bool:
 
 def names(item: dict, sentence: str) -> bool:
     """Whether a sentence names the object by its head noun alone, in the number of its name."""
-    match = re.fullmatch(r"(this is|these are|it is|they are) (?:an? )?(.+)\.", sentence.lower())
+    match = re.fullmatch(r"(this is|these are) (?:an? )?(.+)\.", sentence.lower())
     assert match is not None, sentence
-    right_number = (match[1] in ("these are", "they are")) == item["plural"]
+    right_number = (match[1] == "these are") == item["plural"]
     return facts.singular(match[2]) == facts.singular(item["head_noun"]) and right_number
 
 
@@ -277,13 +292,15 @@ def test_every_answer_is_true(records, entries):
             [(question, answer)] = turns(entry)
             if question == questions.TALLER_OF_TWO:
                 ratio = first["height"] / first["width"] / (second["height"] / second["width"])
-                assert ratio > 1.5 if answer == "The first." else ratio < 1 / 1.5 and answer == "The second."
+                assert ratio > 1.5 if conclusion(answer) == "the first" else ratio < 1 / 1.5
+                stated = re.match(r"The first is (\w+), the second is (\w+), so", answer)
+                numbers = [facts.PROPORTIONS.index(word) for word in stated.groups()]
+                assert numbers[0] > numbers[1] if conclusion(answer) == "the first" else numbers[0] < numbers[1]
             else:
                 same = first["head_noun"] == second["head_noun"]
-                assert question == questions.SAME_KIND and answer.startswith(
-                    "Yes, each is" if same else "No, the first is"
-                )
-                assert all(item["head_noun"] in answer for item in (first, second))
+                assert question == questions.SAME_KIND and conclusion(answer) == ("yes" if same else "no")
+                stated = re.match(r"The first is an? (.+) and the second is an? (.+), so", answer)
+                assert stated.groups() == (first["head_noun"], second["head_noun"])
 
 
 def test_reference_answers_of_all_objects_are_right():
@@ -292,7 +309,7 @@ def test_reference_answers_of_all_objects_are_right():
     for object_id, name in committed_names().items():
         item = measured | {"object_id": object_id, "name": name.name, "head_noun": name.head}
         item |= {"noun_phrase": name.phrase, "plural": name.plural}
-        described = [e for e in questions.conversations([item]) if "description" in e["conversation_type"]]
+        described = [e for e in annotations.conversations([item]) if "description" in e["conversation_type"]]
         answers = [turns(entry)[0][1] for entry in described]
         assert [entry["kind"] for entry in described] == ["name", "brief", "detail"]
         if not name.plural:
@@ -320,8 +337,8 @@ def choices(item: dict) -> dict[str, str]:
 def test_answers_about_a_tall_box():
     item = record(box(2, 5, 1), size=(40, 100, 20))
     answers = choices(item)
-    assert answers["longest_side"] == "The height." and answers["shortest_side"] == "The depth."
-    assert answers["main_color"] == "Red." and answers["aspect"] == "Twice as tall."
+    assert answers["longest_side"] == "The height." and answers["wider_than_deep"] == "It is wider than it is deep."
+    assert answers["main_color"] == "It is mostly red." and answers["aspect"] == "It is twice as tall."
     (metric,) = [answers[fact] for fact in answers if "_from_" in fact]
     assert metric in {"About 40 cm.", "About 100 cm.", "About 20 cm."}
     holds = {fact: item_property.holds(item) for fact, item_property in questions.PROPERTIES.items()}
@@ -339,10 +356,10 @@ def test_answers_about_a_tall_box():
 
 def test_nothing_is_asked_within_ten_percent_of_a_tie():
     cube = record(box(1.05, 1, 1))
-    assert not choices(cube).keys() & {"longest_side", "shortest_side"}
+    assert not choices(cube).keys() & {"longest_side", "taller_than_wide", "wider_than_deep"}
     assert {questions.PROPERTIES[fact].holds(cube) for fact in ("taller_than_wide", "wider_than_deep")} == {None}
     wide = record(box(3, 1, 2.9))
-    assert "longest_side" not in choices(wide) and choices(wide)["shortest_side"] == "The height."
+    assert "longest_side" not in choices(wide)
     assert questions.PROPERTIES["taller_than_wide"].holds(wide) is False
 
 
@@ -355,19 +372,24 @@ def test_flat_and_slender_things():
 
 def test_metric_answers_state_their_scale():
     assert not [fact for fact in choices(record(box(2, 5, 1), size=(40, 100, 60))) if "_from_" in fact]
-    for entry in questions.conversations([record(box(2, 5, 1), size=(40, 100, 20))]):
+    for entry in annotations.conversations([record(box(2, 5, 1), size=(40, 100, 20))]):
         assert all((" cm" in answer) == (" cm " in question) for question, answer in turns(entry))
 
 
 def test_a_persons_colour_is_not_spoken_of():
-    text = json.dumps(questions.conversations([record(box(1, 4, 1), name="Sitting female")]))
+    text = json.dumps(annotations.conversations([record(box(1, 4, 1), name="Sitting female")]))
     assert "a sitting woman" in text and "red" not in text and "color" not in text
 
 
 def test_legs_are_counted_where_they_are_known():
     item = record(box(1, 1, 1), "Chair")
     assert questions.leg_question(item) is None
-    for legs, answer in ((0, "None."), (4, "Four."), (14, "14.")):
+    for legs, answer in (
+        (0, "It has no legs."),
+        (1, "It has one leg."),
+        (4, "It has four legs."),
+        (14, "It has 14 legs."),
+    ):
         asked = questions.leg_question(item | {"legs": legs})
         assert asked is not None and (asked.question, asked.answer) == ("How many legs does it have?", answer)
 
@@ -389,14 +411,14 @@ def test_the_entries_are_an_annotation_file(records, entries, tmp_path):
 
 
 def test_the_entries_follow_from_the_records_alone(records, entries):
-    assert questions.conversations(json.loads(json.dumps(records))) == entries
-    turned = questions.conversations(records[::-1])
+    assert annotations.conversations(json.loads(json.dumps(records))) == entries
+    turned = annotations.conversations(records[::-1])
     assert sorted(map(json.dumps, turned)) == sorted(map(json.dumps, entries))
 
 
 def test_the_evaluation_asks_in_words_of_the_training():
     trained = built_split("train")
-    texts = {question for entry in questions.conversations(trained) for question, _ in turns(entry)}
+    texts = {question for entry in annotations.conversations(trained) for question, _ in turns(entry)}
     nouns = {item["head_noun"] for item in trained}
     tested = built_split("test")
     asked = geometry_questions(tested) + yes_no_questions(tested, nouns)
@@ -415,9 +437,9 @@ def procedural():
 
 def test_a_list_of_procedural_objects_is_balanced(procedural):
     items = [procedural_record(item, name) for name, item in procedural.items()]
-    entries = questions.conversations(items)
+    entries = annotations.conversations(items)
     found = counts(entries, "yes-no")
-    assert all(count["Yes"] == count["No"] for count in found.values())
+    assert all(count["yes"] == count["no"] for count in found.values())
     assert {questions.noun_question(noun) for noun in MAKERS} <= found.keys()
     by_id = {item["object_id"]: item for item in items}
     single = [entry for entry in entries if entry["conversation_type"] == "single_round"]
@@ -427,6 +449,6 @@ def test_a_list_of_procedural_objects_is_balanced(procedural):
 
 def test_a_procedural_object_with_legs_is_asked_about_them():
     item = procedural_object("table", np.random.default_rng(0), points=64)[0]
-    entries = questions.conversations([procedural_record(item | {"legs": 4}, "t")])
+    entries = annotations.conversations([procedural_record(item | {"legs": 4}, "t")])
     asked = [turns(entry)[0] for entry in entries if entry["kind"] == "legs"]
-    assert asked == [(questions.LEGS, "Four.")]
+    assert asked == [(questions.LEGS, "It has four legs.")]

@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
+from pointalign.embedded.annotations import conversations
 from pointalign.embedded.facts import measure, read_name, seed_of
 from pointalign.embedded.procedural import MAKERS, procedural_object
 from pointalign.embedded.procedural_questions import procedural_record
-from pointalign.embedded.questions import conversations
 
 POINTS = 8192
 SPLITS = ("train", "validation", "test")

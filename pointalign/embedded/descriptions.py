@@ -21,12 +21,6 @@ def named(record: dict) -> str:
     return name_sentence(*noun_phrase(record))
 
 
-def stated(record: dict) -> str:
-    """The clause that follows Yes or No: "it is a door", "they are shelves"."""
-    phrase, plural = noun_phrase(record)
-    return f"{'they are' if plural else 'it is'} {phrase}"
-
-
 def describe(record: dict) -> str:
     """Two or three sentences of facts."""
     plural, people = record["plural"], record["head_noun"] in PEOPLE

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,8 @@ import numpy as np
 from scipy.spatial import KDTree
 
 MARGIN = 1.1  # two sides whose ratio is below this count as equally long
+PROPORTIONS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+LOWEST_PROPORTION, PROPORTION_STEP = -2.0, 0.5  # of log2(height / width): "two" begins at their sum
 MAJORITY, LEAD = 0.4, 0.15  # least share of a main colour, and least distance to the second colour's share
 SYMMETRIC, ASYMMETRIC = 1.15, 1.6  # limits of `mirror_error`; between them symmetry is not mentioned
 PALETTE = {
@@ -217,11 +220,18 @@ def main_colour(record: dict) -> str | None:
     return colour if share >= MAJORITY and share - following >= LEAD else None
 
 
-def longest_side(record: dict, shortest: bool = False) -> str | None:
-    """ "width", "height" or "depth" where one side exceeds (or, `shortest`, undercuts) both others by 10 %."""
-    sides = sorted(((record[side], side) for side in ("width", "height", "depth")), reverse=not shortest)
+def longest_side(record: dict) -> str | None:
+    """ "width", "height" or "depth" where one side exceeds both others by 10 %."""
+    sides = sorted(((record[side], side) for side in ("width", "height", "depth")), reverse=True)
     (first, name), (second, _) = sides[:2]
     return name if max(first, second) > MARGIN * min(first, second) else None
+
+
+def proportion(width: float, height: float) -> str:
+    """How tall something is for its width, from "one" to "eight": a step is a factor of the square root of 2, and
+    "five" begins where height and width are equal."""
+    step = math.floor((math.log2(height / width) - LOWEST_PROPORTION) / PROPORTION_STEP)
+    return PROPORTIONS[min(max(step, 0), len(PROPORTIONS) - 1)]
 
 
 def shape(record: dict) -> str | None:

@@ -4,7 +4,6 @@ Everything about a batch follows from a seed and the number of the step, so a tr
 same batches.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pointalign.data.point_cloud import augment, random_pose, turn
-from pointalign.embedded.facts import MARGIN, facts, longest_side
+from pointalign.embedded.facts import MARGIN, PROPORTIONS, facts, longest_side, proportion
 from pointalign.embedded.procedural import MAKERS, procedural_object
 from pointalign.models import PointAlignFeatureExtractor
 
@@ -21,8 +20,6 @@ STRETCH = 0.4  # of the views: a table half as wide is still a table, and its si
 ALIGNED = 0.3  # share of the views whose sides lie along the axes, as in the catalogue, where sides are asked about
 PROCEDURAL_POOL = 12_000  # different procedural objects; each takes 3 ms
 PROCEDURAL_SHARE = 0.4  # share of procedural objects in every batch
-NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
-LOWEST, STEP = -2.0, 0.5  # of log2(height / width): its first bucket ends at LOWEST + STEP
 LEGS = {3: "three", 4: "four", 5: "five", 6: "six"}
 
 
@@ -50,7 +47,6 @@ def view_facts(record: dict, sides: Sequence[float]) -> dict[str, str | None]:
     width, height, depth = sides
     known = facts(record)
     measured = {"width": width, "height": height, "depth": depth}
-    bucket = math.floor((math.log2(height / width) - LOWEST) / STEP)
     return {
         "noun": known["noun"],
         "colour": known["colour"],
@@ -58,7 +54,7 @@ def view_facts(record: dict, sides: Sequence[float]) -> dict[str, str | None]:
         "longest side": longest_side(measured),
         "height and width": _longer(height, width, "taller", "wider"),
         "width and depth": _longer(width, depth, "wider", "deeper"),
-        "proportion": NUMBERS[min(max(bucket, 0), len(NUMBERS) - 1)],
+        "proportion": proportion(width, height),
         "legs": LEGS.get(record.get("legs", 0)),
     }
 
@@ -144,7 +140,7 @@ class TrainingViews:
             "longest side": ["width", "height", "depth"],
             "height and width": ["taller", "wider"],
             "width and depth": ["wider", "deeper"],
-            "proportion": list(NUMBERS),
+            "proportion": list(PROPORTIONS),
             "legs": list(LEGS.values()) if self.nouns else [],
         }
         known = [facts(record) for record in self.records]

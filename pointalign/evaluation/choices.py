@@ -79,7 +79,7 @@ def yes_no_questions(records: list[dict], nouns: Collection[str]) -> list[Questi
     rows = []
     for kind, items in asked.items():
         for item in items:
-            (name,), label = item.object_ids, "yes" if item.answer.startswith("Yes") else "no"
+            (name,), label = item.object_ids, "yes" if item.affirmed else "no"
             rows.append(
                 Question(f"{name}/{item.question}", (name,), item.question, label, label, families[name], kind, YES_NO)
             )
@@ -144,7 +144,13 @@ def plain_words(text: str) -> str:
 
 
 def chosen(answer: str, choices: tuple[str, ...]) -> str | None:
-    """The choice that stands first in an answer, whole words only; of several in one place the longest; else None."""
+    """The choice that stands first in an answer, whole words only; of several in one place the longest; else None.
+
+    An answer that concludes ("It is flat, so yes.") is read behind its last "so", where a choice stands there.
+    """
     words = f" {plain_words(answer)} "
+    conclusion = words[words.rfind(" so ") :]
+    if " so " in words and any(f" {choice} " in conclusion for choice in choices):
+        words = conclusion
     places = [(words.find(f" {choice} "), -len(choice), choice) for choice in choices if f" {choice} " in words]
     return min(places)[2] if places else None
