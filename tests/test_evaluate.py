@@ -244,7 +244,7 @@ def test_geometry_questions_have_one_clear_answer():
         ("wide", "What color is it mostly?"): "red",
         ("tall", aspect): "twice as tall",
         ("wide", aspect): "wider",
-        ("cube", aspect): "about equal",
+        ("cube", aspect): "square",
     }
     order = ["wide", "cube", "tall"]
     pairs = [q for q in asked if q.kind == "two clouds"]
@@ -298,11 +298,18 @@ def test_yes_is_true_of_half_the_objects_for_every_text():
 
 
 def test_the_first_choice_in_an_answer_counts():
-    buckets = ("twice as tall", "about equal", "taller", "wider")
+    buckets = ("twice as tall", "square", "taller", "wider")
     assert chosen("No, it is not; yes and no.", ("yes", "no")) == "no"
     assert chosen("It is twice as tall.", buckets) == "twice as tall"
-    assert chosen("About equal, hardly taller.", buckets) == "about equal"
+    assert chosen("Square, hardly taller.", buckets) == "square"
     assert chosen("Nothing of the kind, eyes.", ("yes", "no")) is None
+
+
+def test_an_answer_that_concludes_is_read_at_its_conclusion():
+    order = ("first", "second")
+    assert chosen("The first is two, the second is six, so the second.", order) == "second"
+    assert chosen("This is a first aid box, so yes.", ("yes", "no")) == "yes"
+    assert chosen("The height, so it is tall.", ("height", "width")) == "height", "no choice stands behind the so"
 
 
 def test_geometry_needs_facts():

@@ -242,7 +242,7 @@ def is_true(item: dict, question: str, answer: str) -> bool:
         return word == f"the {max(sides, key=lambda name: sides[name])}"
     if question.startswith("How do height and width compare"):
         ratio = item["height"] / item["width"]
-        buckets = ["wider", "about equal", "taller", "twice as tall"]
+        buckets = ["wider", "square", "taller", "twice as tall"]
         return word == buckets[sum(ratio >= limit for limit in (1 / 1.1, 1.1, 2))]
     if question in ("Is it flat?", "Does it lie flat?"):
         return yes == (middle > 4 * small and item["height"] == small) and (yes or middle < 3 * small)

@@ -39,7 +39,7 @@ NAME = "What is this?"
 COLOUR = "What color is it mostly?"
 COLOUR_PARAPHRASES = ("What is its main color?", "Which color covers most of it?")
 LONGEST = "Which side is longest: height, width or depth?"
-ASPECT = "How do height and width compare: wider, about equal, taller or twice as tall?"
+ASPECT = "How do height and width compare: wider, square, taller or twice as tall?"
 TALLER_OF_TWO = "Which object is taller for its width, the first or the second?"
 OFFERED = {  # property -> questions that offer both answers
     "taller_than_wide": ("Is it taller or wider?", "Is it wider or taller?"),
@@ -47,8 +47,7 @@ OFFERED = {  # property -> questions that offer both answers
 }
 SAME_KIND = "Are these two the same kind of object?"
 LEGS = "How many legs does it have?"
-EQUAL = "about equal"
-BUCKETS = {"wider": 0.0, EQUAL: 1 / MARGIN, "taller": MARGIN, "twice as tall": 2.0}  # least height / width
+BUCKETS = {"wider": 0.0, "square": 1 / MARGIN, "taller": MARGIN, "twice as tall": 2.0}  # least height / width
 PAIR_MARGIN = 1.5  # ratio of the two aspects below which no pair is asked about
 PAIRS = 2  # objects that each object is compared with
 LEG_NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
@@ -346,8 +345,7 @@ def choice_questions(record: dict) -> list[Asked]:
             statement = item.yes if holds else item.no
             for text in OFFERED[item.fact]:
                 questions.append(("side", item.fact, text, f"{statement[0].upper()}{statement[1:]}."))
-    bucket = aspect_bucket(record)
-    questions.append(("aspect", "aspect", ASPECT, f"{'They are' if bucket == EQUAL else 'It is'} {bucket}."))
+    questions.append(("aspect", "aspect", ASPECT, f"It is {aspect_bucket(record)}."))
     if (category := record["category"]) in PLACES:
         others = sorted((p for p in PLACES if p != category), key=lambda place: draw(record, f"place/{place}"))
         first, second, third = sorted([category, *others[:2]], key=lambda place: draw(record, f"order/{place}"))

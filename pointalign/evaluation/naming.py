@@ -22,6 +22,7 @@ CHAMFER_POINTS, COARSE_POINTS, TURNED_COARSE_POINTS, SHORTLIST = 1024, 256, 64, 
 CHAMFER_CHUNK = 64  # coarse reference clouds at a time
 YAWS = 16  # of the nearest neighbour's search
 QUESTION = NAME
+LONGEST_NAME, LONGEST_ANSWER = 12, 24  # tokens of "This is a fire extinguisher.", of a comparison that states its facts
 PAIRS = (  # which method is tested against which, where both were run
     ("model", "1-NN Chamfer, best of 16 yaws"),
     ("model, random yaw", "1-NN Chamfer, best of 16 yaws"),
@@ -83,7 +84,7 @@ def ask(
     processor: PointAlignProcessor,
     clouds: Sequence[Sequence[np.ndarray]],
     questions: Sequence[str],
-    max_new_tokens: int = 12,
+    max_new_tokens: int = LONGEST_NAME,
     batch_size: int = 16,
     description: str = "answers",
 ) -> list[str]:
@@ -102,7 +103,7 @@ def ask_certain(
     processor: PointAlignProcessor,
     clouds: Sequence[Sequence[np.ndarray]],
     questions: Sequence[str],
-    max_new_tokens: int = 12,
+    max_new_tokens: int = LONGEST_NAME,
     batch_size: int = 16,
     description: str = "answers",
 ) -> list[Answer]:
@@ -142,7 +143,8 @@ def ask_about(
 ) -> list[str]:
     """Answers to questions about one object of a set or several."""
     clouds = [[objects.cloud(name) for name in question.object_ids] for question in questions]
-    return ask(model, processor, clouds, [question.text for question in questions], description=description)
+    texts = [question.text for question in questions]
+    return ask(model, processor, clouds, texts, LONGEST_ANSWER, description=description)
 
 
 def head_noun(answer: str) -> str:
