@@ -3,6 +3,7 @@
 python -m pointalign.evaluate                    writes evaluation.json, to be copied to results/
 python -m experiments.ablation objects           writes results/ablation_objects/, and so on
 python -m pointalign.evaluate probe --output benchmarks/results/probe
+python -m experiments.token_words --output benchmarks/results/token_words.json
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
+from experiments import token_words as words
 from experiments.ablation import comparison
 from pointalign.evaluation import probe as probing
 from pointalign.evaluation import results, statistics
@@ -42,6 +44,13 @@ def evaluation() -> str:
     parts += [_against_shuffled(tasks, name) for name in tasks if f"{name}-shuffled" in tasks]
     parts.append(_folded("Every metric of every task", results.table(content)))
     return "\n\n".join(parts) + "\n"
+
+
+def token_words() -> str:
+    """What the point tokens say without a language model."""
+    content = json.loads((RESULTS / "token_words.json").read_text())
+    note = f"{content['checkpoint']} on the {content['split']} objects; {_stamp(content['provenance'])}."
+    return f"{note} Intervals are clustered by family.\n\n{words.table(content)}\n"
 
 
 def _is_shown(kind: str, metric: str) -> bool:

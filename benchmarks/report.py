@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from evidence_tables import ablation, evaluation, probe
+from evidence_tables import ablation, evaluation, probe, token_words
 from point_ops_report import chat, encoder, point_ops
 from tables import stamp, table
 from test_alignment_loss import Case
@@ -329,6 +329,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "point_ops": point_ops,
     "probe": probe,
     "summary": summary,
+    "token_words": token_words,
     "train_step": train_step,
     "conversion": conversion,
 }
