@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from made_catalogue import make_catalogue, make_deb
@@ -109,12 +109,10 @@ assets.sentence_encoder()
 def test_a_killed_build_is_never_used_and_cleaned_up(home, index, tmp_path):
     started = tmp_path / "started"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(started)])
-    deadline = time.monotonic() + 30
-    while not started.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert conftest.wait_until(started.exists)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert started.exists() and left_behind(home) == ["model.safetensors"]
+    assert left_behind(home) == ["model.safetensors"]
     assert not (home / "sentence" / "all-minilm-l6-v2").exists()
     assert (assets.sentence_encoder() / "model.safetensors").read_text() == "weights"
     assert left_behind(home) == sorted([*CONTENT, assets.STAMP])

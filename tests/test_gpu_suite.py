@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 
 from pointalign_kernels import point_ops
 
@@ -51,10 +52,7 @@ def test_a_stage_is_stopped_at_its_limit_with_everything_that_it_started(run, tm
     assert outcomes["slow"]["status"] == "stopped after 2 s"
     assert outcomes["next"]["status"] == "passed"
     pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 5
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(pid)
+    assert wait_until(lambda: not alive(pid), 5)
 
 
 def alive(pid: int) -> bool:
@@ -135,9 +133,7 @@ def test_a_suite_that_is_stopped_packs_what_it_has_and_leaves_no_process(tmp_pat
         "sys.exit(s.main())"
     )
     process = subprocess.Popen([sys.executable, "-c", program])
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert wait_until((tmp_path / "pid").exists)
     process.terminate()
     assert process.wait(30) == 143
     assert "results/slow/log.txt" in packed(tmp_path)
