@@ -13,7 +13,7 @@ GPU_VENV ?= .venv-gpu
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-long check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check compare \
+.PHONY: train test test-long chaos resume-matrix fuzz long-run audit check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check compare \
   held-out-naming report clean
 
 train: assets
@@ -25,6 +25,24 @@ test: setup
 test-long: assets
 	POINTALIGN_LONG_TESTS=1 POINTALIGN_FUZZ_CASES=5000 $(BIN)/python -m pytest tests/test_build.py tests/test_native.py tests/test_damaged_files.py tests/test_resume_demo.py \
 	  tests/test_public_names.py tests/test_benchmarks.py tests/test_interruptions.py -rs -q
+
+chaos: setup
+	$(BIN)/python benchmarks/chaos.py $(ARGS)
+
+resume-matrix: setup
+	$(BIN)/python benchmarks/resume_matrix.py $(ARGS)
+
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz.py $(ARGS)
+
+long-run: setup
+	$(BIN)/python benchmarks/long_run.py $(ARGS)
+
+# Asks the database of known weaknesses about every installed package; without it this fails, and proves nothing.
+audit: setup
+	$(BIN)/pip install -q pip-audit
+	$(BIN)/pip-audit --strict --local --skip-editable || { \
+	  echo "audit: weaknesses are named above, or packages that the database could not be asked about"; exit 1; }
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Turn benchmarks/results/*.json into the tables and plots of README.md, docs/results.md and docs/performance.md.
+"""Turn benchmarks/results/*.json into the tables and plots of README.md and of the pages in docs/ that have them.
 
     python benchmarks/report.py
 
@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from evidence_tables import ablation, evaluation, probe, token_words
 from point_ops_report import chat, encoder, point_ops
+from reliability_tables import chaos, fuzz, long_run, resume_matrix
 from tables import stamp, table
 from test_alignment_loss import Case
 from train_step_table import parity, train_step
@@ -28,7 +29,7 @@ from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "performance", "reliability")))
 COLUMNS = {
     "reference": "eager",
     "compile": "torch.compile",
@@ -320,14 +321,18 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ablation_shapes": partial(ablation, "ablation_shapes"),
     "alignment": alignment,
     "alignment_check": alignment_check,
+    "chaos": chaos,
     "chat": chat,
     "demo": demo,
     "encoder": encoder,
     "evaluation": evaluation,
+    "fuzz": fuzz,
     "held_out_naming": held_out_naming,
+    "long_run": long_run,
     "parity": parity,
     "point_ops": point_ops,
     "probe": probe,
+    "resume_matrix": resume_matrix,
     "summary": summary,
     "token_words": token_words,
     "train_step": train_step,

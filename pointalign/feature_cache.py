@@ -234,16 +234,19 @@ def write(
         "objects_sha256": _hash(objects),
         "shard_size": shard_size,
     }
-    if (folder / "index.json").exists():
-        present = storage.read_json(folder / "index.json")
-        changed = [name for name, value in index.items() if present.get(name) != value]
-        if changed:
-            raise StaleCacheError(
-                f"{folder} holds another cache (its {', '.join(changed)} differ): give an empty folder, or remove it"
-            )
-    elif rank == 0:
-        storage.write_json(folder / "objects.json", objects)
-        storage.write_json(folder / "index.json", index)
+    # each process, as the others may be lost: shards without an index could be of any weights
+    with storage.lock(folder / ".lock"):
+        if (folder / "index.json").exists():
+            present = storage.read_json(folder / "index.json")
+            changed = [name for name, value in index.items() if present.get(name) != value]
+            if changed:
+                raise StaleCacheError(
+                    f"{folder} holds another cache (its {', '.join(changed)} differ): give an empty folder, or remove "
+                    "it"
+                )
+        else:
+            storage.write_json(folder / "objects.json", objects)
+            storage.write_json(folder / "index.json", index)
     done = 0
     for shard in range(rank, math.ceil(len(objects) / shard_size), world):
         missing = [name for name in names if not _complete(folder, name, shard)]

@@ -304,6 +304,9 @@ def check_recipe(path: Path) -> None:
         return
     if not isinstance(content, dict | None):
         raise ValueError(f"{path}: expected sections and names, got a {type(content).__name__}")
+    for name in ("model", "data", "alignment", "training"):
+        if content and name in content and not isinstance(content[name], dict):
+            raise ValueError(f"{path}: expected names and values under {name}, got {content[name]!r:.50}")
     values = [content]
     while values:
         value = values.pop()

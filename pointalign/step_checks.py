@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pointalign import storage
 from pointalign.run_checkpoints import set_torch_random
 
+LOGS = 4000
 SPIKE_HISTORY = 20  # logs that a loss is compared with
 SPIKE_DISTANCE = 8.0  # median absolute deviations above the median that make a spike
 SPIKE_SHARE = 0.25  # and so much of the median: smooth curves have tiny deviations
@@ -90,6 +91,12 @@ def repeat_step(model: nn.Module, path: Path) -> tuple[dict[str, float], list[st
         losses = {name: losses.get(name, 0.0) + value.item() for name, value in outputs.items()}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return losses, [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+
+
+def thin_out(history: list[dict[str, Any]]) -> None:
+    """Drop every second of the older half of a run's logs once there are `LOGS`: each checkpoint holds them all."""
+    if len(history) >= LOGS:
+        history[: LOGS // 2] = history[: LOGS // 2 : 2]
 
 
 def spike(history: Sequence[dict[str, Any]], loss: float) -> str | None:

@@ -286,6 +286,7 @@ class PointAlignTrainer(ResumableTrainer):
             self._parts = dict.fromkeys(self._parts, 0.0)
             self._tokens = 0
         super().log(logs, start_time)
+        step_checks.thin_out(self.state.log_history)
         if counted:  # only now: callbacks may have measured held-out losses, which is not training
             self._steps_at_log, self._time_at_log = self.state.global_step, time.perf_counter()
 

@@ -1,16 +1,23 @@
 """The pre-flight check names, counts and, if asked, skips bad objects."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import trimesh
 
 from pointalign.data import check as check_module
+from pointalign.data import reading_pool
 from pointalign.data.check import BadObjectsError, check
 from pointalign.data.dataset import ConversationDataset
+from pointalign.data.point_cloud import Reading
+from pointalign.data.reading_pool import Job
 
 CLOUD = np.random.default_rng(0).random((64, 6)).astype(np.float32)
 
@@ -144,7 +151,7 @@ def test_files_are_checked_by_themselves(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         check_module.main([str(tmp_path), str(tmp_path / "gone.ply")])
     lines = capsys.readouterr().out.splitlines()
-    assert caught.value.code and len(lines) == len(reasons) + 2
+    assert caught.value.code and len([line for line in lines if line[:4] in ("good", "bad ")]) == len(reasons) + 2
     for name, reason in reasons.items():
         assert any(line.startswith(f"bad  {tmp_path / name}: ") and reason in line for line in lines), (name, lines)
     assert any("gone.ply: no such file" in line for line in lines)
@@ -152,3 +159,66 @@ def test_files_are_checked_by_themselves(tmp_path, capsys):
     with pytest.raises(SystemExit):
         check_module.main([str(tmp_path / "annotation.json")])
     assert "needs --clouds" in capsys.readouterr().err
+
+
+def test_a_summary_is_a_table_and_json(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", CLOUD)
+    np.save(tmp_path / "b.npy", CLOUD)
+    np.save(tmp_path / "c.npy", CLOUD * [2, 2, 2, 1, 1, 1])
+    np.save(tmp_path / "few.npy", CLOUD[:9])
+    (tmp_path / "bad.ply").write_bytes(b"ply")
+    with pytest.raises(SystemExit) as caught:
+        check_module.main([str(tmp_path), "--num_groups", "64", "--json", str(tmp_path / "out.json")])
+    assert caught.value.code == 1
+    printed, summary = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert summary["files"] == 5 and summary["read"] == 4 and summary["formats"] == {".npy": 4, ".ply": 1}
+    assert summary["duplicates"] == [[str(tmp_path / "a.npy"), str(tmp_path / "b.npy")]]
+    assert list(summary["unreadable"]) == [str(tmp_path / "bad.ply")]
+    assert summary["fewer_points_than_needed"]["files"] == {str(tmp_path / "few.npy"): 9}
+    assert summary["ranges"]["points"] == {"least": 9, "median": 64, "most": 64}
+    assert summary["ranges"]["coordinates"]["most"] == pytest.approx(2 * CLOUD[:, :3].max())
+    assert re.search(r"groups of equal clouds +1\n", printed) and re.search(r"points +9 +64 +64\n", printed)
+
+
+def test_a_summary_names_objects_without_a_cloud(tmp_path):
+    build(tmp_path, {"a": CLOUD, "gone": None})
+    arguments = [str(tmp_path / "annotation.json"), "--clouds", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    with pytest.raises(SystemExit):
+        check_module.main([*arguments, "--num_groups", "64"])
+    assert json.loads((tmp_path / "out.json").read_text())["missing"] == ["gone"]
+
+
+def test_many_files_are_read_in_processes_and_large_ones_alone(tmp_path, monkeypatch):
+    for number in range(40):
+        np.save(tmp_path / f"{number}.npy", CLOUD)
+    (tmp_path / "7.npy").write_bytes(b"x")
+    jobs = [Job(str(tmp_path / f"{number}.npy")) for number in range(40)]
+    large = tmp_path / "3.npy"
+    monkeypatch.setattr(reading_pool, "memory_bound", lambda path: 1 << 62 if path == large else 1)
+    outcomes = reading_pool.read_all(jobs, Reading())
+    assert [outcome.name for outcome in outcomes] == [job.name for job in jobs]
+    assert [number for number, outcome in enumerate(outcomes) if outcome.error] == [7]
+    assert reading_pool.read_job(jobs[3], Reading(), share=1 << 40) is None
+
+
+def test_a_file_that_takes_too_long_is_named(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", CLOUD)
+
+    def slow(*_):
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(reading_pool, "SECONDS", 0.1)
+    monkeypatch.setattr(reading_pool, "read_point_cloud", slow)
+    outcome = reading_pool.read_job(Job(str(tmp_path / "a.npy")), Reading())
+    assert outcome is not None and "a.npy: refused: reading it takes more than 0 s" in outcome.error
+
+
+def test_a_killed_process_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading_pool, "read_job", kill_itself)
+    with pytest.raises(ChildProcessError, match="killed, mostly for its memory, at object '0'"):
+        reading_pool.read_all([Job(str(number)) for number in range(40)], Reading())
+
+
+def kill_itself(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)

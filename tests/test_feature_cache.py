@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -58,6 +59,34 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert write(tmp_path, OBJECTS, encode, "a", shard_size=5) == 13
     assert FeatureCache(tmp_path, "a").get("queries", "object12")[0, 0] == 12
     assert write(tmp_path, OBJECTS, encode, "a", shard_size=5) == 0
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_another_number_of_processes_goes_on_where_one_of_several_was_lost(lost, tmp_path):
+    def dies(ids):
+        if OBJECTS[5 * lost] in ids:
+            raise MemoryError
+        return encode(ids)
+
+    names = ["queries", "encoder"]
+    for rank in range(3):
+        with suppress(MemoryError):
+            write(tmp_path / "a", OBJECTS, dies, "a", names, shard_size=5, batch_size=3, rank=rank, world=3)
+    with pytest.raises(ValueError, match="is not complete"):
+        FeatureCache(tmp_path / "a", "a")
+    with pytest.raises(StaleCacheError):  # whichever process is left, its shards are known to be of these weights
+        write(tmp_path / "a", OBJECTS, encode, "b", names, shard_size=5)
+    done = [write(tmp_path / "a", OBJECTS, encode, "a", names, shard_size=5, rank=rank, world=2) for rank in range(2)]
+    assert 0 < sum(done) < len(OBJECTS)
+    write(tmp_path / "b", OBJECTS, encode, "a", names, shard_size=5)
+    for path in (tmp_path / "b").iterdir():
+        assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_process_that_is_left_alone_says_what_its_shards_are_of(tmp_path):
+    write(tmp_path, OBJECTS, encode, "a", shard_size=5, rank=1, world=2)  # the first process died before it began
+    with pytest.raises(StaleCacheError):
+        write(tmp_path, OBJECTS, encode, "b", shard_size=5)
 
 
 def test_stale_caches_are_refused(tmp_path):

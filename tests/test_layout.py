@@ -17,7 +17,8 @@ PROCEDURAL = (  # kinds of procedural objects
 )  # fmt: skip
 
 READERS = (  # what reads clouds knows nothing of the embedded objects; data sets do
-    "gltf", "mesh", "pickles", "ply", "point_cloud", "point_formats", "point_records", "prepare", "tables", "textures",
+    "gltf", "gltf_scene", "mesh", "pickles", "ply", "point_cloud", "point_formats", "point_records", "prepare",
+    "tables", "textures",
 )  # fmt: skip
 
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.

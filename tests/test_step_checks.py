@@ -109,6 +109,16 @@ def test_a_loss_spike_is_reported():
     assert step_checks.spike(noisy, 9.0) is None
 
 
+def test_the_logs_of_a_run_are_bounded():
+    history = []
+    for step in range(20_000):
+        history.append({"step": step})
+        step_checks.thin_out(history)
+    steps = [entry["step"] for entry in history]
+    assert len(history) < step_checks.LOGS and steps == sorted(steps)
+    assert steps[0] == 0 and steps[-1_000:] == list(range(19_000, 20_000))
+
+
 def test_a_device_out_of_memory_ends_with_the_budget_and_two_suggestions(tmp_path, processor, clouds, monkeypatch):
     trainer = make_trainer(tmp_path, processor, clouds, per_device_train_batch_size=4)
     trainer.budget = Budget(frozen=1, trained=1, activations=1, logits=1, context=1, limit=10**9)

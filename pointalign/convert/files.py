@@ -1,6 +1,7 @@
 """Published weight files: their tensor names translated into this package's, their tensors read one at a time."""
 
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -135,11 +136,39 @@ _GARBLED = (
 )  # fmt: skip
 
 
-def _refuse_compressed(path: Path) -> None:
-    """torch.save compresses nothing, and a compressed file could hold a thousand times its size."""
+# What a file of tensors asks for by name. PyTorch would accept more, a bytearray of any length among it.
+_GLOBALS = re.compile(
+    r"(collections OrderedDict|_codecs encode|torch (Size|device|\w+Storage|b?float\w+|u?int\d+|bool)"
+    r"|torch\.serialization _get_layout|torch\.nn\.parameter Parameter|torch\.storage \w+Storage"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state|sparse_tensor|qtensor))"
+)
+_LEGACY_PICKLES = 5  # at the start of a file from before PyTorch 1.6: a number, a version, sizes, the content, keys
+
+
+def _check_pickles(path: Path, is_zip: bool) -> None:
+    """Refuse what could take much more memory than the file has bytes: compressed entries, objects made by number."""
+    if not is_zip:
+        with path.open("rb") as file:
+            for _ in range(_LEGACY_PICKLES):
+                if file.peek(1):
+                    _check_globals(path, file)
+        return
     with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ConversionError(f"{path}: refused, its entries are compressed, as torch.save never does")
+        if len(set(names)) < len(names):
+            raise ConversionError(f"{path}: refused, it has two entries of a name")
+        for name in names:
+            if name.endswith("data.pkl"):
+                with archive.open(name) as file:
+                    _check_globals(path, file)
+
+
+def _check_globals(path: Path, file: IO[bytes]) -> None:
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+            raise ConversionError(f"{path}: refused, it holds more than tensors and plain values: {argument!r:.80}")
 
 
 @lru_cache(maxsize=2)  # few at a time: the pages of a mapped file are freed with it
@@ -148,8 +177,7 @@ def _unpickled(path: Path, role: str) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             is_zip = torch.serialization._is_zipfile(file)
-        if is_zip:
-            _refuse_compressed(path)
+        _check_pickles(path, is_zip)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ConversionError(f"{path}: refused, it holds more than tensors and plain values: {error}") from error

@@ -1,38 +1,37 @@
 """Check of a data set before training, so that no bad file stops a run after hours.
 
 python -m pointalign.data.check ANNOTATION --clouds DIR    every cloud that an annotation file refers to
-python -m pointalign.data.check FILE_OR_DIR [...]          cloud and mesh files by themselves
+python -m pointalign.data.check FILE_OR_DIR [...]          cloud and mesh files by themselves, with a summary
+
+With `--json FILE` every cloud is read in full, and the summary is written too.
 """
 
 import argparse
+import json
 import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from pointalign.data.conversations import AnnotationError
-from pointalign.data.dataset import ConversationDataset, find_cloud
+from pointalign.data.dataset import ConversationDataset
 from pointalign.data.mesh import PARTS
 from pointalign.data.point_cloud import (
     FORMATS,
     MISSING_COLORS,
     UP_AXES,
-    PointCloudError,
     Reading,
-    point_count,
-    read_point_cloud,
 )
+from pointalign.data.reading_pool import Job, Outcome, read_all
+from pointalign.data.survey import Survey
 
 FULL_READ_LIMIT = 20_000  # objects; beyond it a sample is read in full
 FULL_READ_SAMPLE = 2_000
 _NAMED = 10  # bad objects named in a message
-_THREADS = 8
 
 
 class BadObjectsError(ValueError):
@@ -92,32 +91,18 @@ def check(dataset: ConversationDataset, num_groups: int, skip_bad: bool = False)
     if len(objects) > FULL_READ_LIMIT:
         full = set(random.Random(0).sample(objects, FULL_READ_SAMPLE))
 
-    def read(object_id: str) -> tuple[str, str, str]:
-        """Why the object is bad, what was left out of its file, and the file's suffix; each may be empty."""
-        try:
-            path = find_cloud(dataset.clouds, object_id)
-            notes: tuple[str, ...] = ()
-            if object_id in full:
-                points, notes = read_point_cloud(path, dataset.reading)
-                count = len(points)
-            else:
-                count = point_count(path)
-        except PointCloudError as error:
-            return str(error), "", ""
-        if count is not None and count < num_groups:
-            return f"{path}: {count} points, the encoder needs at least {num_groups} (one per group)", "", ""
-        return "", "; ".join(notes and (f"{path}", *notes)), path.suffix.lower()
-
     report = Report(len(objects), len(full))
     suffixes: Counter[str] = Counter()
-    with ThreadPool(_THREADS) as pool:
-        outcomes = tqdm(pool.imap(read, objects, chunksize=16), "Checking the clouds", len(objects), disable=None)
-        for name, (why, note, suffix) in zip(objects, outcomes, strict=True):
-            suffixes[suffix] += 1
-            if why:
-                report.bad[name] = why
-            elif note:
-                report.notes[name] = note
+    jobs = [Job(name, dataset.clouds, name in full) for name in objects]
+    with tqdm(total=len(jobs), desc="Checking the clouds", disable=None) as bar:
+        outcomes = read_all(jobs, dataset.reading, bar.update)
+    for outcome in outcomes:
+        if why := outcome.error or _too_few(outcome, num_groups):
+            report.bad[outcome.name] = why
+            continue
+        suffixes[Path(outcome.path).suffix.lower()] += 1
+        if outcome.notes:
+            report.notes[outcome.name] = "; ".join((outcome.path, *outcome.notes))
     report.warning = _mixed_axes(suffixes, dataset.reading.up_axis)
     if not report.bad and (report.notes or report.warning):
         print(report, file=sys.stderr)
@@ -132,6 +117,13 @@ def check(dataset: ConversationDataset, num_groups: int, skip_bad: bool = False)
         raise BadObjectsError(f"{report}\nNo conversation is left to train on.")
     print(report, file=sys.stderr)
     return report
+
+
+def _too_few(outcome: Outcome, num_groups: int) -> str:
+    """Why a file that was read has too few points, else ""."""
+    if outcome.count is None or outcome.count >= num_groups:
+        return ""
+    return f"{outcome.path}: {outcome.count} points, the encoder needs at least {num_groups} (one per group)"
 
 
 # the vertical axis that a format's specification or habit fixes; the others leave it open
@@ -150,31 +142,36 @@ def _mixed_axes(suffixes: Counter[str], up_axis: str) -> str:
     )
 
 
-def check_files(paths: Sequence[Path], reading: Reading, num_groups: int) -> bool:
-    """Reads cloud and mesh files, and those in folders; prints a line for each. Returns whether all are usable."""
+def check_files(paths: Sequence[Path], reading: Reading, num_groups: int) -> Survey:
+    """Reads cloud and mesh files, and those in folders; prints a line for each."""
     files: list[Path] = []
     for path in paths:
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         files += [file for file in inside if not path.is_dir() or file.suffix.lower() in FORMATS]
-    good = bool(files)
-    for file in files:
-        try:
-            points, notes = read_point_cloud(file, reading)
-        except PointCloudError as error:
-            good = False
-            print(f"bad  {error}")
+    survey = Survey(read_all([Job(str(file), details=True) for file in files], reading), num_groups)
+    for outcome in survey.outcomes:
+        if outcome.error:
+            print(f"bad  {outcome.error}")
             continue
-        size, usable = np.ptp(points[:, :3], axis=0), len(points) >= num_groups
-        good &= usable
-        colours = len(np.unique(points[:, 3:], axis=0))
-        few = "" if usable else f", fewer than the {num_groups} that the encoder needs"
-        sides = " x ".join(f"{side:.4g}" for side in size)
-        print(f"{'good' if usable else 'bad '} {file}: {len(points)} points{few}, {sides}, {colours} colours")
-        for note in notes:
+        few = _too_few(outcome, num_groups)
+        sides = " x ".join(f"{high - low:.4g}" for low, high in zip(outcome.low, outcome.high, strict=True))
+        reason = f", fewer than the {num_groups} that the encoder needs" if few else ""
+        print(
+            f"{'bad ' if few else 'good'} {outcome.path}: {outcome.count} points{reason}, {sides}, "
+            f"{outcome.colours} colours"
+        )
+        for note in outcome.notes:
             print(f"       {note}")
     if not files:
         print(f"no file of {', '.join(FORMATS)} in {', '.join(map(str, paths))}")
-    return good
+    return survey
+
+
+def _report(survey: Survey, file: Path | None) -> None:
+    print(f"\n{survey.table()}")
+    if file is not None:
+        file.write_text(json.dumps(survey.summary(), indent=1) + "\n")
+        print(f"written: {file}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -190,6 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max_nonfinite", type=float, default=0.05, help="share of NaN points that is left out")
     parser.add_argument("--parts", choices=PARTS, default="points", help="of files with points and surfaces")
     parser.add_argument("--num_groups", type=int, default=512, help="least number of points (default: 512)")
+    parser.add_argument("--json", type=Path, help="file for the counts, ranges, duplicates and bad files")
     options = parser.parse_args(arguments)
     further = {name: getattr(options, name) for name in ("missing_color", "max_nonfinite", "parts")}
     try:
@@ -197,10 +195,18 @@ def main(arguments: list[str] | None = None) -> None:
             if Path(options.paths[0]).suffix.lower() in (".json", ".jsonl"):
                 parser.error("an annotation file needs --clouds, the folder of its clouds")
             files = [Path(path) for path in options.paths]
-            sys.exit(not check_files(files, Reading(options.up_axis, **further), options.num_groups))
+            survey = check_files(files, Reading(options.up_axis, **further), options.num_groups)
+            _report(survey, options.json)
+            sys.exit(not survey.usable)
         if len(options.paths) > 1:
             parser.error("--clouds goes with one annotation file")
         dataset = ConversationDataset(options.paths[0], options.clouds, options.types, options.up_axis, **further)
+        if options.json:
+            objects = sorted({name for ids in dataset.conversations.object_ids for name in ids})
+            jobs = [Job(name, dataset.clouds, details=True) for name in objects]
+            survey = Survey(read_all(jobs, dataset.reading), options.num_groups)
+            _report(survey, options.json)
+            sys.exit(not survey.usable)
         print(f"{len(dataset)} conversations; {check(dataset, options.num_groups)}")
     except (AnnotationError, BadObjectsError, NotADirectoryError, ValueError) as error:
         sys.exit(str(error))

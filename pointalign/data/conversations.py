@@ -168,11 +168,13 @@ def _scan(path: Path, block: int = 1 << 22) -> Iterator[tuple[int, int, object]]
         decode = codecs.getincrementaldecoder(encoding)().decode
         width = len(" ".encode(encoding))  # bytes of an ASCII character
         text, at, ended = "", 0, False  # `offset`: the byte that text[at] starts at
+        between = ""  # "entry" or "comma": what was read last in a list
         kind = ""  # the first character: "[" of a list, "{" of JSON lines
         while True:
             if not kind or at >= len(text):
                 text, at = text[at:], 0
-            while at < len(text) and text[at] in (" \t\r\n" if kind == "{" else " \t\r\n,"):
+            while at < len(text) and (text[at] in " \t\r\n" or (text[at] == "," and between == "entry")):
+                between = "comma" if text[at] == "," else between
                 at, offset = at + 1, offset + width
             if at < len(text):
                 if not kind:
@@ -182,10 +184,12 @@ def _scan(path: Path, block: int = 1 << 22) -> Iterator[tuple[int, int, object]]
                     if kind == "[":
                         at, offset = at + 1, offset + width
                     continue
-                if text[at] == "]" and kind == "[":
+                if text[at] == "]" and kind == "[" and between != "comma":
                     if text[at + 1 :].strip() or file.read().strip():
                         raise ValueError("text after the list")
                     return
+                if between == "entry" and kind == "[":
+                    raise ValueError("entries without a comma between them")
                 try:
                     entry, end = parse(text, at)
                 except json.JSONDecodeError:
@@ -195,6 +199,7 @@ def _scan(path: Path, block: int = 1 << 22) -> Iterator[tuple[int, int, object]]
                     raw = text[at:end]
                     length = len(raw) * width if raw.isascii() else len(raw.encode(encoding))
                     yield offset, length, entry
+                    between = "entry" if kind == "[" else ""
                     at, offset = end, offset + length
                     continue
             data = file.read(block)

@@ -1,6 +1,5 @@
 """Data sets: annotated conversations joined with their clouds, mixtures of them, and ModelNet40's test file."""
 
-import pickle
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from glob import escape
@@ -11,8 +10,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from pointalign.data.conversations import IndexedConversations, to_messages
-from pointalign.data.pickles import read_pickle
+from pointalign.data.pickles import MALFORMED_PICKLE, read_pickle
 from pointalign.data.point_cloud import FORMATS, MISSING_COLORS, PointCloudError, Reading, read_point_cloud
+from pointalign.data.point_records import check_expansion
 
 if TYPE_CHECKING:
     from pointalign.options import Options
@@ -206,13 +206,15 @@ def load_modelnet40(path: str | Path, missing_color: str = "black") -> tuple[lis
     path = Path(path)
     try:
         with path.open("rb") as file:
-            content = read_pickle(file.read())
+            data = file.read()
+        content = read_pickle(data)
         clouds, labels = content
         arrays = [cloud.numpy() for cloud in clouds]
+        check_expansion(sum(24 * len(array) for array in arrays), len(data), "the clouds of the pickle")
         numbers = [int(label if isinstance(label, int) else label.numpy().reshape(-1)[0]) for label in labels]
     except PointCloudError as error:
         raise PointCloudError(f"{path}: {error}") from error
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, MemoryError) as error:
+    except MALFORMED_PICKLE as error:
         raise PointCloudError(f"{path}: not a pickle of clouds and labels ({error})") from error
     if len(arrays) != len(numbers) or any(array.ndim != 2 or array.shape[1] < 3 for array in arrays):
         raise PointCloudError(f"{path}: expected a cloud [N, 6] for every label")

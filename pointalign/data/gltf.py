@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pointalign.data.point_records import Buffer, PointCloudError
-from pointalign.data.textures import BesideFiles
+from pointalign.data.gltf_scene import bound_scene
+from pointalign.data.point_records import Buffer, PointCloudError, check_expansion
+from pointalign.data.textures import BesideFiles, check_pixels
 
 _KINDS = {5120: "i1", 5121: "u1", 5122: "i2", 5123: "u2", 5125: "u4", 5126: "f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
@@ -29,11 +30,12 @@ _RESAVE = "open the file in an editor such as Blender and export it again withou
 
 
 class Tree(NamedTuple):
-    """The JSON of a file, its buffers, and the numbers of the images that were opened."""
+    """The JSON of a file, its buffers, the numbers of the images that were opened, and what Draco unpacked."""
 
     header: dict[str, Any]
     buffers: list[bytes]
     opened: set[int]
+    decoded: list[int]  # bytes of every compressed primitive
 
 
 def plain_gltf(data: Buffer, path: Path, beside: BesideFiles) -> bytes:
@@ -46,9 +48,11 @@ def plain_gltf(data: Buffer, path: Path, beside: BesideFiles) -> bytes:
     header = tree.header
     size = len(data) + sum(len(buffer) for buffer in tree.buffers)
     _check_buffers(header)
+    compressed = _DRACO in header.get("extensionsUsed", [])  # whose accessors have no view
     for accessor in header.get("accessors", []):
-        if accessor["count"] > size * (8 if "bufferView" not in accessor else 1):
+        if accessor["count"] > size * (8 if compressed and "bufferView" not in accessor else 1):
             raise PointCloudError(f"an accessor promises {accessor['count']} entries, the file holds {size} bytes")
+    bound_scene(header, size)
     for mesh in header.get("meshes", []):
         for primitive in mesh["primitives"]:
             if primitive.get("mode", 4) == 6:
@@ -90,8 +94,8 @@ def _read_tree(data: Buffer, beside: BesideFiles) -> Tree:
             file = beside.find(uri)
             if file is None:
                 raise PointCloudError(f"the buffer {uri!r} that the file refers to is missing beside it")
-            buffers.append(file.read_bytes())
-    return Tree(header, buffers, set())
+            buffers.append(beside.read(file))
+    return Tree(header, buffers, set(), [])
 
 
 def _check_buffers(header: dict[str, Any]) -> None:
@@ -119,8 +123,11 @@ def _decode_draco(tree: Tree, primitive: dict[str, Any]) -> None:
     extension = primitive["extensions"].pop(_DRACO)
     view = tree.header["bufferViews"][extension["bufferView"]]
     start = view.get("byteOffset", 0)
+    content = tree.buffers[view["buffer"]][start : start + view["byteLength"]]
+    tree.decoded.append(24 * sum(_draco_counts(content)))
+    check_expansion(sum(tree.decoded), sum(map(len, tree.buffers)), f"the geometry compressed by {_DRACO}")
     try:
-        mesh = DracoPy.decode(tree.buffers[view["buffer"]][start : start + view["byteLength"]])
+        mesh = DracoPy.decode(content)
     except DracoPy.FileTypeException as error:
         raise PointCloudError(f"the geometry compressed by {_DRACO} is corrupt ({error})") from error
     decoded = {attribute["unique_id"]: np.asarray(attribute["data"]) for attribute in mesh.attributes}
@@ -132,6 +139,29 @@ def _decode_draco(tree: Tree, primitive: dict[str, Any]) -> None:
         primitive["attributes"][name] = _add_accessor(tree, decoded[ident], normalized)
     if "indices" in primitive:
         primitive["indices"] = _add_accessor(tree, np.asarray(mesh.faces, np.uint32).reshape(-1))
+
+
+def _draco_counts(content: bytes) -> tuple[int, int]:
+    """The numbers of faces and of vertices that a compressed mesh promises; (0, 0) of an older or unknown layout.
+
+    Source: the Draco bitstream specification, sections 4.1 (header) and 5 (connectivity).
+    """
+    if content[:5] != b"DRACO" or len(content) < 13 or content[5] < 2 or content[7] != 1:
+        return 0, 0
+    place = 11 + (content[8] == 1)  # Edgebreaker connectivity begins with the kind of its traversal
+    if int.from_bytes(content[9:11], "little") & 0x8000:  # metadata stand before the counts
+        return 0, 0
+    counts = []
+    for _ in range(2):
+        count = shift = 0
+        while place < len(content):
+            count |= (content[place] & 127) << shift
+            shift += 7
+            place += 1
+            if content[place - 1] < 128:
+                break
+        counts.append(count)
+    return counts[0], counts[1]
 
 
 def _set_texture_coordinates(
@@ -182,11 +212,14 @@ def _check_texture(tree: Tree, index: int, beside: BesideFiles) -> None:
     elif image["uri"].startswith("data:"):
         content = base64.b64decode(image["uri"].partition(",")[2])
     elif file := beside.find(image["uri"]):
-        content = file.read_bytes()
+        content = beside.read(file)
     else:
         return
     try:
-        Image.open(io.BytesIO(content)).close()
+        with Image.open(io.BytesIO(content)) as picture:
+            # trimesh converts the textures of the glossiness extension to 64-bit numbers
+            glossy = _GLOSSINESS in header.get("extensionsUsed", ())
+            check_pixels(picture, len(content), share=16 if glossy else 1)
     except (OSError, Image.DecompressionBombError) as error:
         raise PointCloudError(f"a base colour texture is no image that Pillow reads ({error})") from error
 
@@ -246,10 +279,13 @@ def _write_glb(tree: Tree) -> bytes:
     """The tree with all buffers laid end to end in the binary chunk of a .glb."""
     header = dict(tree.header)
     starts, content = [], bytearray()
+    written: dict[int, int] = {}  # several may be of one file
     for buffer in tree.buffers:
-        content += bytes(-len(content) % 4)
-        starts.append(len(content))
-        content += buffer
+        if id(buffer) not in written:
+            content += bytes(-len(content) % 4)
+            written[id(buffer)] = len(content)
+            content += buffer
+        starts.append(written[id(buffer)])
     content += bytes(-len(content) % 4)
     views = []
     for view in header.get("bufferViews", []):

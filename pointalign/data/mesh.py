@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from trimesh.visual import TextureVisuals
 
+_BLOCK = 1 << 18  # faces computed at once
 PARTS = ("points", "mesh", "all")
 
 
@@ -48,6 +50,9 @@ def load_scene(data: Buffer, path: Path) -> tuple[trimesh.Scene, tuple[str, ...]
         data, kind = plain_gltf(data, path, beside), "glb"
     elif kind == "ply":
         data = plain_mesh_header(data)
+    elif kind == "obj":
+        # trimesh would name all parts after the first object, and take quadratic time to number them
+        data = re.sub(rb"(?m)^o(?=[ \t])", b"#", data)
     # process=False: else trimesh drops non-finite vertices, which are to be reported
     scene = trimesh.load_scene(io.BytesIO(data), file_type=kind, resolver=beside, process=False)
     missing = dict.fromkeys(beside.missing)
@@ -108,15 +113,45 @@ def _sample_surfaces(surfaces: list, options: MeshOptions, seed: int) -> np.ndar
     if not 0 < areas.sum() < np.inf:
         raise PointCloudError(f"the faces of the mesh have a total area of {areas.sum()}: nothing to sample")
     drawn = np.bincount(_draw(areas, options.num_points, rng), minlength=len(surfaces))
-    samples = []
+    samples = np.empty((drawn.sum(), 6))
+    textures: dict[object, list[_TexturePlaces]] = {}  # by their content: each is decoded once
+    end = 0
     for (part, at), count in zip(surfaces, drawn, strict=True):
         if count:
             faces = _draw(_face_areas(part, at), count, rng)
             weights = _barycentric(count, rng)
             corners = _placed(part, at)[part.faces[faces]]  # [count, 3 corners, xyz]
-            xyz = (weights[:, :, None] * corners).sum(axis=1)
-            samples.append(np.hstack([xyz, _surface_colours(part, faces, weights, options.missing)]))
-    return np.concatenate(samples)
+            rows = samples[end : end + count]
+            end += count
+            rows[:, :3] = (weights[:, :, None] * corners).sum(axis=1)
+            rows[:, 3:], places = _surface_colours(part, faces, weights, options.missing)
+            if places is not None:
+                textures.setdefault(places.key, []).append(places._replace(rows=rows[:, 3:]))
+    for shared in textures.values():
+        _multiply_texels(shared)
+    return samples
+
+
+class _TexturePlaces(NamedTuple):
+    """Pixels of a texture that rows of colours are to be multiplied by."""
+
+    key: object  # equal for equal textures
+    image: Image.Image
+    row: np.ndarray
+    column: np.ndarray
+    rows: np.ndarray | None = None  # [N, 3], a view
+
+
+def _multiply_texels(shared: list[_TexturePlaces]) -> None:
+    from pointalign.data.textures import read_texels
+
+    row, column = (np.concatenate([getattr(places, name) for places in shared]) for name in ("row", "column"))
+    texels = read_texels(shared[0].image, row, column) / 255.0
+    start = 0
+    for places in shared:
+        assert places.rows is not None
+        places.rows[:] *= texels[start : start + len(places.rows)]
+        start += len(places.rows)
 
 
 def _placed(part, transform: np.ndarray) -> np.ndarray:
@@ -151,8 +186,12 @@ def _check_indices(mesh: trimesh.Trimesh) -> None:
 
 
 def _face_areas(mesh: trimesh.Trimesh, transform: np.ndarray) -> np.ndarray:
-    a, b, c = _placed(mesh, transform)[np.asarray(mesh.faces)].transpose(1, 0, 2)
-    return 0.5 * np.linalg.norm(np.cross(b - a, c - a), axis=1)
+    faces, vertices = np.asarray(mesh.faces), _placed(mesh, transform)
+    areas = np.empty(len(faces))
+    for start in range(0, len(faces), _BLOCK):
+        a, b, c = vertices[faces[start : start + _BLOCK]].transpose(1, 0, 2)
+        areas[start : start + _BLOCK] = 0.5 * np.linalg.norm(np.cross(b - a, c - a), axis=1)
+    return areas
 
 
 def _draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -168,19 +207,22 @@ def _barycentric(count: int, rng: np.random.Generator) -> np.ndarray:
     return np.column_stack([1 - uv.sum(axis=1), uv])
 
 
-def _surface_colours(mesh: trimesh.Trimesh, faces: np.ndarray, weights: np.ndarray, missing: float) -> np.ndarray:
+def _surface_colours(
+    mesh: trimesh.Trimesh, faces: np.ndarray, weights: np.ndarray, missing: float
+) -> tuple[np.ndarray, _TexturePlaces | None]:
+    """[N, 3] colours at places of faces, and the texture that they are still to be multiplied by, if there is any."""
     from trimesh.visual import ColorVisuals, TextureVisuals
 
     visual = mesh.visual
     if isinstance(visual, TextureVisuals):
-        colours = _material_colours(visual, mesh.faces[faces], weights, missing)
+        colours, places = _material_colours(visual, mesh.faces[faces], weights, missing)
         tint = visual.vertex_attributes.get("color")  # COLOR_0 of glTF multiplies the material
         if tint is not None and len(tint) == len(mesh.vertices):
             colours = colours * _interpolate(_unit(tint), mesh.faces[faces], weights)
-        return colours
+        return colours, places
     if isinstance(visual, ColorVisuals) and visual.kind == "face":
-        return _unit(visual.face_colors)[faces]
-    return _interpolate(_vertex_colours(mesh, missing), mesh.faces[faces], weights)
+        return _unit(visual.face_colors)[faces], None
+    return _interpolate(_vertex_colours(mesh, missing), mesh.faces[faces], weights), None
 
 
 def _base_colour(material, missing: float) -> tuple[Image.Image | None, np.ndarray]:
@@ -199,21 +241,23 @@ def _base_colour(material, missing: float) -> tuple[Image.Image | None, np.ndarr
     return None, np.full(3, missing) if unstated else _unit(material.main_color)
 
 
-def _material_colours(visual: TextureVisuals, corners: np.ndarray, weights: np.ndarray, missing: float) -> np.ndarray:
-    from pointalign.data.textures import map_transform
+def _material_colours(
+    visual: TextureVisuals, corners: np.ndarray, weights: np.ndarray, missing: float
+) -> tuple[np.ndarray, _TexturePlaces | None]:
+    from pointalign.data.textures import map_transform, texture_content
 
     image, plain = _base_colour(visual.material, missing)
     if image is None or visual.uv is None:
-        return np.broadcast_to(plain, (len(corners), 3))
+        return np.broadcast_to(plain, (len(corners), 3)), None
     uv = np.nan_to_num((weights[:, :, None] * np.asarray(visual.uv, np.float64)[corners][:, :, :2]).sum(axis=1))
     if statement := image.info.get("file_path"):  # the map statement of an MTL file
         uv = np.column_stack([uv, np.ones(len(uv))]) @ map_transform(statement).T
-    texels = np.asarray(image.convert("RGB"))
-    height, width = texels.shape[:2]
+    width, height = image.size
     # textures repeat; v points up, image rows go down
     column = np.minimum((uv[:, 0] % 1 * width).astype(np.int64), width - 1)
     row = np.minimum((-uv[:, 1] % 1 * height).astype(np.int64), height - 1)
-    return texels[row, column] / 255.0 * plain
+    places = _TexturePlaces(texture_content(image) or id(image), image, row, column)
+    return np.broadcast_to(plain, (len(corners), 3)), places
 
 
 def _vertex_colours(part, missing: float) -> np.ndarray:

@@ -3,12 +3,18 @@
 import io
 import pickle
 import pickletools
+import struct
 from typing import Any
 
 import numpy as np
 
 from pointalign.data.point_records import PointCloudError
 
+# What `pickle` and the stand-ins raise of a malformed stream.
+MALFORMED_PICKLE = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, OverflowError, MemoryError,
+    RecursionError, struct.error,
+)  # fmt: skip
 _TYPES = {"f2", "f4", "f8", "i4", "i8", "u1", "u2"}
 
 
@@ -86,10 +92,14 @@ def _latin1(text: str, encoding: str) -> bytes:
 def read_pickle(data: bytes) -> Any:
     """What a pickle holds, with `Array` in the place of every numpy array; anything but plain data is refused.
 
-    Raises: PointCloudError, and what `pickle` raises of a malformed stream.
+    It takes at most about 72 times the memory of `data`, which many small lists and dicts reach.
+
+    Raises: PointCloudError, and `MALFORMED_PICKLE`.
     """
     for opcode, argument, place in pickletools.genops(data):
         # the unpickler allocates its memo up to the number that the stream names
         if "PUT" in opcode.name and argument is not None and int(argument) > len(data):
             raise PointCloudError(f"refused: byte {place} of the pickle numbers an object {argument}")
+        if "SET" in opcode.name and "ITEM" not in opcode.name:  # an empty set takes 216 bytes of memory
+            raise PointCloudError(f"refused: byte {place} of the pickle makes a set, which is no part of an array")
     return _Reader(io.BytesIO(data), encoding="latin1").load()

@@ -21,8 +21,8 @@ from pointalign.data.point_formats import POINT_READERS
 from pointalign.data.point_records import Buffer, PointCloudError, RawPoints
 
 __all__ = [
-    "FORMATS", "MISSING_COLORS", "UP_AXES", "Cloud", "PointCloudError", "Reading", "load_point_cloud", "normalise",
-    "point_count", "read_point_cloud", "subsample",
+    "FORMATS", "MISSING_COLORS", "UP_AXES", "Cloud", "PointCloudError", "Reading", "load_point_cloud",
+    "memory_bound", "normalise", "point_count", "read_point_cloud", "subsample",
 ]  # fmt: skip
 
 FORMATS = (
@@ -134,6 +134,17 @@ def _content(path: Path) -> Buffer:
         return path.read_bytes()
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def memory_bound(path: str | Path) -> int:
+    """Bytes of memory that reading a file may take at most, by its size; measured peaks are a fraction of it.
+
+    A mesh has no more than 128 times the size of its file and of the files beside it that it names, points have 32
+    times; both have 512 MB beside, which the pixels of a texture or what a compressed file unpacks to may need.
+    """
+    path = Path(path)
+    factor = 32 if path.suffix.lower() in POINT_READERS else 128
+    return factor * path.stat().st_size + (1 << 29)
 
 
 def point_count(path: str | Path) -> int | None:

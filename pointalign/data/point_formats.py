@@ -16,6 +16,7 @@ from pointalign.data.point_records import (
     PointCloudError,
     RawPoints,
     binary_table,
+    check_expansion,
     columns_to_points,
     make_layout,
     text_table,
@@ -86,6 +87,7 @@ def _unpack_columns(data: Buffer, start: int, count: int, layout: Layout) -> dic
             f"the header promises {count} points ({count * layout.record} bytes), the compressed block declares "
             f"{unpacked} bytes in {packed}, and {max(left, 0)} follow it"
         )
+    check_expansion(unpacked, packed, "the compressed points")
     table = _lzf_decompress(bytes(data[start + 8 : start + 8 + packed]), unpacked)
     return {
         name: np.frombuffer(table, field.kind, count, field.offset * count) for name, field in layout.fields.items()
@@ -155,8 +157,6 @@ def _scaled(data: Buffer, table: dict[str, np.ndarray]) -> RawPoints:
     return RawPoints((table["x"], table["y"], table["z"]), rgb, 65535.0, scale[:3], scale[3:])
 
 
-_LAZ_EXPANSION = 1000  # bytes that a compressed byte may stand for; terrestrial scans reach about 20
-
 # Runs in another process: where a corrupt file promises too much, lazrs does not raise but aborts, or never ends.
 _DECOMPRESS = """
 import io, sys, laspy
@@ -175,11 +175,7 @@ def read_laz(data: Buffer) -> RawPoints:
     (extended,) = struct.unpack_from("<I", data, 243) if data[25] >= 4 and len(data) >= 375 else (0,)
     if 54 * descriptions > start or 60 * extended > len(data):
         raise PointCloudError(f"the header promises {descriptions + extended} descriptions: the header is wrong")
-    if count * record > _LAZ_EXPANSION * len(data):
-        raise PointCloudError(
-            f"the header promises {count} points ({count * record} bytes) but the compressed file has {len(data)} "
-            "bytes: the file is truncated or its header is wrong"
-        )
+    check_expansion(count * record, len(data), f"the header promises {count} points")
     if find_spec("laspy") is None or find_spec("lazrs") is None:
         raise PointCloudError("reading .laz needs laspy and lazrs: pip install 'pointalign[laz]'")
     limit = 20 + count / 50_000  # seconds

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 Buffer = bytes | mmap.mmap
+EXPANSION = 32  # bytes that a byte of a compressed file may stand for; scans reach about 20
+FREE_BYTES = 1 << 26  # that any file may unpack to
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -76,6 +78,15 @@ def check_size(data: Buffer, start: int, count: int, width: int, what: str = "po
         raise PointCloudError(
             f"the header promises {count} {what} (at least {count * width} bytes) but {left} bytes follow it: "
             "the file is truncated or its header is wrong"
+        )
+
+
+def check_expansion(unpacked: int, stored: int, what: str) -> None:
+    """Refuse packed data that would unpack to more than `EXPANSION` times its `stored` bytes and `FREE_BYTES`."""
+    if unpacked > EXPANSION * stored + FREE_BYTES:
+        raise PointCloudError(
+            f"{what}: {unpacked} bytes would come out of {stored}, more than the {EXPANSION}-fold: refused. Save the "
+            "file uncompressed if that is what it holds"
         )
 
 

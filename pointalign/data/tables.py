@@ -1,15 +1,22 @@
 """Readers of points in tables: .npy, .npz, the dicts of OpenShape, and text (.xyz, .pts, .csv, .txt)."""
 
 import io
-import pickle
 import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from pointalign.data.pickles import Array, read_pickle
-from pointalign.data.point_records import Buffer, Columns, PointCloudError, RawPoints, check_size, colour_names
+from pointalign.data.pickles import MALFORMED_PICKLE, Array, read_pickle
+from pointalign.data.point_records import (
+    Buffer,
+    Columns,
+    PointCloudError,
+    RawPoints,
+    check_expansion,
+    check_size,
+    colour_names,
+)
 
 _XYZ_KEYS = ("xyz", "points", "point_cloud", "pointcloud", "pos", "coords", "coord", "pc", "vertices", "data", "arr_0")
 _RGB_KEYS = ("rgb", "colors", "colours", "color", "colour")
@@ -48,7 +55,7 @@ def _pickled(data: bytes) -> RawPoints:
     """The arrays of a dict that numpy.save wrote, as OpenShape stores its clouds."""
     try:
         content = read_pickle(data)
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except MALFORMED_PICKLE as error:
         if isinstance(error, PointCloudError):
             raise PointCloudError(f"expected real numbers or a dict of arrays: {error}") from error
         raise PointCloudError(f"expected real numbers, the array holds Python objects ({error})") from error
@@ -65,7 +72,7 @@ def _is_numeric(value: Any) -> bool:
 
 def read_npz(data: Buffer) -> RawPoints:
     """An archive of arrays, `xyz` or `points` (or the only one) and `rgb` or `colors` among them."""
-    arrays = {}
+    arrays, unpacked = {}, 0
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for member in archive.infolist():
             if member.file_size > _DEFLATE * member.compress_size + 1024:
@@ -79,6 +86,8 @@ def read_npz(data: Buffer) -> RawPoints:
                     continue
                 if start + needed > member.file_size:
                     raise PointCloudError(f"{name} promises {needed} bytes, the archive holds {member.file_size}")
+                unpacked += needed
+                check_expansion(unpacked, len(data), "the arrays of the archive")
                 content = head + file.read(start + needed - len(head)) if start + needed > len(head) else head
             table = np.frombuffer(content, dtype, shape[0] * shape[1], start)
             arrays[name] = table.reshape(shape, order="F" if fortran_order else "C")
