@@ -10,10 +10,11 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTHON312 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
   $$python -c "" 2>/dev/null && echo $$python && break; done)
 GPU_VENV ?= .venv-gpu
+TOOLS := build/tools
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-long chaos resume-matrix fuzz long-run audit check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check compare \
+.PHONY: train test test-long chaos resume-matrix fuzz long-run audit lock check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check compare \
   held-out-naming report clean
 
 train: assets
@@ -39,10 +40,20 @@ long-run: setup
 	$(BIN)/python benchmarks/long_run.py $(ARGS)
 
 # Asks the database of known weaknesses about every installed package; without it this fails, and proves nothing.
-audit: setup
-	$(BIN)/pip install -q pip-audit
-	$(BIN)/pip-audit --strict --local --skip-editable || { \
+# Every package with the hashes of its files, and their known weaknesses; both ask PyPI.
+lock: $(TOOLS)/bin/uv
+	{ sed -n '/^#/p;/^[^#]/q' requirements-hashed.txt; \
+	  $(TOOLS)/bin/uv pip compile pyproject.toml --extra dev --extra eval --extra cuda -c constraints.txt --universal \
+	    --python-version 3.11 --generate-hashes --no-header --no-annotate -q; } > requirements-hashed.new
+	mv requirements-hashed.new requirements-hashed.txt
+
+audit: $(TOOLS)/bin/uv
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements-hashed.txt || { \
 	  echo "audit: weaknesses are named above, or packages that the database could not be asked about"; exit 1; }
+
+$(TOOLS)/bin/uv:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install -q uv pip-audit
 
 check: setup
 	$(BIN)/ruff check .
