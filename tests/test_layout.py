@@ -26,6 +26,7 @@ LAYERS = [
     ["pointalign.alignment", "pointalign.storage", "pointalign.training_checks", "pointalign.allocator"],
     ["pointalign.options", "pointalign.run_checkpoints"],
     ["pointalign.step_checks", "pointalign.interruptions"],
+    ["pointalign.early_stopping"],
     ["pointalign.resumable_trainer"],
     ["pointalign.embedded.facts"],
     ["pointalign.embedded.debatable", "pointalign.embedded.descriptions"],
