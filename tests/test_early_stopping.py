@@ -75,7 +75,7 @@ def test_it_stops_and_exports_the_best_weights_and_a_resumed_run_does_the_same(
 
 
 def test_a_checkpoint_without_best_weights_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="went without training.early_stopping_patience; go on without it"):
+    with pytest.raises(CheckpointError, match=r"went without training.early_stopping_patience; go on without it"):
         EarlyStopping(SimpleNamespace(), StopOnSignal(), patience=2).load(tmp_path)  # type: ignore[arg-type]
 
 
