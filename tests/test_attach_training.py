@@ -1,0 +1,213 @@
+"""`pointalign.attach` under what trains models: Trainer, LoRA, 4 bits, checkpointing, torch.compile, several processes."""
+
+import os
+import socket
+
+import pytest
+import torch
+from made_multimodal import make
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+import pointalign
+from pointalign.attachment import NAME
+
+LONG = pytest.mark.skipif(
+    "POINTALIGN_LONG_TESTS" not in os.environ, reason="compiles or starts processes: run it by `make test-long`"
+)
+
+
+class Samples(Dataset):
+    """Eight samples of LLaVA's batch with equally many supervised tokens, as a step is split by them."""
+
+    def __init__(self):
+        _, batch, places = make("LLaVA")
+        generator = torch.Generator().manual_seed(4)
+        ids = torch.where(
+            places[:1], batch["input_ids"][:1], torch.randint(3, 100, (8, places.shape[1]), generator=generator)
+        )
+        labels = ids.clone()
+        labels[:, :22] = -100
+        self.rows = [
+            {"input_ids": row, "labels": label, "attention_mask": torch.ones_like(row), "pixel_values": pixels}
+            for row, label, pixels in zip(ids, labels, torch.randn(8, 3, 16, 16, generator=generator), strict=True)
+        ]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def trainer(model, handle, folder, steps=4, **options):
+    arguments = TrainingArguments(
+        str(folder), max_steps=steps, learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True,
+        disable_tqdm=True, lr_scheduler_type="constant", save_strategy="no", **options,
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=Samples(), callbacks=[handle.callback()])
+
+
+def train(folder, checkpoint=None, seed=0, **options):
+    model, _, _ = make("LLaVA")
+    handle = pointalign.attach(model, layers=2, weight=0.5, seed=seed)
+    made = trainer(model, handle, folder, **options)
+    made.train(resume_from_checkpoint=checkpoint)
+    return model, handle, made.state.log_history
+
+
+def assert_equal_weights(one, other, **tolerance):
+    for (model, handle, _), (model_2, handle_2, _) in [(one, other)]:
+        for (name, value), value_2 in zip(model.named_parameters(), model_2.parameters(), strict=True):
+            torch.testing.assert_close(value, value_2, **tolerance, msg=name)
+        assert handle.alignment is not handle_2.alignment
+
+
+def test_the_trainer_trains_logs_and_splits_a_batch_without_changing_it(tmp_path):
+    at_once = train(tmp_path / "a", per_device_train_batch_size=4)
+    split = train(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    losses = [[entry["alignment_loss"] for entry in run[2] if "alignment_loss" in entry] for run in (at_once, split)]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=2e-4)
+    assert losses[0][-1] < losses[0][0] - 0.02
+    total = [entry["loss"] for entry in at_once[2] if "loss" in entry]
+    assert total == pytest.approx([entry["loss"] for entry in split[2] if "loss" in entry], abs=2e-3)
+
+
+def test_the_trainer_resumes_exactly(tmp_path):
+    saving = {"per_device_train_batch_size": 2}
+    model, _, _ = make("LLaVA")
+    handle = pointalign.attach(model, layers=2, weight=0.5)
+    uninterrupted = trainer(model, handle, tmp_path, **saving)
+    uninterrupted.args.save_strategy, uninterrupted.args.save_steps = "steps", 2
+    uninterrupted.state.save_steps = 2
+    uninterrupted.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    assert (checkpoint / "alignment.safetensors").exists()
+    resumed, its_handle, _ = train(tmp_path, str(checkpoint), seed=9, **saving)
+    for (name, value), other in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    (checkpoint / "alignment.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"alignment\.safetensors"):
+        train(tmp_path, str(checkpoint), **saving)
+
+
+def lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|v_proj)"))
+
+
+def test_lora(tmp_path):
+    model, batch, _ = make("LLaVA")
+    adapted = lora(model)
+    handle = pointalign.attach(adapted, layers=2)
+    outputs = adapted(**batch)
+    assert outputs.alignment_loss.requires_grad
+    outputs.alignment_loss.backward()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+    assert all("lora_" in name or NAME in name for name in trained)
+    assert any("layers.0." in name for name in trained) and not any("layers.2." in name for name in trained)
+    adapted.save_pretrained(tmp_path)
+    from safetensors.torch import load_file
+
+    assert all("lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    handle.detach()
+    merged = adapted.merge_and_unload()
+    assert not any(NAME in name for name, _ in merged.named_modules()) and "forward" not in vars(merged)
+
+
+def test_adapters_that_are_put_on_afterwards_are_an_error():
+    model, batch, _ = make("LLaVA")
+    pointalign.attach(model)
+    with pytest.raises(ValueError, match="attach after them"):
+        lora(model)(**batch)
+
+
+def test_checkpointing_changes_nothing():
+    model, batch, _ = make("LLaVA")
+    pointalign.attach(model, layers=2)
+
+    def gradients():
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return {
+            name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    given = gradients()
+    assert given.keys() == expected.keys() and all(torch.equal(given[name], expected[name]) for name in expected)
+
+
+def test_four_bits(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
+    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+
+    plain, batch, _ = make("LLaVA")
+    plain.save_pretrained(tmp_path)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = lora(
+        LlavaForConditionalGeneration.from_pretrained(tmp_path, quantization_config=four_bits, dtype=torch.bfloat16)
+    )
+    handle = pointalign.attach(model.train(), layers=2)
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    model(**batch).loss.backward()
+    assert 0 < float(handle.losses["alignment_loss"]) < 2 and handle.target.width == 24
+    assert all(parameter.dtype == torch.float32 and parameter.grad is not None for parameter in handle.parameters())
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=LONG)])
+def test_torch_compile(backend):
+    model, batch, _ = make("LLaVA")
+    handle = pointalign.attach(model, layers=[1, 2])
+    compiled = torch.compile(model, backend=backend)
+    longer = {name: torch.cat([value, value]) for name, value in batch.items()}
+    for inputs in (batch, batch, longer):
+        results = []
+        for each in (model, compiled):
+            model.zero_grad()
+            each(**inputs).loss.backward()
+            results.append(
+                [handle.losses["alignment_loss"], *(p.grad.norm() for p in model.parameters() if p.grad is not None)]
+            )
+        torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    """Half of a batch in each of two processes; the second half of another run has no images at all."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model, batch, _ = make("LLaVA")
+    handle = pointalign.attach(model, layers=2, weight=0.5)
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    half = {name: value[rank : rank + 1] for name, value in batch.items()}
+    parallel(**half).loss.backward()
+    state = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    if rank == 1:
+        half = {"input_ids": half["input_ids"].clamp(max=100), "labels": half["labels"]}
+    parallel(**half).loss.backward()  # a rank without images still takes part
+    handle.detach()
+    torch.save(state, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@LONG
+def test_two_processes_make_the_gradients_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    model, batch, _ = make("LLaVA")
+    pointalign.attach(model, layers=2, weight=0.5)
+    for row in (0, 1):
+        (model(**{name: value[row : row + 1] for name, value in batch.items()}).loss / 2).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(ranks[0][name], parameter.grad, rtol=1e-5, atol=1e-7)
+            assert torch.equal(ranks[0][name], ranks[1][name])
+    assert any(NAME in name for name in ranks[0])
