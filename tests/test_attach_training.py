@@ -1,7 +1,9 @@
-"""`pointalign.attach` under what trains models: Trainer, LoRA, 4 bits, checkpointing, torch.compile, several processes."""
+"""`pointalign.attach` under what trains models: Trainer, LoRA, 4 bits, checkpointing, torch.compile, two processes."""
 
 import os
+import runpy
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +26,8 @@ class Samples(Dataset):
     def __init__(self):
         _, batch, places = make("LLaVA")
         generator = torch.Generator().manual_seed(4)
-        ids = torch.where(
-            places[:1], batch["input_ids"][:1], torch.randint(3, 100, (8, places.shape[1]), generator=generator)
-        )
+        random = torch.randint(3, 100, (8, places.shape[1]), generator=generator)
+        ids = torch.where(places[:1], batch["input_ids"][:1], random)
         labels = ids.clone()
         labels[:, :22] = -100
         self.rows = [
@@ -57,13 +58,6 @@ def train(folder, checkpoint=None, seed=0, **options):
     return model, handle, made.state.log_history
 
 
-def assert_equal_weights(one, other, **tolerance):
-    for (model, handle, _), (model_2, handle_2, _) in [(one, other)]:
-        for (name, value), value_2 in zip(model.named_parameters(), model_2.parameters(), strict=True):
-            torch.testing.assert_close(value, value_2, **tolerance, msg=name)
-        assert handle.alignment is not handle_2.alignment
-
-
 def test_the_trainer_trains_logs_and_splits_a_batch_without_changing_it(tmp_path):
     at_once = train(tmp_path / "a", per_device_train_batch_size=4)
     split = train(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4)
@@ -84,7 +78,7 @@ def test_the_trainer_resumes_exactly(tmp_path):
     uninterrupted.train()
     checkpoint = tmp_path / "checkpoint-2"
     assert (checkpoint / "alignment.safetensors").exists()
-    resumed, its_handle, _ = train(tmp_path, str(checkpoint), seed=9, **saving)
+    resumed, _, _ = train(tmp_path, str(checkpoint), seed=9, **saving)
     for (name, value), other in zip(model.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(value, other), name
     (checkpoint / "alignment.safetensors").unlink()
@@ -148,9 +142,10 @@ def test_four_bits(tmp_path):
     plain, batch, _ = make("LLaVA")
     plain.save_pretrained(tmp_path)
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    model = lora(
-        LlavaForConditionalGeneration.from_pretrained(tmp_path, quantization_config=four_bits, dtype=torch.bfloat16)
+    loaded = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=four_bits, dtype=torch.bfloat16
     )
+    model = lora(loaded)
     handle = pointalign.attach(model.train(), layers=2)
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
     model(**batch).loss.backward()
@@ -169,15 +164,14 @@ def test_torch_compile(backend):
         for each in (model, compiled):
             model.zero_grad()
             each(**inputs).loss.backward()
-            results.append(
-                [handle.losses["alignment_loss"], *(p.grad.norm() for p in model.parameters() if p.grad is not None)]
-            )
+            norms = [weight.grad.norm() for weight in model.parameters() if weight.grad is not None]
+            results.append([handle.losses["alignment_loss"], *norms])
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
     torch._dynamo.reset()
 
 
 def _rank(rank: int, port: int, folder: str) -> None:
-    """Half of a batch in each of two processes; the second half of another run has no images at all."""
+    """Half of a batch in each of two processes; then again, and the second process has text alone."""
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
@@ -211,3 +205,9 @@ def test_two_processes_make_the_gradients_of_one(tmp_path):
             torch.testing.assert_close(ranks[0][name], parameter.grad, rtol=1e-5, atol=1e-7)
             assert torch.equal(ranks[0][name], ranks[1][name])
     assert any(NAME in name for name in ranks[0])
+
+
+def test_the_example_trains():
+    example = Path(__file__).parents[1] / "examples/attach_llava.py"
+    losses = runpy.run_path(str(example))["main"]()
+    assert len(losses) == 5 and losses[-1] < losses[0] - 0.05
