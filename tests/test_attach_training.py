@@ -21,18 +21,18 @@ LONG = pytest.mark.skipif(
 
 
 class Samples(Dataset):
-    """Eight samples of LLaVA's batch with equally many supervised tokens, as a step is split by them."""
+    """Eight samples with equally many supervised tokens, as a step is split by them."""
 
-    def __init__(self):
-        _, batch, places = make("LLaVA")
+    def __init__(self, name):
+        _, batch, places = make(name)
         generator = torch.Generator().manual_seed(4)
         random = torch.randint(3, 100, (8, places.shape[1]), generator=generator)
         ids = torch.where(places[:1], batch["input_ids"][:1], random)
-        labels = ids.clone()
-        labels[:, :22] = -100
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 6, -100)
+        pixels = torch.randn(8, *batch["pixel_values"].shape[1:], generator=generator)
         self.rows = [
-            {"input_ids": row, "labels": label, "attention_mask": torch.ones_like(row), "pixel_values": pixels}
-            for row, label, pixels in zip(ids, labels, torch.randn(8, 3, 16, 16, generator=generator), strict=True)
+            {"input_ids": row, "labels": label, "attention_mask": torch.ones_like(row), "pixel_values": image}
+            for row, label, image in zip(ids, labels, pixels, strict=True)
         ]
 
     def __len__(self):
@@ -42,25 +42,21 @@ class Samples(Dataset):
         return self.rows[index]
 
 
-def trainer(model, handle, folder, steps=4, **options):
-    arguments = TrainingArguments(
-        str(folder), max_steps=steps, learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True,
-        disable_tqdm=True, lr_scheduler_type="constant", save_strategy="no", **options,
-    )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=Samples(), callbacks=[handle.callback()])
-
-
-def train(folder, checkpoint=None, seed=0, **options):
-    model, _, _ = make("LLaVA")
+def train(folder, checkpoint=None, seed=0, name="LLaVA", **options):
+    model, _, _ = make(name)
     handle = pointalign.attach(model, layers=2, weight=0.5, seed=seed)
-    made = trainer(model, handle, folder, **options)
-    made.train(resume_from_checkpoint=checkpoint)
-    return model, handle, made.state.log_history
+    arguments = TrainingArguments(
+        str(folder), max_steps=4, learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True,
+        disable_tqdm=True, lr_scheduler_type="constant", **options,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=Samples(name), callbacks=[handle.callback()])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return model, handle, trainer.state.log_history
 
 
 def test_the_trainer_trains_logs_and_splits_a_batch_without_changing_it(tmp_path):
-    at_once = train(tmp_path / "a", per_device_train_batch_size=4)
-    split = train(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    at_once = train(tmp_path / "a", save_strategy="no", per_device_train_batch_size=4)
+    split = train(tmp_path / "b", save_strategy="no", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     losses = [[entry["alignment_loss"] for entry in run[2] if "alignment_loss" in entry] for run in (at_once, split)]
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=2e-4)
     assert losses[0][-1] < losses[0][0] - 0.02
@@ -69,13 +65,8 @@ def test_the_trainer_trains_logs_and_splits_a_batch_without_changing_it(tmp_path
 
 
 def test_the_trainer_resumes_exactly(tmp_path):
-    saving = {"per_device_train_batch_size": 2}
-    model, _, _ = make("LLaVA")
-    handle = pointalign.attach(model, layers=2, weight=0.5)
-    uninterrupted = trainer(model, handle, tmp_path, **saving)
-    uninterrupted.args.save_strategy, uninterrupted.args.save_steps = "steps", 2
-    uninterrupted.state.save_steps = 2
-    uninterrupted.train()
+    saving = {"per_device_train_batch_size": 2, "save_steps": 2, "name": "SmolVLM"}
+    model, _, _ = train(tmp_path, **saving)
     checkpoint = tmp_path / "checkpoint-2"
     assert (checkpoint / "alignment.safetensors").exists()
     resumed, _, _ = train(tmp_path, str(checkpoint), seed=9, **saving)
@@ -180,7 +171,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
     parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     half = {name: value[rank : rank + 1] for name, value in batch.items()}
     parallel(**half).loss.backward()
-    state = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    state = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     if rank == 1:
         half = {"input_ids": half["input_ids"].clamp(max=100), "labels": half["labels"]}
     parallel(**half).loss.backward()  # a rank without images still takes part
