@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, linear_cka
-from pointalign.attached_logging import LogAlignment
+from pointalign.attached_logging import LogAlignment, join_trainer
 from pointalign.attached_targets import make_target
 
 NAME = "pointalign_attached"  # of the projectors among the model's modules, which optimizers and DDP look through
@@ -95,6 +95,8 @@ class AttachedAlignment:
         configuration: Any = self.model.config
         self.tokens = tokens if callable(tokens) else _token_id(configuration, tokens)
         self.impl, self.losses, self.num_rows = impl, {}, None
+        self.joined = False  # a trainer adds `pending` to its loss, see `join`
+        self.pending: Tensor | None = None
         decoder_layers = _decoder_layers(self.model)
         kind = "learned" if layers == "learned" else "uniform"
         config = AlignmentConfig(weight, _chosen_layers(layers, len(decoder_layers)), layer_weights=kind, seed=seed)
@@ -109,7 +111,9 @@ class AttachedAlignment:
         self._wrapper = AttachedForward(self)
         self.model.add_module(NAME, self.alignment)
         self.model.forward = self._wrapper  # type: ignore[method-assign]
+        self._guard = decoder_layers[0].register_forward_pre_hook(self._require_forward)
         self._hooks = [
+            self._guard,
             self.model.register_state_dict_post_hook(_leave_out),
             self.model.register_load_state_dict_post_hook(_do_not_miss),
         ]
@@ -142,6 +146,18 @@ class AttachedAlignment:
     def callback(self) -> LogAlignment:
         """For `transformers.Trainer`: logs the loss, and saves and resumes the projectors with its checkpoints."""
         return LogAlignment(self)
+
+    def join(self, trainer: Any) -> None:
+        """For a trainer that computes its own loss, such as TRL's: add the alignment loss to what it computes.
+
+        Call it, like `attach`, once the trainer is built, since TRL replaces `forward` of the model then. The callback
+        is added too.
+
+        Raises: ValueError: the trainer's model no longer calls this alignment.
+        """
+        if _base_model(trainer.model).__dict__.get("forward") is not self._wrapper:
+            raise ValueError("the trainer has replaced `forward` since: build it first, then attach to trainer.model")
+        join_trainer(self, trainer)
 
     def detach(self) -> None:
         """Leave modules, hooks, forward and state dict of the model as before `attach`. A second call does nothing."""
@@ -195,6 +211,7 @@ class AttachedAlignment:
         """The model's own forward pass, and in training the loss beside it."""
         inputs = self._bound(arguments, keywords)
         keywords.pop("feature_ids", None)
+        self._guard.remove()
         if not (self.model.training and torch.is_grad_enabled()) or self.weight == 0:
             return original(*arguments, **keywords)
         self._check_projectors_train()
@@ -210,6 +227,10 @@ class AttachedAlignment:
             )
         finally:
             self.target.end()
+        if self.joined:
+            self.pending = alignment
+            self.losses = {"alignment_loss": alignment.detach()}
+            return outputs
         return self._add(outputs, alignment * self._share(inputs, num_rows))
 
     def _rows(self, inputs: dict[str, Any], outputs: Any, hidden: dict[int, Tensor]) -> Tensor:
@@ -251,6 +272,15 @@ class AttachedAlignment:
         if in_tuple:
             return total, *outputs[1:]
         return _with_alignment(outputs, {"loss": total}, alignment)
+
+    def _require_forward(self, layer: nn.Module, _inputs: tuple) -> None:
+        """Until the first pass through `forward`: the loss must not be lost without a word."""
+        if layer.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the language model trains, but not through `forward` of the model that the alignment is attached to: "
+                "it was replaced after `attach` (TRL's trainers do that: build the trainer, attach to trainer.model, "
+                "then handle.join(trainer)), or an inner model was called"
+            )
 
     def _bound(self, arguments: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
         """The inputs of `forward` by name."""

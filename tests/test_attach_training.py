@@ -9,7 +9,7 @@ import pytest
 import torch
 from made_multimodal import make
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from transformers import Trainer, TrainingArguments
 
 import pointalign
@@ -75,6 +75,51 @@ def test_the_trainer_resumes_exactly(tmp_path):
     (checkpoint / "alignment.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"alignment\.safetensors"):
         train(tmp_path, str(checkpoint), **saving)
+
+
+def test_trl(tmp_path, tokenizer):
+    trl = pytest.importorskip("trl", reason="SFTTrainer needs trl")
+    datasets = pytest.importorskip("datasets", reason="trl needs datasets")
+    samples = Samples("LLaVA")
+    losses = {}
+    for name, batch_size in (("at once", 4), ("split", 1)):
+        model, _, _ = make("LLaVA")
+        arguments = trl.SFTConfig(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=batch_size, learning_rate=1e-2, logging_steps=1,
+            gradient_accumulation_steps=4 // batch_size, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+            save_strategy="no", lr_scheduler_type="constant", dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False, max_length=None, gradient_checkpointing=False,
+        )  # fmt: skip
+        early = pointalign.attach(model)
+        trainer = trl.SFTTrainer(
+            model, arguments, train_dataset=datasets.Dataset.from_list([{"index": i, "labels": [1]} for i in range(8)]),
+            data_collator=lambda rows: default_collate([samples[row["index"]] for row in rows]),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="build it first"):
+            early.join(trainer)
+        with pytest.raises(RuntimeError, match="not through `forward` of the model"):
+            trainer.train()
+        early.detach()
+        handle = pointalign.attach(trainer.model, layers=2, weight=0.5)
+        handle.join(trainer)
+        trainer.train()
+        losses[name] = [entry["alignment_loss"] for entry in trainer.state.log_history if "alignment_loss" in entry]
+    assert len(losses["split"]) == 3 and losses["split"][-1] < losses["split"][0] - 0.01
+    assert losses["split"] == pytest.approx(losses["at once"], abs=5e-4)
+
+
+def test_a_replaced_forward_is_an_error_and_no_silent_loss():
+    model, batch, _ = make("LLaVA")
+    handle = pointalign.attach(model)
+    inner = {name: value for name, value in batch.items() if name != "labels"}
+    with pytest.raises(RuntimeError, match="not through `forward` of the model"):
+        model.model(**inner)
+    model.eval()
+    model.model(**inner)
+    model.train()
+    model(**batch)
+    assert handle.losses
 
 
 def lora(model):
