@@ -18,16 +18,10 @@ from transformers.utils import ModelOutput
 
 from pointalign.alignment import Alignment, AlignmentConfig, LayerTap, linear_cka
 from pointalign.attached_logging import LogAlignment, join_trainer
+from pointalign.attached_model import base_model, chosen_layers, decoder_layers, token_id
 from pointalign.attached_targets import make_target
 
 NAME = "pointalign_attached"  # of the projectors among the model's modules, which optimizers and DDP look through
-MOST_LEARNED = 8  # layers that layers="learned" weighs
-TOKEN_NAMES = {
-    "<image>": ("image_token_id", "image_token_index"),
-    "<video>": ("video_token_id", "video_token_index"),
-    "<point>": ("point_token_id",),
-}
-LAYER_LISTS = ("layers", "h", "blocks")  # names of a decoder's list of layers
 
 
 def attach(
@@ -91,27 +85,27 @@ class AttachedAlignment:
         seed: int,
         impl: str,
     ):
-        self.model = _base_model(model)
+        self.model = base_model(model)
         configuration: Any = self.model.config
-        self.tokens = tokens if callable(tokens) else _token_id(configuration, tokens)
+        self.tokens = tokens if callable(tokens) else token_id(configuration, tokens)
         self.impl, self.losses, self.num_rows = impl, {}, None
         self.joined = False  # a trainer adds `pending` to its loss, see `join`
         self.pending: Tensor | None = None
-        decoder_layers = _decoder_layers(self.model)
+        blocks = decoder_layers(self.model)
         kind = "learned" if layers == "learned" else "uniform"
-        config = AlignmentConfig(weight, _chosen_layers(layers, len(decoder_layers)), layer_weights=kind, seed=seed)
-        chosen = config.layers(len(decoder_layers))
+        config = AlignmentConfig(weight, chosen_layers(layers, len(blocks)), layer_weights=kind, seed=seed)
+        chosen = config.layers(len(blocks))
         hidden_size = configuration.get_text_config(decoder=True).hidden_size
         self._check_not_attached()
         self.target = make_target(self.model, target, target_size)
         self.alignment = Alignment(config, chosen, hidden_size, self.target.width)
-        self.alignment.to(next(decoder_layers.parameters()).device)
-        self.tap = LayerTap(decoder_layers, self.alignment.layers)  # type: ignore[arg-type]
+        self.alignment.to(next(blocks.parameters()).device)
+        self.tap = LayerTap(blocks, self.alignment.layers)  # type: ignore[arg-type]
         self.tap.install()
         self._wrapper = AttachedForward(self)
         self.model.add_module(NAME, self.alignment)
         self.model.forward = self._wrapper  # type: ignore[method-assign]
-        self._guard = decoder_layers[0].register_forward_pre_hook(self._require_forward)
+        self._guard = blocks[0].register_forward_pre_hook(self._require_forward)
         self._hooks = [
             self._guard,
             self.model.register_state_dict_post_hook(_leave_out),
@@ -155,7 +149,7 @@ class AttachedAlignment:
 
         Raises: ValueError: the trainer's model no longer calls this alignment.
         """
-        if _base_model(trainer.model).__dict__.get("forward") is not self._wrapper:
+        if base_model(trainer.model).__dict__.get("forward") is not self._wrapper:
             raise ValueError("the trainer has replaced `forward` since: build it first, then attach to trainer.model")
         join_trainer(self, trainer)
 
@@ -356,63 +350,3 @@ def _leave_out(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metad
 
 def _do_not_miss(_module: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if f".{NAME}." not in f".{name}"]
-
-
-def _base_model(model: nn.Module) -> Any:
-    """The transformers model, out of peft's wrapper. Raises: ValueError: wrapped in something else already."""
-    for wrapper, when in (("_orig_mod", "torch.compile"), ("module", "DistributedDataParallel")):
-        if hasattr(model, wrapper) and not hasattr(model, "config"):
-            raise ValueError(f"attach before {when}: the model is wrapped already")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError("attach before torch.compile: compiled code does not see hooks that come later")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if not hasattr(base, "config") or not hasattr(base, "get_decoder"):
-        raise ValueError(f"expected a multimodal model of transformers, got {type(base).__name__}")
-    return base
-
-
-def _token_id(configuration: Any, tokens: str | int | None) -> int:
-    if isinstance(tokens, int):
-        return tokens
-    name = tokens or ("<point>" if hasattr(configuration, "point_token_id") else "<image>")
-    if name not in TOKEN_NAMES:
-        raise ValueError(
-            f"tokens={name!r}: expected of {', '.join(TOKEN_NAMES)}; of other tokens give the id, "
-            f"tokenizer.convert_tokens_to_ids({name!r})"
-        )
-    ids = [getattr(configuration, field, None) for field in TOKEN_NAMES[name]]
-    known = next((token_id for token_id in ids if token_id is not None), None)
-    if known is None:
-        raise ValueError(f"the configuration of the model has no {TOKEN_NAMES[name][0]}: give the token id")
-    return known
-
-
-def _decoder_layers(model: Any) -> nn.ModuleList:
-    """Raises: ValueError: no list of decoder layers, or an encoder-decoder, whose encoder reads the tokens."""
-    text_config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False) or getattr(text_config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} has an encoder-decoder language model; expected a decoder alone")
-    decoder = model.get_decoder()
-    for _ in range(3):
-        for name in LAYER_LISTS:
-            if isinstance(getattr(decoder, name, None), nn.ModuleList):
-                return getattr(decoder, name)
-        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
-        if inner is decoder:
-            break
-        decoder = inner
-    raise ValueError(f"no list of decoder layers in {type(decoder).__name__}: expected one of {', '.join(LAYER_LISTS)}")
-
-
-def _chosen_layers(layers: int | Sequence[int] | str | None, num_layers: int) -> list[int]:
-    if layers is None:
-        return []
-    if isinstance(layers, int):
-        return [layers]
-    if layers == "learned":
-        last = max(1, num_layers - 1)  # the last layer's output only predicts the next token
-        count = min(MOST_LEARNED, last)
-        return sorted({round((i + 1) * last / count) for i in range(count)})
-    if isinstance(layers, str):
-        raise ValueError(f"layers={layers!r}: expected a number, several numbers, or 'learned'")
-    return list(layers)

@@ -24,7 +24,8 @@ READERS = (  # what reads clouds knows nothing of the embedded objects; data set
 LAYERS = [
     ["pointalign_kernels"],
     ["pointalign.alignment", "pointalign.storage", "pointalign.training_checks", "pointalign.allocator"],
-    ["pointalign.options", "pointalign.run_checkpoints", "pointalign.attached_logging", "pointalign.attached_targets"],
+    ["pointalign.options", "pointalign.run_checkpoints"],
+    [f"pointalign.attached_{part}" for part in ("logging", "model", "targets")],
     ["pointalign.attachment"],
     ["pointalign.step_checks", "pointalign.interruptions"],
     ["pointalign.early_stopping"],
