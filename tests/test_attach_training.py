@@ -189,7 +189,8 @@ def test_four_bits(tmp_path):
     assert all(parameter.dtype == torch.float32 and parameter.grad is not None for parameter in handle.parameters())
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=LONG)])
+@LONG
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_torch_compile(backend):
     model, batch, _ = make("LLaVA")
     handle = pointalign.attach(model, layers=[1, 2])
