@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pointalign.alignment import Alignment, AlignmentConfig, AlignmentProjector, LayerTap
+    from pointalign.attachment import attach
     from pointalign.build import load
     from pointalign.data.point_cloud import PointCloudError, load_point_cloud
     from pointalign.models import (
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Alignment", "AlignmentConfig", "AlignmentProjector", "LayerTap", "PointAlignConfig", "PointAlignFeatureExtractor",
     "PointAlignForConditionalGeneration", "PointAlignModel", "PointAlignProcessor", "PointCloudError", "__version__",
-    "load", "load_point_cloud",
+    "attach", "load", "load_point_cloud",
 ]  # fmt: skip
 
 # -- public names ------------------------------------------------------------------------------------------------------
@@ -39,6 +40,7 @@ _MODULE_OF = {
     **dict.fromkeys(__all__, "pointalign.models"),
     **dict.fromkeys(("Alignment", "AlignmentConfig", "AlignmentProjector", "LayerTap"), "pointalign.alignment"),
     **dict.fromkeys(("PointCloudError", "load_point_cloud"), "pointalign.data.point_cloud"),
+    "attach": "pointalign.attachment",
     "load": "pointalign.build",
 }
 

@@ -8,12 +8,15 @@ vision-language model with a list of decoder layers and a mask of the tokens in 
 Shape legend: R rows (point tokens in the batch), H width of the language model, D width of the target.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pointalign_kernels import alignment_loss
 
@@ -79,6 +82,23 @@ class LayerTap:
     def __init__(self, layers: Sequence[nn.Module], indices: Sequence[int]):
         self.layers = layers
         self.indices = sorted(set(indices))
+        self._outputs: dict[int, Tensor] | None = None  # of the pass under way
+        self._hooks: list[RemovableHandle] = []
+
+    def install(self) -> None:
+        """Put the hooks on the layers until `remove`: torch.compile keeps those that a layer had when it compiled."""
+        for index in self.indices:
+            self._hooks.append(self.layers[index - 1].register_forward_hook(partial(self._note, index)))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _note(self, index: int, _module: nn.Module, _args: tuple, output: Any) -> None:
+        # The first call counts: recomputation calls again, with tensors that no loss depends on.
+        if self._outputs is not None:
+            self._outputs.setdefault(index, output[0] if isinstance(output, tuple) else output)
 
     @contextmanager
     def capture(self, mask: Tensor) -> Iterator[dict[int, Tensor]]:
@@ -92,22 +112,17 @@ class LayerTap:
             ValueError: a layer's output has other batch or token dimensions than the mask.
         """
         places = mask.bool().flatten().nonzero()[:, 0]  # here, where the device has little queued to wait for
-        outputs: dict[int, Tensor] = {}
         rows: dict[int, Tensor] = {}
-
-        def hook_for(index: int):
-            def hook(_module, _args, output):
-                # The first call counts: recomputation calls again, with tensors that no loss depends on.
-                outputs.setdefault(index, output[0] if isinstance(output, tuple) else output)
-
-            return hook
-
-        handles = [self.layers[index - 1].register_forward_hook(hook_for(index)) for index in self.indices]
+        installed = bool(self._hooks)
+        if not installed:
+            self.install()
+        self._outputs = outputs = {}
         try:
             yield rows
         finally:
-            for handle in handles:
-                handle.remove()
+            self._outputs = None
+            if not installed:
+                self.remove()
         missing = [index for index in self.indices if index not in outputs]
         if missing:
             raise RuntimeError(f"no hidden states came from layers {missing}: the forward pass did not run them")
@@ -180,6 +195,50 @@ class Alignment(nn.Module):
         pairs = zip(self.layers, self.alignment_projector, strict=True)
         losses = torch.stack([projector.loss(hidden[layer], target.detach(), impl) for layer, projector in pairs])
         return (losses * self.layer_weights().to(losses)).sum()
+
+    def beside(
+        self,
+        tap: LayerTap,
+        mask: Tensor,
+        run: Callable[[], Any],
+        target: Callable[[Any, dict[int, Tensor]], Tensor],
+        impl: str = "reference",
+    ) -> tuple[Any, Tensor, int]:
+        """One forward pass of a model and the alignment loss of its masked tokens.
+
+        Args:
+            tap: on the aligned layers of the model.
+            mask: `[B, T]` with R true places; without any, the loss is 0.
+            run: the forward pass.
+            target: outputs of `run` and hidden states `{k: [R, H]}` -> rows `[R, D]`.
+
+        Returns: the outputs of `run`, the loss (fp32 scalar), and R.
+
+        Raises: ValueError: the target has other than R rows of width D.
+        """
+        with tap.capture(mask) as hidden:
+            outputs = run()
+        num_rows = len(hidden[self.layers[0]])
+        if num_rows == 0:  # every parameter takes part in every step, as DistributedDataParallel wants it
+            return outputs, torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0, 0
+        rows = target(outputs, hidden)
+        width = self.alignment_projector[0].projector[-1].out_features
+        if rows.shape != (num_rows, width):
+            raise ValueError(
+                f"the target of the alignment has shape {list(rows.shape)}, expected {[num_rows, width]}: a row for "
+                f"each of the {num_rows} tokens"
+            )
+        dtype = hidden[self.layers[0]].dtype  # 16-bit states pass the fp32 projector under autocast
+        half = dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(mask.device.type, dtype) if half else nullcontext():
+            return outputs, self(hidden, rows, impl), num_rows
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """Linear centred kernel alignment of rows `[N, F]` and `[N, G]` (Kornblith et al., ICML 2019), 0 to 1."""
+    x, y = (rows.double() - rows.double().mean(dim=0) for rows in (x, y))
+    shared = (x.T @ y).square().sum()
+    return float(shared / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
 def pool_tokens(tokens: Tensor, num_queries: int) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from pointalign.data.collator import ConversationCollator
 from pointalign.data.dataset import ConversationDataset
+from pointalign.early_stopping import ALIGNMENT, HELD_OUT
 from pointalign.efficient import frozen_parts
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ EMBEDDED_KINDS = {
     "side": ["side"],
     "two clouds": ["two clouds"],
 }
-PREFIX = "held_out"  # of the names in the log
 
 
 class HeldOutLosses(TrainerCallback):
@@ -77,10 +77,10 @@ class HeldOutLosses(TrainerCallback):
                 for name, value in batch.items()
             }
             losses = self.aligned(**inputs)
-            logs[f"{PREFIX}/{kind}"] = losses["ntp_loss"].item()
+            logs[f"{HELD_OUT}{kind}"] = losses["ntp_loss"].item()
             alignment.append(losses["alignment_loss"].item())
         if self.aligned.alignment is not None:
-            logs[f"{PREFIX}/alignment_loss"] = sum(alignment) / len(alignment)
+            logs[ALIGNMENT] = sum(alignment) / len(alignment)
         self.aligned.train()
         self.trainer.log(logs)
 

@@ -169,6 +169,8 @@ class TrainingOptions(TrainingArguments):
         memory_limit_gb: use no more of a CUDA device than a card of that size has.
         warmup_learning_rate, minimum_learning_rate: where the linear warm-up starts and the cosine over the whole run
             ends, as in the published runs; None for the scheduler of transformers.
+        early_stopping_patience: end the run after so many logs without a lower held-out loss (the mean next-token loss
+            of the parts that `data.validation` gives), with the weights of the best log; 0 for all steps.
     """
 
     output_dir: str | None = "runs/align"
@@ -193,6 +195,7 @@ class TrainingOptions(TrainingArguments):
     memory_limit_gb: float | None = None
     warmup_learning_rate: float | None = None
     minimum_learning_rate: float | None = None
+    early_stopping_patience: int = 0
 
 
 @dataclass
@@ -258,6 +261,15 @@ class Options:
         data, training = self.data, self.training
         check_arguments(training)
         check_precision(training, self.model.dtype)
+        if training.early_stopping_patience < 0:
+            raise ValueError("training.early_stopping_patience: expected a number of logs, 0 for none")
+        if training.early_stopping_patience:
+            if data.validation is None and (data.annotations is not None or data.fold is not None):
+                raise ValueError("training.early_stopping_patience needs held-out conversations: data.validation FILE")
+            if training.world_size > 1 or training.fsdp:
+                raise ValueError(
+                    "training.early_stopping_patience needs a run of one process, which alone measures held-out losses"
+                )
         if training.fsdp and training.device.type == "cpu":
             raise ValueError("training.fsdp: accelerate shards on GPUs only, on a CPU it would copy without a word")
         if training.auto_batch and data.mixture:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from pointalign import run_checkpoints, step_checks, storage
+from pointalign.early_stopping import EarlyStopping
 from pointalign.interruptions import HangWatch, StopOnSignal
 
 
@@ -32,6 +33,12 @@ class ResumableTrainer(Trainer):
         self._watch: HangWatch | None = None
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
+        self.early_stopping: EarlyStopping | None = None
+
+    def stop_early(self, patience: int) -> None:
+        """End the run, with its best weights, after so many logs without a lower held-out loss."""
+        self.early_stopping = EarlyStopping(self, self.stop, patience)
+        self.add_callback(self.early_stopping)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and a checkpoint is verified before anything of it is loaded.
@@ -75,7 +82,8 @@ class ResumableTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         if self._watch is not None:
             self._watch.note(self.state.global_step, computing=False)
-        if self.state.global_step >= self.state.max_steps:  # a finished run that is resumed takes no further step
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            # a finished run that is resumed takes no further step
             return [], None
         try:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -137,12 +145,16 @@ class ResumableTrainer(Trainer):
             assert state_dict is not None
             state = {name: state_dict[name] for name in state}
         storage.write_tensors(folder / "model.safetensors", state)
+        if self.early_stopping is not None:
+            self.early_stopping.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         earlier = run_checkpoints.checkpoints(Path(resume_from_checkpoint).parent)
         resumed = Path(resume_from_checkpoint)
         if resumed in earlier and resumed.parent == Path(self.args.output_dir):
             self.checkpoints = earlier[: earlier.index(resumed) + 1]  # later ones are of a run that went another way
+        if self.early_stopping is not None:
+            self.early_stopping.load(resumed)
         target = self.accelerator.unwrap_model(model or self.model)
         expected = set(storage.training_state(target))
         if self.is_fsdp_enabled:

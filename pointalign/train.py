@@ -225,6 +225,8 @@ def make_trainer(
     )
     if held_out := HeldOutLosses.of(trainer, aligned, processor, options):
         trainer.add_callback(held_out)
+        if training.early_stopping_patience:
+            trainer.stop_early(training.early_stopping_patience)
     return trainer, model, processor
 
 
@@ -341,12 +343,15 @@ def write_results(
 ) -> dict[str, str]:
     """Loss curves, stage file and exported model. Returns the names of the files by what they are."""
     from pointalign import build, stage_file
+    from pointalign.early_stopping import standing
     from pointalign.evaluation.report import loss_curves
 
     history = trainer.state.log_history
     loss_curves(history, folder / "loss.png", options.alignment.weight)
     last = next((entry for entry in reversed(history) if "ntp_loss" in entry), None)
     description = describe(options) | {"steps": trainer.state.global_step, "last_log": last}
+    if trainer.early_stopping is not None:
+        description["best_step"], description["held_out_loss"], _ = standing(history)
     stage_file.save_stage(model, folder / stage_file.STAGE_FILE, description)
     build.export(model, processor, folder / "model")
     return {"loss curves": "loss.png", "stage checkpoint": stage_file.STAGE_FILE, "model": "model"}

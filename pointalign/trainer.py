@@ -92,14 +92,15 @@ class AlignedModel(nn.Module):
         if self.alignment is None:
             ntp = self.model(point_mask=point_mask, **inputs).loss
             return {"loss": ntp, "ntp_loss": ntp.detach(), "alignment_loss": torch.zeros_like(ntp)}
-        with self.tap.capture(point_mask) as hidden:
-            outputs = self.model(point_mask=point_mask, **inputs)
-        if outputs.point_features is None:  # a batch without clouds
-            alignment = next(self.alignment.parameters()).sum() * 0
-        else:
-            target = self.target(outputs.point_features, hidden)
-            share = 1.0 if num_point_rows is None else len(target) / num_point_rows
-            alignment = self.alignment(hidden, target, self.impl) * share
+        outputs, alignment, num_rows = self.alignment.beside(
+            self.tap,
+            point_mask,
+            lambda: self.model(point_mask=point_mask, **inputs),
+            lambda outputs, hidden: self.target(outputs.point_features, hidden),
+            self.impl,
+        )
+        if num_point_rows is not None:
+            alignment = alignment * (num_rows / num_point_rows)
         loss = outputs.loss + self.alignment_config.weight * alignment
         return {"loss": loss, "ntp_loss": outputs.loss.detach(), "alignment_loss": alignment.detach()}
 

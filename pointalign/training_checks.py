@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 _HELD_OUT = "--data.validation FILE gives both losses on held-out conversations at every log"
+_BEST = "--training.early_stopping_patience N ends a run, with its best weights, by the losses of --data.validation"
 _EVALUATIONS = (
     "eval_strategy", "do_eval", "do_predict", "eval_on_start", "eval_steps", "eval_delay", "eval_accumulation_steps",
     "per_device_eval_batch_size", "batch_eval_metrics", "prediction_loss_only", "include_for_metrics",
@@ -19,9 +20,9 @@ _PRECISION = "the precision follows model.dtype"
 REFUSED = {
     "label_smoothing_factor": "the model computes the loss itself, without smoothing",
     "neftune_noise_alpha": "no noise is added to embeddings that point tokens replace; try data.augmentation",
-    "load_best_model_at_end": f"the last step counts; {_HELD_OUT}, and save_total_limit keeps earlier checkpoints",
-    "metric_for_best_model": "no checkpoint is chosen by a metric, the last step counts",
-    "greater_is_better": "no checkpoint is chosen by a metric, the last step counts",
+    "load_best_model_at_end": _BEST,
+    "metric_for_best_model": _BEST,
+    "greater_is_better": _BEST,
     "torch_compile": "the loss reads a hidden layer through a hook, which torch.compile does not keep; use --fused",
     "torch_compile_backend": "the loss reads a hidden layer through a hook, which torch.compile does not keep",
     "torch_compile_mode": "the loss reads a hidden layer through a hook, which torch.compile does not keep",
@@ -45,9 +46,7 @@ def check_arguments(training: TrainingArguments) -> None:
         if name in defaults and getattr(training, name) not in (defaults[name], None, False, []):
             raise ValueError(f"training.{name}={getattr(training, name)!s} has no effect here: {advice}")
     if training.save_strategy == "best":
-        raise ValueError(
-            "training.save_strategy=best: no checkpoint is chosen by a metric; expected steps, epoch or no"
-        )
+        raise ValueError(f"training.save_strategy=best: expected steps, epoch or no; {_BEST}")
     if training.train_sampling_strategy == "group_by_length":
         raise ValueError(
             "training.train_sampling_strategy=group_by_length: samples have no length yet; use data.packing"

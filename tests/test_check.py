@@ -136,9 +136,15 @@ def hostile_files(folder):
     (folder / "fan.gltf").write_text(json.dumps({"meshes": [{"primitives": [{"mode": 6, "attributes": {}}]}]}))
     (folder / "broken.npz").write_bytes(b"PK no archive")
     (folder / "short.laz").write_bytes(b"LASF")
+    for name in ("chair.dae", "chair.3mf", "scene.splat"):
+        (folder / name).write_bytes(b"of a program")
+    (folder / "meshopt.gltf").write_text(json.dumps({"extensionsRequired": ["EXT_meshopt_compression"]}))
+    (folder / "wood.png").write_bytes(b"a texture beside a mesh is no cloud")
     return {
         "lies.ply": "promises 99999999999 vertex", "caption.txt": "rows of numbers", "nan.npy": "90 of 90 points",
         "fan.gltf": "triangle fans", "broken.npz": "unreadable .npz file", "short.laz": "no LASF header",
+        "chair.dae": "convert a mesh to .glb", "chair.3mf": "expected one of .npy, .ply, .obj",
+        "scene.splat": "to .ply", "meshopt.gltf": "EXT_meshopt_compression",
     }  # fmt: skip
 
 

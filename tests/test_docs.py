@@ -121,28 +121,15 @@ def test_imports_of_examples_exist(document):
 
 
 def test_the_loss_attaches_to_a_model_as_the_readme_says():
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from made_multimodal import make
 
-    (example,) = [block for block in blocks("README.md", "python") if "LayerTap" in block]
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes))
-    mask = torch.tensor([[True, True, False, False, False], [False, True, True, True, False]])
-    variables = {
-        "model": model,
-        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
-        "mask": mask,
-        "embeddings": torch.randn(2, 5, 16),
-        "labels": torch.randint(11, (2, 5)),
-        "targets": torch.randn(int(mask.sum()), 6),
-    }
+    (example,) = [block for block in blocks("README.md", "python") if "pointalign.attach(" in block]
+    model, batch, _ = make("LLaVA")
+    variables = {"model": model, "batch": batch, "torch": torch}
     exec(example, variables)
-    variables["loss"].backward()
-    projector = next(iter(variables["alignment"].parameters()))
-    layer = variables["aligned"][0]
-    assert projector.grad.abs().sum() > 0 and model.model.layers[layer - 1].mlp.up_proj.weight.grad.abs().sum() > 0
-    assert any(projector is weight for group in variables["optimizer"].param_groups for weight in group["params"])
-    assert variables["loss"] > variables["output"].loss
+    losses = variables["handle"].losses
+    assert variables["loss"] == losses["token_loss"] + 0.1 * losses["alignment_loss"]
+    assert all(parameter.grad.abs().sum() > 0 for parameter in variables["handle"].parameters())
 
 
 def test_the_python_example_of_the_readme_answers(processor, monkeypatch):

@@ -237,6 +237,33 @@ def test_geometry_that_is_not_read_is_refused_by_name(tmp_path):
     assert "triangle fans" in error_of(save(tmp_path / "c.gltf", square(mode=6)))
 
 
+@pytest.mark.parametrize("kind", ["i1", "u1", "i2", "u2"])
+def test_quantised_positions_are_lengths(tmp_path, kind):
+    """Normalised integers span 0..1 or -1..1; the node scales them back. Beside them an integer that is a length."""
+    shift = 0.5 if kind[0] == "i" else 0.0
+    corners = CORNERS / 2 - shift
+    tree = square({"POSITION": (np.round(corners * np.iinfo(kind).max).astype(kind), True)})
+    tree |= {"extensionsUsed": ["KHR_mesh_quantization"], "extensionsRequired": ["KHR_mesh_quantization"]}
+    tree["nodes"][0] |= {"scale": [2, 2, 2], "translation": [5, 0, 0]}
+    points = load_point_cloud(save(tmp_path / "a.gltf", tree))
+    left = 5 - 2 * shift
+    np.testing.assert_allclose([points[:, 0].min(), points[:, 0].max()], [left, left + 2], atol=0.03)
+    lengths = square({"POSITION": ((CORNERS * 100).astype("u2"), False)})
+    lengths["nodes"][0]["scale"] = [0.01] * 3
+    assert load_point_cloud(save(tmp_path / "b.gltf", lengths))[:, 0].max() == pytest.approx(2, abs=0.01)
+
+
+def test_instances_and_required_extensions_that_are_not_read_are_refused_by_name(tmp_path):
+    tree = square()
+    tree["nodes"][0]["extensions"] = {"EXT_mesh_gpu_instancing": {"attributes": {"TRANSLATION": 0}}}
+    assert "EXT_mesh_gpu_instancing" in error_of(save(tmp_path / "a.gltf", tree))
+    assert "KHR_gaussian_splatting" in error_of(
+        save(tmp_path / "b.gltf", square(extensionsRequired=["KHR_gaussian_splatting"]))
+    )
+    fine = square(extensionsRequired=["KHR_materials_unlit"], extensionsUsed=["EXT_unheard_of"])
+    assert_quadrants(load_point_cloud(save(tmp_path / "c.gltf", fine)))
+
+
 # OBJ and PLY
 
 

@@ -16,7 +16,7 @@ NOWHERE = ["align", "--model.llm", "nowhere", "--data.annotations", "none.json",
         ("neftune_noise_alpha", "5", "data.augmentation"),
         ("eval_strategy", "steps", "--data.validation FILE gives both losses"),
         ("per_device_eval_batch_size", "4", "--data.validation"),
-        ("metric_for_best_model", "loss", "no checkpoint is chosen by a metric"),
+        ("metric_for_best_model", "loss", "--training.early_stopping_patience N"),
         ("torch_compile", "true", "use --fused"),
         ("use_liger_kernel", "true", "use --fused"),
         ("optim_target_modules", "all-linear", "LoRA trains here"),
@@ -44,7 +44,9 @@ def test_the_best_model_and_a_metric_for_the_schedule_are_refused_with_an_evalua
     evaluation = ["--training.eval_strategy", "steps", "--training.eval_steps", "100"]
     with pytest.raises(SystemExit):
         parse([*NOWHERE, "--training.use_cpu", "true", *evaluation, "--training.load_best_model_at_end", "true"])
-    assert "training.load_best_model_at_end=True has no effect here" in capsys.readouterr().err
+    assert (
+        "load_best_model_at_end=True has no effect here: --training.early_stopping_patience" in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         parse(
             [*NOWHERE, "--training.use_cpu", "true", *evaluation, "--training.lr_scheduler_type=reduce_lr_on_plateau"]

@@ -23,6 +23,7 @@ from pointalign.data.mesh import PARTS
 from pointalign.data.point_cloud import (
     FORMATS,
     MISSING_COLORS,
+    OTHER_FORMATS,
     UP_AXES,
     Reading,
 )
@@ -143,11 +144,14 @@ def _mixed_axes(suffixes: Counter[str], up_axis: str) -> str:
 
 
 def check_files(paths: Sequence[Path], reading: Reading, num_groups: int) -> Survey:
-    """Reads cloud and mesh files, and those in folders; prints a line for each."""
+    """Reads cloud and mesh files, and those in folders; prints a line for each.
+
+    In a folder, clouds and meshes of formats that are not read are named too; textures and other files are passed over.
+    """
     files: list[Path] = []
     for path in paths:
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files += [file for file in inside if not path.is_dir() or file.suffix.lower() in FORMATS]
+        files += [file for file in inside if not path.is_dir() or file.suffix.lower() in (*FORMATS, *OTHER_FORMATS)]
     survey = Survey(read_all([Job(str(file), details=True) for file in files], reading), num_groups)
     for outcome in survey.outcomes:
         if outcome.error:

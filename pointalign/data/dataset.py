@@ -11,7 +11,14 @@ from torch.utils.data import Dataset
 
 from pointalign.data.conversations import IndexedConversations, to_messages
 from pointalign.data.pickles import MALFORMED_PICKLE, read_pickle
-from pointalign.data.point_cloud import FORMATS, MISSING_COLORS, PointCloudError, Reading, read_point_cloud
+from pointalign.data.point_cloud import (
+    FORMATS,
+    MISSING_COLORS,
+    READ_FORMATS,
+    PointCloudError,
+    Reading,
+    read_point_cloud,
+)
 from pointalign.data.point_records import check_expansion
 
 if TYPE_CHECKING:
@@ -35,7 +42,7 @@ def find_cloud(folders: str | Path | Sequence[str | Path], object_id: str) -> Pa
                 return path
     others = [path for folder in folders for path in Path(folder).glob(f"{escape(object_id)}.*") if path.is_file()]
     if others:
-        raise PointCloudError(f"{others[0]}: not a format that is read, expected one of {', '.join(FORMATS)}")
+        raise PointCloudError(f"{others[0]}: not a format that is read, {READ_FORMATS}")
     raise PointCloudError(
         f"no cloud of object {object_id!r} in {', '.join(map(str, folders))}: expected {', '.join(names[:2])} or "
         f"another format of {', '.join(FORMATS)}"

@@ -1,8 +1,9 @@
 """glTF trees, rewritten to what trimesh reads right; what it would read wrong is refused by name.
 
-trimesh reads the first set of texture coordinates alone, as floats, without texture transforms, leaves zeros where an
-extension compresses the geometry, and drops textures that it cannot open. Source: the glTF 2.0 specification, sections
-3.6 (accessors), 3.9 (materials), KHR_texture_transform, KHR_draco_mesh_compression.
+trimesh reads the first set of texture coordinates alone, as floats, without texture transforms, takes normalised
+integers of positions for lengths, leaves zeros where an extension compresses the geometry, knows no instances, and
+drops textures that it cannot open. Source: the glTF 2.0 specification, sections 3.6 (accessors), 3.9 (materials),
+KHR_texture_transform, KHR_draco_mesh_compression, KHR_mesh_quantization, EXT_mesh_gpu_instancing.
 """
 
 import base64
@@ -23,8 +24,15 @@ _KINDS = {5120: "i1", 5121: "u1", 5122: "i2", 5123: "u2", 5125: "u4", 5126: "f4"
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
 _DRACO = "KHR_draco_mesh_compression"
 _MESHOPT = ("EXT_meshopt_compression", "KHR_meshopt_compression")
+_INSTANCES = "EXT_mesh_gpu_instancing"
 _TRANSFORM = "KHR_texture_transform"
 _GLOSSINESS = "KHR_materials_pbrSpecularGlossiness"
+# Extensions that a file may require: read here, or without a bearing on geometry and base colour. Textures that are not
+# read are refused where they are opened.
+_KNOWN = (
+    _DRACO, _TRANSFORM, "KHR_mesh_quantization", "KHR_texture_basisu", "EXT_texture_", "KHR_materials_", "KHR_lights_",
+    "KHR_animation_", "KHR_audio", "KHR_xmp", "KHR_node_", "EXT_lights_",
+)  # fmt: skip
 _DRAWN_MODES = {0: "points", 1: "lines", 4: "triangles", 5: "triangle strips"}
 _RESAVE = "open the file in an editor such as Blender and export it again without that extension"
 
@@ -47,7 +55,7 @@ def plain_gltf(data: Buffer, path: Path, beside: BesideFiles) -> bytes:
     tree = _read_tree(data, beside)
     header = tree.header
     size = len(data) + sum(len(buffer) for buffer in tree.buffers)
-    _check_buffers(header)
+    _check_extensions(header)
     compressed = _DRACO in header.get("extensionsUsed", [])  # whose accessors have no view
     for accessor in header.get("accessors", []):
         if accessor["count"] > size * (8 if compressed and "bufferView" not in accessor else 1):
@@ -60,6 +68,7 @@ def plain_gltf(data: Buffer, path: Path, beside: BesideFiles) -> bytes:
             if _DRACO in primitive.get("extensions", {}):
                 _decode_draco(tree, primitive)
             _check_sparse(header, primitive)
+            _set_plain_positions(tree, primitive)
             if "material" in primitive:
                 _set_texture_coordinates(tree, primitive, header["materials"][primitive["material"]], beside)
     return _write_glb(tree)
@@ -98,12 +107,25 @@ def _read_tree(data: Buffer, beside: BesideFiles) -> Tree:
     return Tree(header, buffers, set(), [])
 
 
-def _check_buffers(header: dict[str, Any]) -> None:
-    """Refuse meshopt, whose views hold compressed bytes."""
-    for view in header.get("bufferViews", []):
-        for name in _MESHOPT:
-            if name in view.get("extensions", {}):
-                raise PointCloudError(f"the geometry is compressed by {name}, which is not read: {_RESAVE}")
+def _check_extensions(header: dict[str, Any]) -> None:
+    """Refuse meshopt, whose views hold compressed bytes, instances, and what else the file calls required."""
+    views = [name for view in header.get("bufferViews", []) for name in view.get("extensions", {})]
+    required = header.get("extensionsRequired", [])
+    for name in _MESHOPT:
+        if name in [*views, *required]:
+            raise PointCloudError(f"the geometry is compressed by {name}, which is not read: {_RESAVE}")
+    if any(_INSTANCES in node.get("extensions", {}) for node in header.get("nodes", [])):
+        raise PointCloudError(f"the scene has instances of {_INSTANCES}, which are not read: {_RESAVE}")
+    if unknown := [name for name in required if not name.startswith(_KNOWN)]:
+        raise PointCloudError(f"the file requires {unknown[0]}, which is not read: {_RESAVE}")
+
+
+def _set_plain_positions(tree: Tree, primitive: dict[str, Any]) -> None:
+    """Replace normalised integers of positions by the lengths that they stand for."""
+    attributes = primitive.get("attributes", {})
+    accessor = attributes.get("POSITION")
+    if accessor is not None and tree.header["accessors"][accessor].get("normalized"):
+        attributes["POSITION"] = _add_accessor(tree, np.maximum(_read_accessor(tree, accessor), -1.0))
 
 
 def _check_sparse(header: dict[str, Any], primitive: dict[str, Any]) -> None:

@@ -29,6 +29,11 @@ FORMATS = (
     ".npy", ".ply", ".obj", ".glb", ".gltf", ".stl", ".off", ".pcd", ".las", ".laz", ".npz", ".xyz", ".pts", ".csv",
     ".txt",
 )  # fmt: skip
+OTHER_FORMATS = (  # of clouds and meshes; they are not read
+    ".3ds", ".3mf", ".abc", ".amf", ".blend", ".dae", ".drc", ".dxf", ".e57", ".fbx", ".ksplat", ".pth", ".pt", ".pkl",
+    ".ptx", ".splat", ".spz", ".step", ".stp", ".usd", ".usda", ".usdc", ".usdz", ".vtk", ".vtp", ".wrl", ".x3d",
+)  # fmt: skip
+READ_FORMATS = f"expected one of {', '.join(FORMATS)}; convert a mesh to .glb, points to .ply"
 MISSING_COLORS = {"black": 0.0, "grey": 0.5, "white": 1.0}
 
 # rows of the rotation that turns each up axis into +y
@@ -193,10 +198,7 @@ def _checked(path: Path) -> Iterator[None]:
     """Within the block every error that a file can cause is a PointCloudError that names it."""
     try:
         if path.suffix.lower() not in FORMATS:
-            raise PointCloudError(
-                f"unknown format {path.suffix!r}, expected one of {', '.join(FORMATS)}; convert a mesh to .glb, points "
-                "to .ply"
-            )
+            raise PointCloudError(f"unknown format {path.suffix!r}, {READ_FORMATS}")
         if not path.is_file():
             raise PointCloudError("no such file")
         if path.stat().st_size == 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pointalign import build, storage
-from pointalign.alignment import AlignmentProjector, LayerTap
+from pointalign.alignment import AlignmentProjector, LayerTap, linear_cka
 from pointalign.evaluation import markdown_table, tasks
 from pointalign.evaluation.answering import encode
 from pointalign.evaluation.results import versions
@@ -109,13 +109,6 @@ def ridge_probe(
         return float(np.mean([name == truth for name, truth in zip(named, test_values, strict=True)]))
     target = np.asarray(test_values, dtype=float)
     return float(1 - ((target - predicted[:, 0]) ** 2).sum() / ((target - target.mean()) ** 2).sum())
-
-
-def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment of rows `[N, F]` and `[N, G]` (Kornblith et al., ICML 2019), 0 to 1."""
-    x, y = (rows.double() - rows.double().mean(dim=0) for rows in (x, y))
-    shared = (x.T @ y).square().sum()
-    return float(shared / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
 def fit_projector(hidden: Tensor, target: Tensor, seed: int = 0) -> AlignmentProjector:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pointalign.data.point_cloud import normalise, turn
+from pointalign.early_stopping import ALIGNMENT, HELD_OUT
 from pointalign.evaluation import results
 
 SHOWN = 40  # gallery entries per task
@@ -197,9 +198,6 @@ def as_data_url(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-HELD_OUT = "held_out/"  # how the log names losses on held-out conversations
-
-
 def loss_curves(history: list[dict[str, Any]], path: Path, weight: float) -> None:
     """Write a PNG of both losses over steps, from the Trainer's log; nothing if no loss was logged.
 
@@ -222,7 +220,7 @@ def loss_curves(history: list[dict[str, Any]], path: Path, weight: float) -> Non
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, training) in zip(axes[0], panels.items(), strict=True):
         alignment = training == "alignment_loss"
-        names = [name for name in held_out if (name == f"{HELD_OUT}alignment_loss") == alignment]
+        names = [name for name in held_out if (name == ALIGNMENT) == alignment]
         steps, values = curve(history, training)
         colour = "#b8bec6" if names else "tab:orange" if alignment else "tab:blue"
         axis.plot(steps, values, color=colour, linewidth=1.4, label="training batches")
