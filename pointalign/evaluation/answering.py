@@ -113,6 +113,7 @@ def margins(likelihoods: np.ndarray, truths: Sequence[int]) -> np.ndarray:
 
 
 INPUTS = ("true", "shuffled", "zeroed", "blind")
+JOURNAL = "answers.jsonl"  # in the folder of an evaluation
 END = "###"  # ends an answer of the published checkpoints
 _ZERO = "\0zero"  # the name of an object whose point tokens are zeros
 
