@@ -8,7 +8,9 @@ import argparse
 import ast
 import difflib
 import json
+import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -148,7 +150,7 @@ class Command:
             sys.exit(0)
         arguments = [underscored(argument) for argument in arguments]
         options = {option.name: option for _, group in self.groups for option in group}
-        known = [*options, *self.flags, *self.unlisted]
+        known = list(dict.fromkeys([*options, *self.flags, *self.unlisted]))
         for argument in arguments:
             name = argument.partition("=")[0].removeprefix("--").rstrip("+")
             if argument.startswith("--") and not any(name == other or name.startswith(f"{other}.") for other in known):
@@ -277,6 +279,9 @@ def run(command: Callable[[], int | None], stopped: str = "stopped") -> int:
     any_locale()
     try:
         return command() or 0
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer goes nowhere
+        return 1
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -290,3 +295,12 @@ def any_locale() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def program() -> str:
+    """What a user types before the name of a command: `pointalign`, or this interpreter where that is not on the path."""
+    script, python = shutil.which("pointalign"), Path(sys.executable)
+    if script is not None and Path(script).parent == python.parent:
+        return "pointalign"
+    here = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return f"{shlex.quote(str(here))} -m pointalign"

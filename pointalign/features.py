@@ -8,11 +8,11 @@ from pointalign import command_line, training_command
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    training_command.prepare(arguments, "features")  # help and errors of spelling come before torch is imported
     return command_line.run(lambda: write(arguments), "stopped; the same command goes on where it stopped")
 
 
 def write(arguments: list[str]) -> None:
+    training_command.prepare(arguments, "features")  # help and errors of spelling come before torch is imported
     from pointalign.options import parse
 
     options = parse(arguments, "features")

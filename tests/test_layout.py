@@ -22,7 +22,8 @@ READERS = (  # what reads clouds knows nothing of the embedded objects; data set
 
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
-    ["pointalign_kernels"],
+    ["pointalign_kernels", "pointalign.command_line"],
+    ["pointalign.training_command"],
     ["pointalign.alignment", "pointalign.storage", "pointalign.training_checks", "pointalign.allocator"],
     ["pointalign.options", "pointalign.run_checkpoints"],
     ["pointalign.step_checks", "pointalign.interruptions"],
@@ -49,9 +50,14 @@ LAYERS = [
     ["pointalign.build"],
     ["pointalign.feature_cache", "pointalign.trainer", "pointalign.certainty"],
     ["pointalign.evaluation"],
-    ["pointalign.held_out_losses"],
-    ["pointalign.train", "pointalign.chat", "pointalign.evaluate", "pointalign.embedded.stage1"],
+    ["pointalign.held_out_losses", "pointalign.run_folder"],
+    [
+        *(f"pointalign.{name}" for name in ("train", "chat", "evaluate", "check", "annotate", "features")),
+        "pointalign.embedded.stage1",
+    ],
+    ["pointalign.compare", "pointalign.probe"],
     ["pointalign"],  # the file __init__.py alone
+    ["pointalign.__main__"],
     ["experiments"],
 ]
 

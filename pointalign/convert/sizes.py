@@ -13,6 +13,7 @@ from pointalign.convert.files import ALIGNMENT, ENCODER, EXPERT, Collection, Con
 from pointalign.models import PointAlignConfig, PointAlignForConditionalGeneration, PointAlignPhiConfig, PointBertConfig
 from pointalign.models.adapters import (
     LLM,
+    LLM_ALPHA,
     LLM_DROPOUT,
     LLM_TARGETS,
     QFORMER,
@@ -280,6 +281,6 @@ def adapter_options(collected: Collection, options: argparse.Namespace) -> dict[
         if len(ranks) > 1:
             raise ConversionError(f"the adapters of {part} have ranks {sorted(ranks)}, expected the same in all")
         for rank in ranks:
-            alpha = options.lora_alpha if part == "language_model" else 2 * rank
+            alpha = (options.lora_alpha or LLM_ALPHA) if part == "language_model" else 2 * rank
             described[part] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
     return described
