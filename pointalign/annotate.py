@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pointalign import command_line
+from pointalign.command_line import program
 
 QUESTION = "What is this?"
 MOST_NAMED = 5  # files named in a message
@@ -50,8 +51,8 @@ def annotate(options: argparse.Namespace) -> None:
     if not table and (unnamed := [file for file, _, answer in rows if not answer]):
         listed = ", ".join(unnamed[:MOST_NAMED])
         raise ValueError(
-            f"{len(unnamed)} file names say nothing about the object ({listed}): rename them, such as red_chair_01.ply, "
-            f"or give a --table"
+            f"{len(unnamed)} file names say nothing about the object ({listed}): rename them, such as "
+            f"red_chair_01.ply, or give a --table"
         )
     temporary = output.with_name(f".{output.name}.tmp")
     temporary.write_text(json.dumps([conversation(*row) for row in rows], indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -59,8 +60,8 @@ def annotate(options: argparse.Namespace) -> None:
     print(f"{output}: {len(rows)} questions about {len({file for file, _, _ in rows})} objects, such as")
     print(f"  {rows[0][0]}: {rows[0][1]} {rows[0][2]}")
     annotations, clouds = shlex.quote(str(output)), shlex.quote(str(folder))
-    print(f"check them: pointalign check {annotations} --clouds {clouds}")
-    print(f"train:      pointalign train finetune --data.annotations {annotations} --data.clouds {clouds}")
+    print(f"check them: {program()} check {annotations} --clouds {clouds}")
+    print(f"train:      {program()} train finetune --data.annotations {annotations} --data.clouds {clouds}")
 
 
 def cloud_files(folder: Path, table: Path | None) -> list[str]:

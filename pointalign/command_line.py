@@ -291,14 +291,14 @@ def run(command: Callable[[], int | None], stopped: str = "stopped") -> int:
 
 
 def any_locale() -> None:
-    """Letters that the terminal's encoding lacks are printed as escapes, in place of an error in the middle of a run."""
+    """Print letters that the terminal's encoding lacks as escapes, in place of an error in the middle of a run."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def program() -> str:
-    """What a user types before the name of a command: `pointalign`, or this interpreter where that is not on the path."""
+    """What a user types before the name of a command: `pointalign`, or this interpreter if that is not on the path."""
     script, python = shutil.which("pointalign"), Path(sys.executable)
     if script is not None and Path(script).parent == python.parent:
         return "pointalign"

@@ -109,8 +109,8 @@ def probe(arguments: list[str]) -> None:
     line = Command(
         "probe",
         "[MODEL] [--output FOLDER]",
-        "What linear probes read about a cloud from each layer of the language model, and how similar its point tokens\n"
-        "are to the Q-Former's. Asks about the embedded objects.",
+        "What linear probes read about a cloud from each layer of the language model, and how similar its point\n"
+        "tokens are to the Q-Former's. Asks about the embedded objects.",
         [("Options", options_of(ROOM / "probe.py", "ProbeOptions"))],
     )
     given = line.prepare(arguments)

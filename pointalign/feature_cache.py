@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from pointalign import storage
 from pointalign.data.collator import view_name
-from pointalign.data.dataset import ConversationDataset, find_cloud, make_datasets
+from pointalign.data.dataset import ConversationDataset, find_cloud
 from pointalign.data.point_cloud import augment, load_point_cloud
 from pointalign.efficient import frozen_parts
 from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration, PointAlignProcessor

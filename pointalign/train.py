@@ -94,6 +94,7 @@ def run(options: "Options", folder: Path) -> int:
     if evaluation is not None:
         evaluation.after(folder / "model")
         written |= {"accuracy": "accuracy.json", "answers": "answers.md", "answers, pictures": "answers.png"}
+    write_cards(options, trainer, folder)
     print("\nwritten:")
     for name, file in written.items():
         print(f"  {name:17} {folder / file}")
@@ -281,8 +282,8 @@ def write_results(
     options: "Options",
     folder: Path,
 ) -> dict[str, str]:
-    """Loss curves, stage file and exported model. Returns the names of the files by what they are."""
-    from pointalign import build, stage_file
+    """Loss curves, stage file, adapter and exported model. Returns the names of the files by what they are."""
+    from pointalign import build, model_card, stage_file
     from pointalign.evaluation.report import loss_curves
 
     history = trainer.state.log_history
@@ -290,8 +291,21 @@ def write_results(
     last = next((entry for entry in reversed(history) if "ntp_loss" in entry), None)
     description = describe(options) | {"steps": trainer.state.global_step, "last_log": last}
     stage_file.save_stage(model, folder / stage_file.STAGE_FILE, description)
+    written = {"loss curves": "loss.png", "stage checkpoint": stage_file.STAGE_FILE, "model": "model"}
+    if model_card.write_adapter(model, folder / "adapter", options.model.llm):
+        written["adapter"] = "adapter"
     build.export(model, processor, folder / "model")
-    return {"loss curves": "loss.png", "stage checkpoint": stage_file.STAGE_FILE, "model": "model"}
+    return written
+
+
+def write_cards(options: "Options", trainer: "PointAlignTrainer", folder: Path) -> None:
+    """The model cards of the exported model and its adapter, with the results of the run."""
+    from pointalign import model_card, stage_file
+    from pointalign.options import CHECKPOINTS
+
+    start = options.model.checkpoint
+    shipped = start is not None and stage_file.find_stage(start).parent == CHECKPOINTS
+    model_card.write(folder, describe(options) | {"steps": trainer.state.global_step}, shipped)
 
 
 def example_cloud(trainer: "PointAlignTrainer", options: "Options") -> str:

@@ -13,7 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pointalign.command_line import PACKAGE, Command, class_source, field_names, options_of, shown_value, suggestion, summary_of
+from pointalign.command_line import (
+    PACKAGE,
+    Command,
+    class_source,
+    field_names,
+    options_of,
+    shown_value,
+    suggestion,
+    summary_of,
+)
 
 RECIPES = PACKAGE / "recipes"
 RUN_RECIPE = "recipe.yaml"  # in a run's folder: what the run was started with
@@ -21,7 +30,12 @@ RESUME = "training.resume_from_checkpoint"
 NEWEST = ("true", "latest", "auto")  # values of `RESUME` that stand for the newest checkpoint of `output_dir`
 MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_DEPTH = 20
-SECTIONS = {"model": "ModelOptions", "data": "DataOptions", "alignment": "AlignmentConfig", "training": "TrainingOptions"}
+SECTIONS = {
+    "model": "ModelOptions",
+    "data": "DataOptions",
+    "alignment": "AlignmentConfig",
+    "training": "TrainingOptions",
+}
 FLAGS = {
     "fused": "fused kernels where they run; nothing else changes",
     "fused_parts": "of --fused, only these parts; all that the device runs by default",
@@ -57,7 +71,9 @@ def training_command(name: str = "train") -> Command:
         groups = [("What to write", written + target), (model, models)]
         groups.append((data, [option for option in datas if option not in written]))
         usage = "[RECIPE] --data.feature_cache FOLDER [--section.name VALUE ...]"
-        description = "Compute the frozen point branch's features of all clouds, once, for the trainings that name the\n"
+        description = (
+            "Compute the frozen point branch's features of all clouds, once, for the trainings that name the\n"
+        )
         description += "same folder. RECIPE and options are those of the training; its other options are passed over.\n"
         description += "A stopped run goes on where it stopped; under torchrun the processes share the work."
         closing = ""

@@ -50,7 +50,7 @@ LAYERS = [
     ["pointalign.build"],
     ["pointalign.feature_cache", "pointalign.trainer", "pointalign.certainty"],
     ["pointalign.evaluation"],
-    ["pointalign.held_out_losses", "pointalign.run_folder"],
+    ["pointalign.held_out_losses", "pointalign.run_folder", "pointalign.model_card"],
     [
         *(f"pointalign.{name}" for name in ("train", "chat", "evaluate", "check", "annotate", "features")),
         "pointalign.embedded.stage1",

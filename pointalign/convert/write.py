@@ -21,6 +21,7 @@ from pointalign.models import (
     PointAlignPhiConfig,
     PointAlignPhiForCausalLM,
     PointAlignProcessor,
+    saved_folder,
 )
 from pointalign.models.adapters import ADAPTER_FILE, LLM
 
@@ -65,6 +66,7 @@ def write(
     config.dtype = config.text_config.dtype = embeddings.dtype
     config.architectures = ["PointAlignForConditionalGeneration"]
     config.save_pretrained(folder)
+    saved_folder.name_package(folder)
     _write_processor(folder, llm, config)
 
 

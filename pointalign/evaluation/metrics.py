@@ -93,6 +93,7 @@ def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Sco
         scores[f"{name} cosine"] = [float(value) for value in cosines]
     return scores
 
+
 CAPTION_PACKAGES = ("nltk", "rouge_score", "sacrebleu")
 
 
@@ -110,7 +111,7 @@ def require_packages(kinds: Sequence[str], judge: bool = False) -> None:
     captions = any(kind in ("captioning", "answers") for kind in kinds)
     needed = [*(CAPTION_PACKAGES if captions else ()), *(["openai"] if judge else [])]
     if missing := [name for name in needed if find_spec(name) is None]:
-        raise ValueError(f"to score these answers {', '.join(missing)} must be installed: pip install 'pointalign[eval]'")
+        raise ValueError(f"these answers are scored with {', '.join(missing)}: pip install 'pointalign[eval]'")
     if captions:
         assets.wordnet()
 
