@@ -77,6 +77,8 @@ def build_model(
         stage = stage_file.find_stage(options.checkpoint)
         add_adapters(model, adapter_options, stage_file.adapted_parts(stage))
         stage_file.load_stage(model, stage, point_branch_only)
+    elif options.point_branch is not None:
+        stage_file.load_point_branch(model, stage_file.find_stage(options.point_branch))
     add_adapters(model, adapter_options)  # new ones, on parts that no earlier stage adapted
     choose_experts(model, options)
     set_trainable(model, [] if point_branch_only else options.train)
@@ -137,7 +139,7 @@ def require_trained_parts(options: ModelOptions) -> None:
         drawn = [name.removeprefix("model.") for name in drawn]
         random = [part for part in RANDOM_PARTS if part in drawn or (part == "query_tokens" and "query" in drawn)]
     else:
-        random = list(RANDOM_PARTS)
+        random = list(RANDOM_PARTS) if options.point_branch is None else ["modality_projector"]
     trained = {*options.train, *(["query_tokens"] if "qformer" in options.train else [])}
     if frozen := [part for part in random if part not in trained]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`pointalign compare OURS/evaluation.json THEIRS/evaluation.json`: paired differences of two evaluations; the same as `pointalign evaluate compare`."""
+"""`pointalign compare OURS THEIRS`: paired differences of two evaluations; also `pointalign evaluate compare`."""
 
 import sys
 

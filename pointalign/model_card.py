@@ -46,19 +46,20 @@ def _model_opening() -> str:
 
 def _adapter_opening() -> str:
     return (
-        "# LoRA adapter of a language model that reads 3D point clouds\n\nThe language model's adapter in PEFT's layout, "
-        "`PeftModel.from_pretrained(language_model, FOLDER)`. The folder `model` beside it holds the complete model, "
-        "with the point branch that the adapter was trained behind and the adapter merged."
+        "# LoRA adapter of a language model that reads 3D point clouds\n\nThe language model's adapter in PEFT's "
+        "layout, `PeftModel.from_pretrained(language_model, FOLDER)`. The folder `model` beside it holds the complete "
+        "model, with the point branch that the adapter was trained behind and the adapter merged."
     )
 
 
 def _card(described: dict[str, Any], shipped: bool, accuracy: dict[str, Any] | None, opening: str) -> str:
     model, data, alignment = (described[name] for name in ("model", "data", "alignment"))
+    start = model["checkpoint"] or model["point_branch"]
     training = {"learning_rate": 1e-4, "per_device_train_batch_size": 8, "seed": 0} | described["training"]
     llm = "SmolLM2-135M-Instruct" if model["llm"] == EMBEDDED_MODEL else _name(model["llm"])
     rows = [
         ("language model", llm + (", in 4 bits" if model["quantization"] != "none" else "")),
-        ("started from", _name(model["checkpoint"]) if model["checkpoint"] else "the language model's folder"),
+        ("started from", _name(start) if start else "the language model's folder"),
         ("parts trained", ", ".join(model["train"]) or "none"),
         ("steps", f"{described['steps']} of {training['per_device_train_batch_size']} samples a device"),
         ("learning rate", f"{training['learning_rate']:g}"),

@@ -27,6 +27,8 @@ class ModelOptions:
         preset: sizes of the point branch, `mini` or `minigpt3d-phi2`.
         checkpoint: point branch and adapters to start from: a stage file (.safetensors), a run's folder, or the name of
             a shipped one. None draws them at random.
+        point_branch: like `checkpoint`, but only its encoder, point MLP and Q-Former, in front of another language
+            model; the modality projector is drawn at random and must train.
         train: parts that train, of point_encoder, point_mlp, qformer (its queries included), qformer_lora (and the
             Q-Former's norms), query_tokens, query_experts, modality_projector, lora, llm_norms (of the published Phi).
         dtype: of the language model's frozen weights: float32, bfloat16, or float16 (with `training.fp16`); `auto` is
@@ -47,6 +49,7 @@ class ModelOptions:
     llm: str = "smollm2"
     preset: str = "mini"
     checkpoint: str | None = None
+    point_branch: str | None = None
     train: list[str] = field(default_factory=lambda: ["lora"])
     dtype: str = "auto"
     lora_rank: int = 16
@@ -248,6 +251,8 @@ class Options:
 
     def _check_model(self) -> None:
         model = self.model
+        if model.checkpoint is not None and model.point_branch is not None:
+            raise ValueError("model.checkpoint brings a point branch already: no model.point_branch beside it")
         if model.dequantize_once and model.quantization == "none":
             raise ValueError("model.dequantize_once needs model.quantization=nf4")
         if not model.train and self.alignment.weight == 0:

@@ -1,4 +1,4 @@
-"""`pointalign probe [MODEL]`: what can be read about a cloud from each layer; the same as `pointalign evaluate probe`."""
+"""`pointalign probe [MODEL]`: what can be read about a cloud from each layer; also `pointalign evaluate probe`."""
 
 import sys
 

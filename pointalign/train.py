@@ -126,7 +126,7 @@ def make_trainer(
     options.check()
     prepare_device(training)
     if data.annotations is None:
-        stage_file.require_fold(options.model.checkpoint, data.fold)
+        stage_file.require_fold(options.model.checkpoint or options.model.point_branch, data.fold)
     if data.views and data.feature_cache is None:
         data.feature_cache = str(Path(training.output_dir or "runs") / "features")
     build.require_trained_parts(options.model)
@@ -303,7 +303,7 @@ def write_cards(options: "Options", trainer: "PointAlignTrainer", folder: Path) 
     from pointalign import model_card, stage_file
     from pointalign.options import CHECKPOINTS
 
-    start = options.model.checkpoint
+    start = options.model.checkpoint or options.model.point_branch
     shipped = start is not None and stage_file.find_stage(start).parent == CHECKPOINTS
     model_card.write(folder, describe(options) | {"steps": trainer.state.global_step}, shipped)
 
@@ -327,7 +327,7 @@ def depends_on(options: "Options", model: "PointAlignForConditionalGeneration") 
     """What the checkpoints of a run can be resumed with: its options, and hashes of what the options name by path."""
     from pointalign import stage_file, storage
 
-    training, start = options.training, options.model.checkpoint
+    training, start = options.training, options.model.checkpoint or options.model.point_branch
     return describe(options) | {
         "language_model": getattr(model.model.language_model, "weights_fingerprint", None),
         "start_sha256": storage.file_hash(stage_file.find_stage(start)) if start else None,

@@ -98,7 +98,7 @@ def save_peft(model: nn.Module, folder: str | Path, language_model: str) -> None
     from peft import LoraConfig
 
     named = {name.removeprefix(LLM): tensor for name, tensor in state(model).items() if name.startswith(LLM)}
-    options = model.config.adapters["language_model"]
+    options: dict[str, Any] = dict(model.config.adapters["language_model"])  # type: ignore[index]
     targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in named})
     options = options | {"target_modules": targets, "base_model_name_or_path": language_model}
     LoraConfig(**options, task_type="CAUSAL_LM", inference_mode=True).save_pretrained(str(folder))
