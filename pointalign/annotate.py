@@ -67,7 +67,9 @@ def annotate(options: argparse.Namespace) -> None:
 def cloud_files(folder: Path, table: Path | None) -> list[str]:
     """The clouds and meshes in a folder, as paths inside it; `table` is none of them.
 
-    Raises: FileNotFoundError: there is none.
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the locale cannot read a name.
     """
     from pointalign.data.point_cloud import FORMATS
 
@@ -76,6 +78,9 @@ def cloud_files(folder: Path, table: Path | None) -> list[str]:
         for path in folder.rglob("*")
         if path.suffix.lower() in FORMATS and path.is_file() and not (table and path.samefile(table))
     )
+    for file in files:
+        if any(0xDC80 <= ord(letter) <= 0xDCFF for letter in file):  # bytes that are no text in this locale
+            raise ValueError(f"{file!a}: this locale cannot read the name; run the command with LC_ALL=C.UTF-8")
     if not files:
         raise FileNotFoundError(f"no cloud or mesh in {folder}: expected files of {', '.join(FORMATS)}")
     return files

@@ -171,7 +171,14 @@ def _asset(name: str, source: Source, version: str, build: Callable[[Path, Path]
         return folder
     from pointalign import storage  # imports torch: an asset that is complete does not need it
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        (folder.parent / f"{folder.name}.lock").touch()
+    except OSError as error:
+        raise AssetError(
+            f"{folder} is missing and {home()} cannot be written ({error.strerror}): set POINTALIGN_HOME to a folder "
+            f"of yours"
+        ) from error
     with storage.lock(folder.with_name(folder.name + ".lock")):
         if _is_complete(folder, stamp):  # another process built it while this one waited
             return folder
@@ -311,7 +318,7 @@ def _extract_wordnet(package: Path, folder: Path) -> None:
     _unpack(package, folder, lambda name: "/usr/share/wordnet/" in name)
     kinds = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
     lines = [f"{number:02d}\t{name}\t{kinds[name.partition('.')[0]]}\n" for number, name in enumerate(LEXNAMES)]
-    (folder / "lexnames").write_text("".join(lines))
+    (folder / "lexnames").write_text("".join(lines), encoding="utf-8")
     (folder / "index.sense").touch()
 
 

@@ -135,7 +135,7 @@ def require_trained_parts(options: ModelOptions) -> None:
     folder = language_model.find_folder(options.llm)
     report = folder / "conversion.json"
     if model_type(folder) == MODEL_TYPE:
-        drawn = json.loads(report.read_text())["random"] if report.exists() else []
+        drawn = json.loads(report.read_text(encoding="utf-8"))["random"] if report.exists() else []
         drawn = [name.removeprefix("model.") for name in drawn]
         random = [part for part in RANDOM_PARTS if part in drawn or (part == "query_tokens" and "query" in drawn)]
     else:
@@ -191,7 +191,7 @@ def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
 
 def model_type(folder: Path) -> str | None:
     """`model_type` of a folder's config.json: `MODEL_TYPE` where the model has a point branch."""
-    return json.loads((folder / "config.json").read_text()).get("model_type")
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
 
 
 def add_adapters(

@@ -50,5 +50,5 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
         report["tensors"] = collected.report
         storage.write_json(folder / REPORT_FILE, report)
         readme = write.card(report["sources"], report["random"], report["adapters"], phi)
-        (folder / "README.md").write_text(readme)
+        (folder / "README.md").write_text(readme, encoding="utf-8")
     return report

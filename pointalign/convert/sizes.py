@@ -118,7 +118,7 @@ def is_phi(llm: Path) -> bool:
     """
     if not (llm / "config.json").is_file():
         raise ConversionError(f"{llm}: expected the folder of a language model, but config.json is missing")
-    return json.loads((llm / "config.json").read_text()).get("model_type") in ("phi", "phi-msft")
+    return json.loads((llm / "config.json").read_text(encoding="utf-8")).get("model_type") in ("phi", "phi-msft")
 
 
 def _text_config(llm: Path) -> PreTrainedConfig:
@@ -144,7 +144,7 @@ def _phi_config(pieces: dict[str, Piece], llm: Path | None) -> PointAlignPhiConf
         return PointAlignPhiConfig(
             hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // head.shape[0]
         )
-    stored = json.loads((llm / "config.json").read_text())
+    stored = json.loads((llm / "config.json").read_text(encoding="utf-8"))
     values = {
         name: stored[name]
         for name in (

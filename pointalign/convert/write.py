@@ -210,7 +210,7 @@ class Reader:
 
     def __init__(self, folder: Path, adapters: dict[str, dict[str, Any]] | None, tied: dict[str, str]):
         self.folder, self.adapters, self.tied = folder, adapters or {}, tied
-        self.file_of = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        self.file_of = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
         self.factors = load_file(folder / ADAPTER_FILE) if self.adapters else {}
 
     def __call__(self, name: str) -> Tensor:

@@ -31,7 +31,7 @@ def pooling_of(folder: Path) -> str:
     """
     config = folder / "1_Pooling" / "config.json"
     if config.exists():
-        return "cls" if json.loads(config.read_text()).get("pooling_mode_cls_token") else "mean"
+        return "cls" if json.loads(config.read_text(encoding="utf-8")).get("pooling_mode_cls_token") else "mean"
     return "pooler" if "simcse" in folder.name.lower() else "mean"
 
 

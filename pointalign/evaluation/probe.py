@@ -266,7 +266,7 @@ def probe_model(name: str | None, options: ProbeOptions) -> str:
     storage.write_json(folder / "probe.json", result)
     curves = {result["model"]: result}
     if options.against is not None:
-        other = json.loads((Path(options.against) / "probe.json").read_text())
+        other = json.loads((Path(options.against) / "probe.json").read_text(encoding="utf-8"))
         curves = {f"{other['model']} (before)" if other["model"] == result["model"] else other["model"]: other} | curves
     layer_curves(curves, folder / "layers.png")
     return f"{layer_table(result)}\n\nwritten: {folder / 'probe.json'}, {folder / 'layers.png'}"

@@ -261,7 +261,7 @@ def compare(ours: Path, theirs: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the files share no question.
     """
-    first, second = (json.loads(Path(path).read_text())["tasks"] for path in (ours, theirs))
+    first, second = (json.loads(Path(path).read_text(encoding="utf-8"))["tasks"] for path in (ours, theirs))
     rows = []
     for task in [name for name in first if name in second]:
         other = {row["id"]: row for row in second[task]["questions"]}
