@@ -145,7 +145,7 @@ def require_trained_parts(options: ModelOptions) -> None:
         raise ValueError(
             f"{', '.join(frozen)}: drawn at random and frozen, so the language model would read noise. Start from a "
             f"trained stage (model.checkpoint); or put the published weights in front of the language model "
-            f"(python -m pointalign.convert --llm {folder} --point-encoder FILE --qformer FILE --output FOLDER, "
+            f"(pointalign convert --llm {folder} --point_encoder FILE --qformer FILE --output FOLDER, "
             f"then model.llm=FOLDER); or add the parts to model.train"
         )
 

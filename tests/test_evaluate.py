@@ -361,7 +361,7 @@ def test_help_names_the_subcommands(arguments, capsys):
     if len(arguments) == 1:
         listed = text.split("Subcommands")[1].split("\n\n")[0]
         assert [line.split()[0] for line in listed.splitlines()[1:] if line.strip()] == list(evaluate.COMMANDS)
-    assert f"python -m pointalign.evaluate {'compare OURS' if len(arguments) == 2 else '[MODEL]'}" in text
+    assert f"usage: pointalign {'compare ' if len(arguments) == 2 else 'evaluate [MODEL]'}" in text
 
 
 def test_mistakes_are_named(saved, tmp_path, capsys):

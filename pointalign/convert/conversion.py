@@ -25,9 +25,9 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
     paths += [("checkpoint", path) for path in options.checkpoint]
     sources = [Source(role, Path(path)) for role, path in paths if path is not None]
     if not sources:
-        raise ConversionError("nothing to convert: give --llm, --qformer, --point-encoder or --checkpoint")
+        raise ConversionError("nothing to convert: give --llm, --qformer, --point_encoder or --checkpoint")
     if options.merge_adapters and options.llm is None:
-        raise ConversionError("--merge-adapters needs --llm, the weights to merge into")
+        raise ConversionError("--merge_adapters needs --llm, the weights to merge into")
     collected = collect(sources, other_llm=not phi)
     config = sizes.configure(collected, llm, options)
     shapes = sizes.expected_shapes(config, collected)

@@ -39,7 +39,7 @@ def sizes_from(pieces: dict[str, Piece], **places: tuple[str, int]) -> dict[str,
 
 def count_heads(width: int, name: str, head_size: int) -> int:
     if width % head_size:
-        raise ConversionError(f"{name!r} is {width} wide, expected a multiple of --head-size {head_size}")
+        raise ConversionError(f"{name!r} is {width} wide, expected a multiple of --head_size {head_size}")
     return width // head_size
 
 
@@ -261,7 +261,7 @@ def _identity_norms(shapes: Shapes, pieces: dict[str, Piece]) -> set[str]:
 
 
 def _hint(name: str) -> str:
-    flags = {LLM: "--llm", QFORMER: "--qformer", ENCODER: "--point-encoder"}
+    flags = {LLM: "--llm", QFORMER: "--qformer", ENCODER: "--point_encoder"}
     return next((f": {flag} gives it" for prefix, flag in flags.items() if name.startswith(prefix)), "")
 
 

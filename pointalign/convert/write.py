@@ -186,7 +186,7 @@ def card(sources: list[dict[str, Any]], random: list[str], adapters: dict, phi: 
     roles = {source["role"] if phi or source["role"] != "llm" else "other_llm" for source in sources}
     licence = "cc-by-nc-sa-4.0" if roles & {"checkpoint", "point_encoder"} else "other"
     lines = ["---", f"license: {licence}", "library_name: pointalign", "---", "", "# Converted weights", ""]
-    lines += ["Written by `python -m pointalign.convert` from these files:", ""]
+    lines += ["Written by `pointalign convert` from these files:", ""]
     for source in sources:
         lines += [f"- {source['role']}: `{name}`, sha256 `{digest}`" for name, digest in source["sha256"].items()]
     lines += ["", "Licences of these files, which bind the converted weights too:", ""]
