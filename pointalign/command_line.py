@@ -106,7 +106,7 @@ def _default(node: ast.expr | None) -> str:
 
 def shown_value(value: Any) -> str:
     """A value as it may be typed: `lora modality_projector`, `true`, `0.001`; "" for None and for no items."""
-    if value is None or value == []:
+    if value is None or value in ([], {}):
         return ""
     if isinstance(value, bool):
         return str(value).lower()
