@@ -122,8 +122,9 @@ def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> d
     objects = load_objects(options)
     asked = [(kind, task) for kind in options.task for task in _tasks(kind, objects, options)]
     if options.clouds is not None and "modelnet40" not in options.task:
-        for name in sorted({name for _, task in asked for question in task.questions for name in question.object_ids}):
-            find_cloud(options.clouds, name)
+        questions = [question for _, task in asked for question in task.questions]
+        for object_id in sorted({object_id for question in questions for object_id in question.object_ids}):
+            find_cloud(options.clouds, object_id)
     asked_options = {k: v for k, v in asdict(options).items() if k not in ("output", "device", "sentence_models")}
     if options.quantization is None:  # earlier results do not name it
         del asked_options["quantization"]
