@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -204,7 +205,14 @@ def point_features(
     if data.views:
         with training.main_process_first(local=False, desc="encoding clouds"):
             if training.process_index == 0:
-                feature_cache.write_for(options, model, processor, datasets, training.device)
+                try:
+                    feature_cache.write_for(options, model, processor, datasets, training.device)
+                except feature_cache.StaleCacheError:
+                    begun = Path(data.feature_cache) == Path(str(training.output_dir)) / "features"
+                    if training.resume_from_checkpoint or not begun:
+                        raise
+                    shutil.rmtree(data.feature_cache)  # of a run with other options, stopped before its first step
+                    feature_cache.write_for(options, model, processor, datasets, training.device)
     return feature_cache.open_cache(model, processor.feature_extractor, options)
 
 
