@@ -200,7 +200,7 @@ def _asset(name: str, source: Source, version: str, build: Callable[[Path, Path]
 def _is_complete(folder: Path, stamp: dict) -> bool:
     try:
         return json.loads((folder / STAMP).read_text(encoding="utf-8")) == stamp
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -221,9 +221,7 @@ def test_old_package_lists_are_replaced_by_fresh_private_ones(home, package, tmp
 
 def test_a_home_that_cannot_be_written_is_named_and_a_complete_asset_in_it_is_used(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setenv(
-        "POINTALIGN_HOME", str(tmp_path / "file" / "home")
-    )  # nobody can write below a file, root included
+    monkeypatch.setenv("POINTALIGN_HOME", str(tmp_path / "file" / "home"))  # below a file not even root can write
     assert assets.main([]) == 1
     message = capsys.readouterr().err
     assert f"{tmp_path / 'file' / 'home'} cannot be written" in message and "set POINTALIGN_HOME" in message
