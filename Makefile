@@ -24,8 +24,9 @@ test: setup
 	$(BIN)/python -m pytest tests -rs -q -n 2 --dist loadfile $(ARGS)
 
 test-long: assets
-	POINTALIGN_LONG_TESTS=1 POINTALIGN_FUZZ_CASES=5000 $(BIN)/python -m pytest tests/test_build.py tests/test_native.py tests/test_damaged_files.py tests/test_resume_demo.py tests/test_attach_training.py \
-	  tests/test_public_names.py tests/test_benchmarks.py tests/test_interruptions.py -rs -q
+	POINTALIGN_LONG_TESTS=1 POINTALIGN_FUZZ_CASES=5000 $(BIN)/python -m pytest tests/test_build.py tests/test_native.py \
+	  tests/test_damaged_files.py tests/test_resume_demo.py tests/test_attach_training.py tests/test_public_names.py \
+	  tests/test_benchmarks.py tests/test_interruptions.py tests/test_annotate.py -rs -q
 
 chaos: setup
 	$(BIN)/python benchmarks/chaos.py $(ARGS)

@@ -1,8 +1,8 @@
 """Sections of docs/results.md: held-out evaluation, ablations and probes, from their result files alone.
 
-python -m pointalign.evaluate                    writes evaluation.json, to be copied to results/
+pointalign evaluate                    writes evaluation.json, to be copied to results/
 python -m experiments.ablation objects           writes results/ablation_objects/, and so on
-python -m pointalign.evaluate probe --output benchmarks/results/probe
+pointalign probe --output benchmarks/results/probe
 python -m experiments.token_words --output benchmarks/results/token_words.json
 """
 

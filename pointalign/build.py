@@ -77,6 +77,8 @@ def build_model(
         stage = stage_file.find_stage(options.checkpoint)
         add_adapters(model, adapter_options, stage_file.adapted_parts(stage))
         stage_file.load_stage(model, stage, point_branch_only)
+    elif options.point_branch is not None:
+        stage_file.load_point_branch(model, stage_file.find_stage(options.point_branch))
     add_adapters(model, adapter_options)  # new ones, on parts that no earlier stage adapted
     choose_experts(model, options)
     set_trainable(model, [] if point_branch_only else options.train)
@@ -133,17 +135,17 @@ def require_trained_parts(options: ModelOptions) -> None:
     folder = language_model.find_folder(options.llm)
     report = folder / "conversion.json"
     if model_type(folder) == MODEL_TYPE:
-        drawn = json.loads(report.read_text())["random"] if report.exists() else []
+        drawn = json.loads(report.read_text(encoding="utf-8"))["random"] if report.exists() else []
         drawn = [name.removeprefix("model.") for name in drawn]
         random = [part for part in RANDOM_PARTS if part in drawn or (part == "query_tokens" and "query" in drawn)]
     else:
-        random = list(RANDOM_PARTS)
+        random = list(RANDOM_PARTS) if options.point_branch is None else ["modality_projector"]
     trained = {*options.train, *(["query_tokens"] if "qformer" in options.train else [])}
     if frozen := [part for part in random if part not in trained]:
         raise ValueError(
             f"{', '.join(frozen)}: drawn at random and frozen, so the language model would read noise. Start from a "
             f"trained stage (model.checkpoint); or put the published weights in front of the language model "
-            f"(python -m pointalign.convert --llm {folder} --point-encoder FILE --qformer FILE --output FOLDER, "
+            f"(pointalign convert --llm {folder} --point_encoder FILE --qformer FILE --output FOLDER, "
             f"then model.llm=FOLDER); or add the parts to model.train"
         )
 
@@ -189,7 +191,7 @@ def load_language_model(folder: Path, options: ModelOptions) -> PreTrainedModel:
 
 def model_type(folder: Path) -> str | None:
     """`model_type` of a folder's config.json: `MODEL_TYPE` where the model has a point branch."""
-    return json.loads((folder / "config.json").read_text()).get("model_type")
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
 
 
 def add_adapters(

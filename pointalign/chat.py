@@ -1,45 +1,48 @@
-"""`python -m pointalign.chat FILE [FILE ...]`: talk about one or several clouds in the terminal."""
+"""`pointalign chat FILE [FILE ...]`: talk about one or several clouds in the terminal."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
+from pointalign import command_line
+
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pointalign.chat", description="Ask about point clouds or meshes (.npy .ply .obj .glb .stl ...)."
+    parser = command_line.Parser(
+        "chat", description="Ask about point clouds or meshes (.npy .ply .obj .glb .stl ...), all in one conversation."
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="clouds or meshes, all in one conversation")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="clouds or meshes")
     parser.add_argument("--question", action="append", help="ask this and exit; repeat for several questions")
     parser.add_argument(
         "--model",
-        help="folder of a run or a model, stage file, or name of a shipped checkpoint (default: what `make train` "
-        "made, else the shipped one)",
+        help="folder of a run or a model, stage file, or name of a shipped checkpoint (default: the newest of "
+        "`make train`, else the shipped furniture)",
     )
-    parser.add_argument("--up-axis", default="y", help="vertical axis of the files: x y z -x -y -z (default: y)")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument(
+        "--up_axis", help="vertical axis of the files: x y z -x -y -z (default: as the model was trained)"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens (default: 64)")
     parser.add_argument("--quantization", choices=["nf4"], help="keep the language model in 4 bits (less memory)")
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        return chat(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return command_line.run(lambda: chat(options))
 
 
 def chat(options: argparse.Namespace) -> int:
     from pointalign.data.point_cloud import PointCloudError, load_point_cloud
 
-    clouds = [load_point_cloud(path, up_axis=options.up_axis) for path in options.files]
+    clouds = [load_point_cloud(path, up_axis=options.up_axis or "y") for path in options.files]
     from pointalign.build import load
     from pointalign.certainty import generate_answers
 
-    model, processor, _ = load(options.model, quantization=options.quantization)
+    model, processor, _ = load(options.model, up_axis=options.up_axis, quantization=options.quantization)
+    extractor = processor.feature_extractor
+    if extractor.up_axis != (options.up_axis or "y") or extractor.reading:
+        clouds = [load_point_cloud(path, extractor.up_axis, **extractor.reading) for path in options.files]
     for path, cloud in zip(options.files, clouds, strict=True):
         try:
-            processor.feature_extractor.prepare(cloud)
+            extractor.prepare(cloud)
         except PointCloudError as error:
             raise PointCloudError(f"{path}: {error}") from error
         print(f"{Path(path).name}: {len(cloud)} points")

@@ -1,7 +1,8 @@
 """Ask a model held-out questions: metrics with intervals, and a report.
 
-python -m pointalign.evaluate                                  the newest demo model, or the shipped one
-python -m pointalign.evaluate MODEL --task captioning --data val_200_GT.json --clouds 8192_npy
+pointalign evaluate                                  the newest demo model, or the shipped one
+pointalign evaluate MODEL --data mine.json --clouds scans/         the questions of your own file
+pointalign evaluate MODEL --task captioning --data val_200_GT.json --clouds 8192_npy
 
 Subcommands, each with --help:
   compare OURS/evaluation.json THEIRS/evaluation.json          paired differences of two evaluations
@@ -10,64 +11,56 @@ Subcommands, each with --help:
   report FOLDER                                                write the HTML report again, from the files
 """
 
-import argparse
-import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+from pointalign import command_line
+from pointalign.command_line import Command, Parser, options_of
+
+ROOM = command_line.PACKAGE / "evaluation"
+STOPPED = "stopped; the same command continues where it stopped"
 
 
 def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from pointalign.allocator import keep_freed_memory
-
-    keep_freed_memory()
     arguments = sys.argv[1:] if arguments is None else arguments
-    command = arguments[0] if arguments and arguments[0] in COMMANDS else "evaluate"
-    run = COMMANDS.get(command, evaluate)
-    try:
-        run(arguments[1:] if command != "evaluate" else arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues where it stopped", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _parser(usage: str, description: str | None = None) -> "ArgumentParser":
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
-
-    class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Keeps the lines of the description as they are."""
-
-    program = "python -m pointalign.evaluate"
-    return ArgumentParser(
-        prog=program, usage=f"{program} {usage}", description=description, formatter_class=HelpFormatter
-    )
+    if arguments and arguments[0] in COMMANDS:
+        command, arguments = COMMANDS[arguments[0]], arguments[1:]
+    else:
+        command = evaluate
+    return command_line.run(lambda: command(arguments), STOPPED)
 
 
 def evaluate(arguments: list[str]) -> None:
+    usage = "[MODEL] [--task T [T ...]] [--data D --clouds C] [--generation.* ...] [--judge.* ...]"
+    line = Command(
+        "evaluate",
+        usage,
+        f"{__doc__}\nMODEL is a model's folder, a run's folder, a stage file, or the name of a shipped checkpoint.",
+        [
+            ("What is asked", options_of(ROOM / "results.py", "EvaluationOptions")),
+            ("How answers are generated", options_of(ROOM / "answering.py", "Generation", "generation")),
+            ("Who judges; nobody without --judge.model", _judge_options()),
+        ],
+    )
+    given = line.prepare(arguments)
+    parser = _parser(line)
     from pointalign import build
-    from pointalign.evaluation import results
+    from pointalign.evaluation import metrics, results
     from pointalign.evaluation.answering import Generation
     from pointalign.evaluation.judge import JudgeOptions, judge_tasks
     from pointalign.evaluation.report import write_report
 
-    parser = _parser("[MODEL] [--task T [T ...]] [--data D] [--generation.*] [--judge.*]", __doc__)
-    parser.add_argument("model", nargs="?", default=None, help="a model's folder, a run's folder, or a stage file")
+    parser.add_argument("model", nargs="?", default=None)
     parser.add_class_arguments(results.EvaluationOptions)
     parser.add_class_arguments(Generation, "generation")
     parser.add_class_arguments(JudgeOptions, "judge")
-    built = parser.instantiate(parser.parse_args(_lists(arguments, ("task", "prompts", "inputs", "sentence_models"))))
-    options = results.EvaluationOptions(
-        **{name: built[name] for name in results.EvaluationOptions.__dataclass_fields__}
-    )
+    built = parser.instantiate(parser.parse_args(given))
+    options = _dataclass(results.EvaluationOptions, built)
+    if built.judge.base_url is not None:
+        metrics.require_packages([], judge=True)
     result = results.evaluate(built.model or build.default_model(), options, built.generation)
     print(results.table(result))
     folder = Path(options.output)
@@ -77,14 +70,14 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def compare(arguments: list[str]) -> None:
+    parser = Parser("compare", description="Paired differences of two evaluations of the same questions.")
+    parser.add_argument("ours", metavar="OURS/evaluation.json")
+    parser.add_argument("theirs", metavar="THEIRS/evaluation.json", help="is subtracted")
+    parser.add_argument("--output", metavar="FILE", help="write the rows as JSON")
+    built = parser.parse_args(arguments)
     from pointalign import storage
     from pointalign.evaluation import results
 
-    parser = _parser("compare OURS/evaluation.json THEIRS/evaluation.json [--output FILE]")
-    parser.add_argument("ours", type=str)
-    parser.add_argument("theirs", type=str)
-    parser.add_argument("--output", type=str, default=None, help="write the rows as JSON")
-    built = parser.parse_args(arguments)
     rows = results.compare(Path(built.ours), Path(built.theirs))
     print(results.comparison_table(rows))
     if built.output:
@@ -92,48 +85,69 @@ def compare(arguments: list[str]) -> None:
 
 
 def judge(arguments: list[str]) -> None:
+    kind = command_line.Option(
+        "kind", "str", "caption", "object (same object?), class (ModelNet40) or caption (0 to 100)"
+    )
+    line = Command(
+        "evaluate judge",
+        "ANSWERS.json [--kind object|class|caption] --judge.model M [--judge.base_url URL]",
+        "Judge a file of answers in PointLLM's format, of this program or another.",
+        [("What is judged", [kind]), ("Who judges", _judge_options())],
+    )
+    given = line.prepare(arguments)
+    parser = _parser(line)
     from pointalign.evaluation.judge import JudgeOptions, judge_file
 
-    parser = _parser("judge ANSWERS.json --kind object|class|caption --judge.*")
-    parser.add_argument("answers", type=str, help="a file in PointLLM's format, of this program or another")
-    parser.add_argument(
-        "--kind", type=str, default="caption", help="object (same object?), class (ModelNet40) or caption (0 to 100)"
-    )
+    parser.add_argument("answers", type=str)
+    parser.add_argument("--kind", type=str, default=kind.default)
     parser.add_class_arguments(JudgeOptions, "judge")
-    built = parser.instantiate(parser.parse_args(arguments))
+    built = parser.instantiate(parser.parse_args(given))
     print(judge_file(Path(built.answers), built.kind, built.judge))
 
 
 def probe(arguments: list[str]) -> None:
+    line = Command(
+        "probe",
+        "[MODEL] [--output FOLDER]",
+        "What linear probes read about a cloud from each layer of the language model, and how similar its point\n"
+        "tokens are to the Q-Former's. Asks about the embedded objects.",
+        [("Options", options_of(ROOM / "probe.py", "ProbeOptions"))],
+    )
+    given = line.prepare(arguments)
+    parser = _parser(line)
     from pointalign.evaluation.probe import ProbeOptions, probe_model
 
-    parser = _parser("probe [MODEL] [--output FOLDER]")
     parser.add_argument("model", nargs="?", default=None)
     parser.add_class_arguments(ProbeOptions)
-    built = parser.parse_args(arguments)
-    options = ProbeOptions(**{name: built[name] for name in ProbeOptions.__dataclass_fields__})
-    print(probe_model(built.model, options))
+    built = parser.parse_args(given)
+    print(probe_model(built.model, _dataclass(ProbeOptions, built)))
 
 
 def report(arguments: list[str]) -> None:
+    parser = Parser("evaluate report", description="Write the HTML report of an evaluation again, from its files.")
+    parser.add_argument("folder", metavar="FOLDER")
+    folder = Path(parser.parse_args(arguments).folder)
     from pointalign.evaluation.report import write_report
 
-    parser = _parser("report FOLDER")
-    parser.add_argument("folder", type=str)
-    print(write_report(Path(parser.parse_args(arguments).folder)))
+    print(write_report(folder))
 
 
-def _lists(arguments: list[str], names: tuple[str, ...]) -> list[str]:
-    """Rewrites `--task a b` as `--task=["a","b"]` for the options `names`, whose values are lists."""
-    options: list[tuple[str, list | None]] = []  # argument, and its values if it is one of `names`
-    for argument in arguments:
-        if argument.startswith("--"):
-            options.append((argument, [] if argument[2:] in names else None))
-        elif options and (values := options[-1][1]) is not None:
-            values.append(int(argument) if argument.isdigit() else argument)
-        else:
-            options.append((argument, None))
-    return [name if values is None else f"{name}={json.dumps(values)}" for name, values in options]
+def _judge_options() -> list[command_line.Option]:
+    return options_of(ROOM / "judge.py", "JudgeOptions", "judge")
+
+
+def _parser(line: Command) -> Any:
+    """The parser of values; imports nothing heavy itself, the classes of options do."""
+    from jsonargparse import ArgumentParser
+
+    from pointalign.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    return ArgumentParser(prog=f"pointalign {line.name}", usage=f"pointalign {line.name} --help", allow_abbrev=False)
+
+
+def _dataclass(cls: type, values: Any) -> Any:
+    return cls(**{name: values[name] for name in cls.__dataclass_fields__})  # type: ignore[attr-defined]
 
 
 COMMANDS = {"compare": compare, "judge": judge, "probe": probe, "report": report}

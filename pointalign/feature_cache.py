@@ -1,6 +1,4 @@
-"""`python -m pointalign.feature_cache RECIPE --data.feature_cache DIR`: frozen point features, computed once.
-
-Takes the options of the training that will read them. The folder holds
+"""Frozen point features, computed once (`pointalign features`) and read in the place of clouds. The folder holds
 
     index.json             fingerprint of weights and preprocessing, shapes, objects per shard
     objects.json           object ids; place i is row i % shard_size of shard i // shard_size
@@ -15,8 +13,6 @@ takes every world-th shard. Reading maps the files into memory.
 import hashlib
 import json
 import math
-import os
-import sys
 import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -28,13 +24,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pointalign import build, storage
+from pointalign import storage
 from pointalign.data.collator import view_name
-from pointalign.data.dataset import ConversationDataset, find_cloud, make_datasets
+from pointalign.data.dataset import ConversationDataset, find_cloud
 from pointalign.data.point_cloud import augment, load_point_cloud
 from pointalign.efficient import frozen_parts
 from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration, PointAlignProcessor
-from pointalign.options import Options, parse
+from pointalign.options import Options
 
 FORMAT = 1
 SHARD_SIZE = 4096
@@ -89,14 +85,14 @@ class FeatureCache:
         self.folder = Path(folder)
         if not (self.folder / "index.json").exists():
             raise FileNotFoundError(
-                f"no feature cache in {self.folder}: write it with python -m pointalign.feature_cache, same options"
+                f"no feature cache in {self.folder}: write it with pointalign features, same options"
             )
         self.index = storage.read_json(self.folder / "index.json")
         if self.index.get("format") != FORMAT or self.index.get("fingerprint") != fingerprint:
             raise StaleCacheError(
                 f"{self.folder} was written with other weights or preprocessing "
                 f"({str(self.index.get('fingerprint'))[:12]}, now {fingerprint[:12]}): write another one with "
-                f"python -m pointalign.feature_cache"
+                f"pointalign features"
             )
         objects = self._read_objects()
         self.names = ["queries", *(["encoder"] if encoder else [])]
@@ -106,7 +102,7 @@ class FeatureCache:
         if missing:
             raise ValueError(
                 f"{self.folder} is not complete: {len(missing)} of {self.shards * len(self.names)} shards are missing "
-                f"({', '.join(sorted(set(missing)))}); run python -m pointalign.feature_cache again, it goes on"
+                f"({', '.join(sorted(set(missing)))}); run pointalign features again, it goes on"
             )
         self.places = {object_id: place for place, object_id in enumerate(objects)}
         self._open: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}  # rows and their checksums
@@ -121,7 +117,7 @@ class FeatureCache:
         if not all(isinstance(name, str) for name in objects) or self.index.get("objects_sha256") != _hash(objects):
             raise ValueError(
                 f"{self.folder / 'objects.json'} is not the list that the features were written for (objects_sha256 in "
-                f"index.json): write another cache with python -m pointalign.feature_cache"
+                f"index.json): write another cache with pointalign features"
             )
         return objects
 
@@ -155,7 +151,7 @@ class FeatureCache:
         if zlib.crc32(np.ascontiguousarray(rows[row])) != checksums[row]:
             raise ValueError(
                 f"{_shard(self.folder, name, shard)} is damaged at object {object_id!r}: remove the file and run "
-                f"python -m pointalign.feature_cache again, it computes this shard alone"
+                f"pointalign features again, it computes this shard alone"
             )
         return rows[row]
 
@@ -371,27 +367,3 @@ def write_for(
     for part, home in zip(parts, devices, strict=True):
         part.to(home)
     return len(names)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if options.data.feature_cache is None:
-            raise ValueError("expected --data.feature_cache DIR, the folder to write")
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        datasets = make_datasets(options)
-        model, processor = build.build_model(options.model, options.data, point_branch_only=True)
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        count = write_for(options, model, processor, datasets, device, rank, world)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if rank == 0:
-        print(f"{count} entries in {options.data.feature_cache}; now train with the same --data.feature_cache")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -52,5 +52,9 @@ def _from_hub(name: str) -> Path:
 def _missing(folder: Path) -> list[str]:
     """Files that a language model needs and the folder does not have."""
     index = folder / "model.safetensors.index.json"
-    weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    weights = (
+        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if index.exists()
+        else {"model.safetensors"}
+    )
     return [file for file in ("config.json", *sorted(weights)) if not (folder / file).exists()]

@@ -6,16 +6,15 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from pointalign import training_command
 from pointalign.alignment import AlignmentConfig
 from pointalign.training_checks import check_arguments, check_precision
 
 CACHED_PARTS = ("point_encoder", "point_mlp", "qformer", "qformer_lora", "query_tokens", "query_experts")
 PARTS = (*CACHED_PARTS, "modality_projector", "lora", "llm_norms")  # a feature cache stands for the first
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = training_command.RECIPES
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 READING_OPTIONS = ("missing_color", "max_nonfinite", "parts")  # of `data`: how files are read
-MAX_RECIPE_BYTES = 1 << 20
-MAX_RECIPE_DEPTH = 20
 
 
 @dataclass
@@ -28,11 +27,16 @@ class ModelOptions:
         preset: sizes of the point branch, `mini` or `minigpt3d-phi2`.
         checkpoint: point branch and adapters to start from: a stage file (.safetensors), a run's folder, or the name of
             a shipped one. None draws them at random.
+        point_branch: like `checkpoint`, but only its encoder, point MLP and Q-Former, in front of another language
+            model; the modality projector is drawn at random and must train.
         train: parts that train, of point_encoder, point_mlp, qformer (its queries included), qformer_lora (and the
             Q-Former's norms), query_tokens, query_experts, modality_projector, lora, llm_norms (of the published Phi).
         dtype: of the language model's frozen weights: float32, bfloat16, or float16 (with `training.fp16`); `auto` is
             bfloat16 where the hardware computes in it, else float32.
-        lora_rank, lora_alpha, lora_dropout, lora_targets: adapters, as in peft.
+        lora_rank: of the adapters on the language model's linear layers; 0 for none.
+        lora_alpha: the adapters act at strength lora_alpha / lora_rank.
+        lora_dropout: share of the adapters' inputs that is dropped in training.
+        lora_targets: names of the layers that are adapted, or all-linear.
         qformer_lora_rank: of adapters on the Q-Former, with twice the rank as alpha; 0 for none.
         query_experts: number of query experts, which start as copies of the queries; 0 adds none.
         query_routing: of query experts: sparse, soft or constant; None for how they were trained, sparse if new.
@@ -45,6 +49,7 @@ class ModelOptions:
     llm: str = "smollm2"
     preset: str = "mini"
     checkpoint: str | None = None
+    point_branch: str | None = None
     train: list[str] = field(default_factory=lambda: ["lora"])
     dtype: str = "auto"
     lora_rank: int = 16
@@ -109,7 +114,7 @@ class DataOptions:
         packing: lay the samples of a batch end to end in one row, instead of padding them to the longest.
         pack_tokens: fill every packed batch up to so many tokens, with as many samples as fit; 0 for
             `training.per_device_train_batch_size` samples.
-        feature_cache: folder written by `python -m pointalign.feature_cache`, read instead of the clouds.
+        feature_cache: folder written by `pointalign features`, read instead of the clouds.
         views: augmented views of every object in the feature cache, half of them in the object's pose; 0 for the
             clouds as they are. A run without `feature_cache` then writes one into its folder first.
         validation: annotations, of objects in `clouds`, whose losses are logged during training and never trained on;
@@ -160,21 +165,42 @@ class TrainingOptions(TrainingArguments):
     """`transformers.TrainingArguments` with this project's defaults.
 
     Attributes:
-        output_dir: folder of the run; a new run takes a free name, with a number appended. With
-            `resume_from_checkpoint` the folder of the checkpoint is used.
+        output_dir: folder of the run; where it holds another run, a number is appended, which is printed. With
+            `resume_from_checkpoint` the folder of the checkpoint is used, unless that run is finished.
         resume_from_checkpoint: a checkpoint, a run's folder for its newest complete checkpoint, or `latest` (`true`)
-            for that of `output_dir`; `auto` for that if there is any, else a new run in `output_dir`.
+            for that of `output_dir`; `auto` for that if there is any, else a new run in `output_dir`. Without a RECIPE
+            all options are those of that run.
+        max_steps: length of the run in optimizer steps; -1 for `num_train_epochs`.
+        num_train_epochs: passes over the data, where `max_steps` is not set.
+        per_device_train_batch_size: samples a step, on each device and for each of `gradient_accumulation_steps`.
+        gradient_accumulation_steps: batches that are summed up before a step.
+        learning_rate: highest rate, of adapters and projectors.
+        lr_scheduler_type: course of the rate after the warm-up, such as cosine, linear or constant.
+        warmup_steps: steps over which the rate rises; below 1, a share of the run.
+        weight_decay: of matrices; vectors do not decay.
+        max_grad_norm: gradients are cut to this norm; 0 for not at all.
+        logging_steps: steps between two lines of the log.
+        save_steps: steps between two checkpoints.
+        save_total_limit: checkpoints that are kept.
+        report_to: loggers, such as tensorboard; none for none.
+        dataloader_num_workers: processes that read clouds; 0 for the training process itself.
+        use_cpu: train on the CPU although there is a GPU.
+        seed: of the order of the data and of dropout.
         point_learning_rate: for the point branch where it trains; `learning_rate` is the adapters' and projectors'.
         auto_batch: split every batch over gradient accumulation until it fits the memory; the training is the same.
-        memory_limit_gb: use no more of a CUDA device than a card of that size has.
-        warmup_learning_rate, minimum_learning_rate: where the linear warm-up starts and the cosine over the whole run
-            ends, as in the published runs; None for the scheduler of transformers.
+        memory_limit_gb: use no more GB of a CUDA device than a card of that size has.
+        warmup_learning_rate: rate at which the linear warm-up starts; needs `minimum_learning_rate`.
+        minimum_learning_rate: rate at which a cosine over the whole run ends, as in the published runs; None for
+            `lr_scheduler_type`.
         early_stopping_patience: end the run after so many logs without a lower held-out loss (the mean next-token loss
             of the parts that `data.validation` gives), with the weights of the best log; 0 for all steps.
     """
 
     output_dir: str | None = "runs/align"
+    max_steps: int = -1
+    num_train_epochs: float = 3.0
     per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0
@@ -188,6 +214,8 @@ class TrainingOptions(TrainingArguments):
     remove_unused_columns: bool = False
     report_to: str | list[str] | None = "tensorboard"
     resume_from_checkpoint: str | bool | None = None
+    dataloader_num_workers: int = 0
+    use_cpu: bool = False
     seed: int = 0
     dataloader_pin_memory: bool = False
     point_learning_rate: float | None = None
@@ -200,7 +228,12 @@ class TrainingOptions(TrainingArguments):
 
 @dataclass
 class Options:
-    """Everything a run depends on."""
+    """Everything a run depends on.
+
+    Attributes:
+        fused, fused_parts: see `pointalign.efficient`.
+        recipe: YAML from which `parse` makes the same options again; "" for options put together in a program.
+    """
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -208,6 +241,7 @@ class Options:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     fused: bool = False
     fused_parts: list[str] | None = None
+    recipe: str = ""
 
     def check(self) -> None:
         """Refuse options that contradict one another, before anything is loaded.
@@ -220,6 +254,8 @@ class Options:
 
     def _check_model(self) -> None:
         model = self.model
+        if model.checkpoint is not None and model.point_branch is not None:
+            raise ValueError("model.checkpoint brings a point branch already: no model.point_branch beside it")
         if model.dequantize_once and model.quantization == "none":
             raise ValueError("model.dequantize_once needs model.quantization=nf4")
         if not model.train and self.alignment.weight == 0:
@@ -289,81 +325,24 @@ def published_rate(step: int, steps: int, warmup_steps: int, warmup: float, peak
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 
-def check_recipe(path: Path) -> None:
-    """Refuse a YAML file that is no recipe before it is built up in memory.
-
-    Raises: ValueError: it is too large, not UTF-8, nested too deep, has aliases (a few lines of them stand for
-        gigabytes), or its names are no text. YAML of wrong syntax is left to the parser of options.
-    """
-    import yaml
-
-    if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise ValueError(f"{path}: a recipe has at most {MAX_RECIPE_BYTES} bytes")
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected text in UTF-8: {error}") from error
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"{path}: write values out, aliases such as *{event.anchor} are not read")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_RECIPE_DEPTH:
-                raise ValueError(f"{path}: nested deeper than {MAX_RECIPE_DEPTH} lists and mappings")
-        content = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return
-    if not isinstance(content, dict | None):
-        raise ValueError(f"{path}: expected sections and names, got a {type(content).__name__}")
-    for name in ("model", "data", "alignment", "training"):
-        if content and name in content and not isinstance(content[name], dict):
-            raise ValueError(f"{path}: expected names and values under {name}, got {content[name]!r:.50}")
-    values = [content]
-    while values:
-        value = values.pop()
-        if isinstance(value, dict):
-            if bad := [name for name in value if not isinstance(name, str)]:
-                raise ValueError(f"{path}: expected names of options, got {bad[0]!r}")
-            values += value.values()
-        elif isinstance(value, list):
-            values += value
-
-
-def parse(arguments: list[str]) -> Options:
+def parse(arguments: list[str], command: str = "train") -> Options:
     """Options from `[RECIPE] [--section.name value ...] [--fused]`.
 
-    RECIPE is a YAML file or the name of a shipped recipe, `demo` by default. An unknown option, a recipe that does not
-    fit, and options that contradict one another end the program with a message that names them.
+    RECIPE is a YAML file or the name of a shipped recipe; by default `demo`, or the recipe of the run that the
+    arguments resume. An unknown option, a recipe that does not fit, and options that contradict one another end the
+    program with a message that names them.
     """
+    path, arguments = training_command.prepare(arguments, command)
     from jsonargparse import ArgumentParser
 
-    recipe = "demo"
-    if arguments and not arguments[0].startswith("-"):
-        recipe, *arguments = arguments
-    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    parser = ArgumentParser(
-        prog="python -m pointalign.train",
-        allow_abbrev=False,
-        usage="python -m pointalign.train [RECIPE.yaml] [--model.* --data.* --alignment.* --training.*] [--fused]",
-        description=f"Train with the alignment loss. RECIPE is a YAML file or one of: {shipped} (default: demo).",
-    )
-    parser.add_argument("--config", action="config", help="the recipe, if not given first")
+    parser = ArgumentParser(prog=f"pointalign {command}", usage=f"pointalign {command} --help", allow_abbrev=False)
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(ModelOptions, "model")
     parser.add_class_arguments(DataOptions, "data")
     parser.add_class_arguments(AlignmentConfig, "alignment")
     parser.add_class_arguments(TrainingOptions, "training")
-    parser.add_argument("--fused", action="store_true", help="fused kernels where they run; nothing else changes")
-    parser.add_argument(
-        "--fused_parts", type=list[str] | None, help="of --fused, only these parts; all that the device runs by default"
-    )
-    path = Path(recipe) if Path(recipe).suffix else RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        parser.error(f"no recipe {recipe!r}: expected a YAML file or one of {shipped}")
-    try:
-        check_recipe(path)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    parser.add_argument("--fused", action="store_true")
+    parser.add_argument("--fused_parts", type=list[str] | None)
     parsed = parser.parse_args(["--config", str(path), *arguments])
     try:
         built = parser.instantiate(parsed)
@@ -371,4 +350,5 @@ def parse(arguments: list[str]) -> Options:
         options.check()
     except (ValueError, ImportError) as error:
         parser.error(str(error))
+    options.recipe = parser.dump(parsed, skip_default=True)
     return options

@@ -37,8 +37,8 @@ FIXED = (
 )  # fmt: skip
 # Files that may move, as what they hold is compared; options that only choose how to compute, or come after training.
 MOVABLE = (
-    "model.llm", "model.checkpoint", "model.attention", "data.annotations", "data.clouds", "data.feature_cache",
-    "data.evaluate",
+    "model.llm", "model.checkpoint", "model.point_branch", "model.attention", "data.annotations", "data.clouds",
+    "data.feature_cache", "data.evaluate",
 )  # fmt: skip
 UNRELATED = ("training.output_dir", "training.resume_from_checkpoint", "training.logging_dir", "commit",
              "uncommitted_changes")  # fmt: skip

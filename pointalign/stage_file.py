@@ -269,6 +269,21 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
             model.model.add_query_experts(shapes[EXPERTS][0])
         if settings.get("query_routing") is not None and settings.get("query_top_k") is not None:
             model.model.route_queries(settings["query_routing"], settings["query_top_k"])
-    ignored = ".language_model." if point_branch_only else None
-    expected = {name for name in stage_state(model) if ignored is None or ignored not in name}
+    _load(model, path, (".language_model.",) if point_branch_only else ())
+
+
+def load_point_branch(model: PointAlignForConditionalGeneration, path: Path) -> None:
+    """Load encoder, point MLP and Q-Former of a stage file in front of another language model.
+
+    The modality projector leads into the language model that the stage was trained with, and is left as it is.
+
+    Raises: ValueError: the stage has adapters on its Q-Former, or does not fit.
+    """
+    if "qformer" in adapted_parts(path):
+        raise ValueError(f"{path} has adapters on its Q-Former: they act with the language model it was trained with")
+    _load(model, path, (".language_model.", ".modality_projector."))
+
+
+def _load(model: nn.Module, path: Path, ignored: tuple[str, ...]) -> None:
+    expected = {name for name in stage_state(model) if not any(part in name for part in ignored)}
     storage.load_state(model, path, expected, ignored)

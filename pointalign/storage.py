@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def _remove(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -165,7 +165,7 @@ def lock(path: Path, wait: bool = True) -> Iterator[bool]:
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -265,14 +265,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
 
-def read_tensors(path: Path, expected: set[str], ignored: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, without those whose names contain `ignored`.
+def read_tensors(path: Path, expected: set[str], ignored: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, without those whose names contain one of `ignored`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the names differ from `expected`, or the file is damaged.
     """
-    state = {key: tensor for key, tensor in load_tensors(path).items() if ignored is None or ignored not in key}
+    state = {key: tensor for key, tensor in load_tensors(path).items() if not any(part in key for part in ignored)}
     problems = [f"missing {key}" for key in sorted(expected - state.keys())]
     problems += [f"unexpected {key}" for key in sorted(state.keys() - expected)]
     _refuse(path, problems)
@@ -285,7 +285,7 @@ def _refuse(path: Path, problems: list[str]) -> None:
         raise ValueError(f"{path} does not fit this model ({len(problems)} problems):\n  {shown}")
 
 
-def load_state(model: nn.Module, path: Path, expected: set[str], ignored: str | None = None) -> None:
+def load_state(model: nn.Module, path: Path, expected: set[str], ignored: Collection[str] = ()) -> None:
     """Load the tensors that `read_tensors` returns into a model, cast to the model's dtypes.
 
     Raises: ValueError: a key is missing, unexpected, or of another shape: nothing is ever loaded in part.

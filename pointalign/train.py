@@ -1,12 +1,15 @@
-"""`python -m pointalign.train [RECIPE.yaml] [--options] [--fused]`: one command from data to a model that answers."""
+"""`pointalign train [RECIPE.yaml] [--options] [--fused]`: one command from data to a model that answers."""
 
 import json
 import os
+import shlex
+import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pointalign import command_line, training_command
 from pointalign.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -19,44 +22,55 @@ if TYPE_CHECKING:
     from pointalign.options import Options, TrainingOptions
     from pointalign.trainer import PointAlignTrainer
 
-USER_LOG_FOLDER = os.environ.get("TENSORBOARD_LOGGING_DIR")
-LOCK = ".lock"  # in a run's folder, held by the process that trains there
-
 
 def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return command_line.run(lambda: start(arguments), "stopped before anything was computed")
+
+
+def start(arguments: list[str]) -> int:
+    training_command.prepare(arguments)  # help and errors of spelling come before torch is imported
     keep_freed_memory()
+    from pointalign import run_folder
     from pointalign.options import parse
 
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    options = parse(arguments)
+    auto = options.training.resume_from_checkpoint == "auto"
     with ExitStack() as held:  # the lock of the run's folder
         try:
-            return run(options, held)
-        except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            folder = run_folder.run_folder(options, held)
+        except run_folder.FinishedRun as finished:
+            if not auto:
+                raise
+            print(finished)  # a job that is started again and again ends here
+            return 0
+        try:
+            return run(options, folder)
         except KeyboardInterrupt:
-            print(f"\ninterrupted; complete files are in {options.training.output_dir}", file=sys.stderr)
-            return 130
+            print(f"\nstopped: {run_folder.what_is_saved(folder)}", file=sys.stderr)
+            return command_line.STOPPED
 
 
-def run(options: "Options", held: ExitStack) -> int:
-    """Train as the options say.
-
-    Args:
-        held: until it closes, no other process trains in the run's folder.
+def run(options: "Options", folder: Path) -> int:
+    """Train as the options say, in the run's folder.
 
     Returns: The exit status: 0, or 128 and the number of the signal that stopped it, as 130 after Ctrl-C.
     """
-    from pointalign import storage
+    from pointalign import run_checkpoints, run_folder, storage
     from pointalign.efficient import training_form
     from pointalign.evaluation.held_out import HeldOutReport
 
-    folder = run_folder(options, held)
     trainer, model, processor = make_trainer(options)
     main_process = trainer.is_world_process_zero()
     if main_process:
-        storage.write_json(folder / "options.json", describe(options))
+        if checkpoint := options.training.resume_from_checkpoint:  # refused before the folder changes
+            manifest = run_checkpoints.verify(Path(checkpoint))
+            run_checkpoints.differences(manifest["run"], trainer.depends_on, Path(checkpoint))
+        storage.write_json(folder / run_folder.OPTIONS, describe(options))
+        if options.recipe:
+            with storage.replacing(folder / training_command.RUN_RECIPE) as temporary:
+                temporary.write_text(options.recipe, encoding="utf-8")
     evaluation = None
     if options.data.evaluate != "none" and main_process:
         evaluation = HeldOutReport(options.data.fold, options.data.evaluate, folder)
@@ -69,7 +83,7 @@ def run(options: "Options", held: ExitStack) -> int:
     if trainer.stop.number:
         if main_process:
             print(f"\nstopped at step {trainer.state.global_step}; saved in {trainer.checkpoints[-1]}")
-            print(f"go on with --training.resume_from_checkpoint {trainer.checkpoints[-1]}")
+            print(f"go on with: {run_folder.resume_command(trainer.checkpoints[-1], options.training.world_size)}")
         return 128 + trainer.stop.number
     if not main_process:
         return 0
@@ -81,86 +95,16 @@ def run(options: "Options", held: ExitStack) -> int:
     if evaluation is not None:
         evaluation.after(folder / "model")
         written |= {"accuracy": "accuracy.json", "answers": "answers.md", "answers, pictures": "answers.png"}
+    write_cards(options, trainer, folder)
     print("\nwritten:")
     for name, file in written.items():
         print(f"  {name:17} {folder / file}")
-    print(f"ask it yourself: python -m pointalign.chat CLOUD --model {folder / 'model'}")
+    chat = f"{command_line.program()} chat {example_cloud(trainer, options)}"
+    print(f"ask it yourself: {chat} --model {shlex.quote(str(folder / 'model'))}")
     return 0
 
 
 # -- before training ---------------------------------------------------------------------------------------------------
-
-
-def run_folder(options: "Options", held: ExitStack | None = None) -> Path:
-    """The run's folder, the same in all processes; the checkpoint to resume from is looked up.
-
-    A new run never writes into a folder that has files: a free number is appended. A resumed run goes on in the folder
-    of its checkpoint. With `resume_from_checkpoint=auto` the folder is `output_dir` and has a checkpoint or does not.
-
-    Args:
-        held: keeps the folder locked until it closes.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint to resume from.
-        ValueError: another process trains in the folder.
-    """
-    from pointalign import run_checkpoints, storage
-
-    training = options.training
-    requested = Path(training.output_dir or "runs/align")
-    chosen: list[str | None] = [None, None]  # folder and checkpoint
-    if training.process_index == 0:
-        if not training.resume_from_checkpoint:
-            folder, checkpoint = free_folder(requested), None
-        else:
-            checkpoint, skipped = run_checkpoints.find(training.resume_from_checkpoint, requested)
-            print("\n".join(skipped), end="\n" if skipped else "")
-            folder = checkpoint.parent if checkpoint else began_before(requested)
-        held = held or ExitStack()  # without a stack of the caller's the lock ends here
-        if not held.enter_context(storage.lock(folder / LOCK, wait=False)):
-            raise ValueError(f"{folder} is in use: another process trains there")
-        chosen = [str(folder), str(checkpoint) if checkpoint else None]
-    if training.world_size > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(chosen)
-    training.output_dir, training.resume_from_checkpoint = chosen
-    os.environ["TENSORBOARD_LOGGING_DIR"] = USER_LOG_FOLDER or f"{training.output_dir}/tensorboard"
-    return Path(str(training.output_dir))
-
-
-def began_before(folder: Path) -> Path:
-    """The folder of a run without checkpoints, which begins again there; it may also be empty or missing.
-
-    Raises: ValueError: the folder holds something else, or results.
-    """
-    from pointalign import stage_file
-
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / LOCK).exists() or (folder / stage_file.STAGE_FILE).exists():
-            raise ValueError(f"{folder} has files but no checkpoint to go on from: choose another training.output_dir")
-    return folder
-
-
-def free_folder(requested: Path) -> Path:
-    """`requested`, or with the first number appended that is free, created and taken by this process."""
-    folder, number = requested, 2
-    while not take(folder):
-        folder = requested.with_name(f"{requested.name}-{number}")
-        number += 1
-    return folder
-
-
-def take(folder: Path) -> bool:
-    """Whether the folder was empty or missing, and no other process took it at the same moment."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        return False
-    try:
-        (folder / LOCK).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 def make_trainer(
@@ -183,7 +127,7 @@ def make_trainer(
     options.check()
     prepare_device(training)
     if data.annotations is None:
-        stage_file.require_fold(options.model.checkpoint, data.fold)
+        stage_file.require_fold(options.model.checkpoint or options.model.point_branch, data.fold)
     if data.views and data.feature_cache is None:
         data.feature_cache = str(Path(training.output_dir or "runs") / "features")
     build.require_trained_parts(options.model)
@@ -263,7 +207,14 @@ def point_features(
     if data.views:
         with training.main_process_first(local=False, desc="encoding clouds"):
             if training.process_index == 0:
-                feature_cache.write_for(options, model, processor, datasets, training.device)
+                try:
+                    feature_cache.write_for(options, model, processor, datasets, training.device)
+                except feature_cache.StaleCacheError:
+                    begun = Path(data.feature_cache) == Path(str(training.output_dir)) / "features"
+                    if training.resume_from_checkpoint or not begun:
+                        raise
+                    shutil.rmtree(data.feature_cache)  # of a run with other options, stopped before its first step
+                    feature_cache.write_for(options, model, processor, datasets, training.device)
     return feature_cache.open_cache(model, processor.feature_extractor, options)
 
 
@@ -341,8 +292,8 @@ def write_results(
     options: "Options",
     folder: Path,
 ) -> dict[str, str]:
-    """Loss curves, stage file and exported model. Returns the names of the files by what they are."""
-    from pointalign import build, stage_file
+    """Loss curves, stage file, adapter and exported model. Returns the names of the files by what they are."""
+    from pointalign import build, model_card, stage_file
     from pointalign.early_stopping import standing
     from pointalign.evaluation.report import loss_curves
 
@@ -353,15 +304,43 @@ def write_results(
     if trainer.early_stopping is not None:
         description["best_step"], description["held_out_loss"], _ = standing(history)
     stage_file.save_stage(model, folder / stage_file.STAGE_FILE, description)
+    written = {"loss curves": "loss.png", "stage checkpoint": stage_file.STAGE_FILE, "model": "model"}
+    if model_card.write_adapter(model, folder / "adapter", options.model.llm):
+        written["adapter"] = "adapter"
     build.export(model, processor, folder / "model")
-    return {"loss curves": "loss.png", "stage checkpoint": stage_file.STAGE_FILE, "model": "model"}
+    return written
+
+
+def write_cards(options: "Options", trainer: "PointAlignTrainer", folder: Path) -> None:
+    """The model cards of the exported model and its adapter, with the results of the run."""
+    from pointalign import model_card, stage_file
+    from pointalign.options import CHECKPOINTS
+
+    start = options.model.checkpoint or options.model.point_branch
+    shipped = start is not None and stage_file.find_stage(start).parent == CHECKPOINTS
+    model_card.write(folder, describe(options) | {"steps": trainer.state.global_step}, shipped)
+
+
+def example_cloud(trainer: "PointAlignTrainer", options: "Options") -> str:
+    """A cloud of the user's to ask about, as it is typed in a shell; `CLOUD` where there is none."""
+    from pointalign.data.dataset import find_cloud
+    from pointalign.data.point_cloud import PointCloudError
+
+    dataset: Any = getattr(trainer.train_dataset, "datasets", [trainer.train_dataset])[0]
+    names = next((ids for ids in dataset.conversations.object_ids if ids), None)
+    if options.data.annotations is None or names is None:
+        return "CLOUD"
+    try:
+        return shlex.quote(str(find_cloud(dataset.clouds, names[0])))
+    except PointCloudError:  # a training from cached features needs no clouds
+        return "CLOUD"
 
 
 def depends_on(options: "Options", model: "PointAlignForConditionalGeneration") -> dict[str, Any]:
     """What the checkpoints of a run can be resumed with: its options, and hashes of what the options name by path."""
     from pointalign import stage_file, storage
 
-    training, start = options.training, options.model.checkpoint
+    training, start = options.training, options.model.checkpoint or options.model.point_branch
     return describe(options) | {
         "language_model": getattr(model.model.language_model, "weights_fingerprint", None),
         "start_sha256": storage.file_hash(stage_file.find_stage(start)) if start else None,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from pointalign import feature_cache, options, run_checkpoints, stage_file, storage
+from pointalign import feature_cache, options, run_checkpoints, stage_file, storage, training_command
 from pointalign.convert.files import Source
 from pointalign.data.conversations import IndexedConversations, load_conversations
 from pointalign.data.dataset import load_modelnet40
@@ -311,7 +311,7 @@ READERS = {
     "ModelNet pickles": Reader(_modelnet, lambda _, file: load_modelnet40(file)),
     "annotations": Reader(_annotations, lambda _, file: load_conversations(file)),
     "annotations, indexed": Reader(_annotations, lambda _, file: IndexedConversations(file)[0]),
-    "recipes": Reader(_recipe, lambda _, file: options.check_recipe(file)),
+    "recipes": Reader(_recipe, lambda _, file: training_command.check_recipe(file)),
     "recipes and options": Reader(_recipe, _parse_recipe, slow=20),
     "stage files": Reader(_stage, _read_stage),
     "published weights": Reader(_published, _read_published),

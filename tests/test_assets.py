@@ -215,3 +215,13 @@ def test_old_package_lists_are_replaced_by_fresh_private_ones(home, package, tmp
         ["download", "sweethome3d-furniture=1.8-1"]
     ] * 2
     assert len(calls) == 3 and str(home) in calls[1], "lists are private to the cache folder"
+
+
+def test_a_home_that_cannot_be_written_is_named_and_a_complete_asset_in_it_is_used(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("POINTALIGN_HOME", str(tmp_path / "file" / "home"))  # below a file not even root can write
+    assert assets.main([]) == 1
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'file' / 'home'} cannot be written" in message and "set POINTALIGN_HOME" in message
+    monkeypatch.setattr(assets, "_is_complete", lambda folder, stamp: True)
+    assert assets.sentence_encoder().is_relative_to(tmp_path / "file" / "home")

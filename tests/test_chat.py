@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import lively, tiny_model
 
-from pointalign import chat
-from pointalign.models import PointAlignProcessor
+from pointalign import build, chat
+from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration, PointAlignProcessor
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,38 @@ def test_a_plain_language_model_is_refused_before_it_is_read(files, tmp_path, ca
     assert run(tmp_path, files[0], "--question", "What?") == 1
     message = capsys.readouterr().err
     assert "holds a model of type 'llama', not 'pointalign'" in message and "expected a folder written by" in message
+
+
+def test_ctrl_c_ends_a_talk_in_one_line(folder, files, monkeypatch, capsys):
+    """While the model is read, while it answers, and at the prompt."""
+
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    for owner, name in ((build, "load"), (PointAlignForConditionalGeneration, "generate")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stop)
+            assert run(folder, files[0], "--question", "What?") == 130
+        assert capsys.readouterr().err.splitlines()[-1] == "stopped"
+    monkeypatch.setattr("builtins.input", stop)
+    assert run(folder, files[0]) == 0
+
+
+def test_the_files_of_a_talk_are_turned_as_in_training(folder, files, tmp_path, monkeypatch, capsys):
+    """Without --up_axis the model's own; with it, what the user says."""
+    turned = tmp_path / "turned"
+    shutil.copytree(folder, turned)
+    processor = PointAlignProcessor.from_pretrained(turned)
+    processor.feature_extractor.up_axis = "z"
+    processor.save_pretrained(turned)
+    seen = []
+    prepare = PointAlignFeatureExtractor.prepare
+    monkeypatch.setattr(PointAlignFeatureExtractor, "prepare", lambda self, c: (seen.append(c), prepare(self, c))[1])
+    for model, extra in ((folder, []), (turned, []), (turned, ["--up-axis", "y"])):
+        assert run(model, files[0], "--question", "What?", *extra) == 0
+    plain, turned_cloud, named = seen[::2]
+    assert np.array_equal(plain, named)
+    np.testing.assert_allclose(turned_cloud[:, 1], plain[:, 2], atol=1e-6)
 
 
 def test_a_missing_model_and_a_wrong_axis_are_errors(folder, files, capsys):

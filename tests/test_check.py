@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import trimesh
 
+from pointalign import check as check_command
 from pointalign.data import check as check_module
 from pointalign.data import reading_pool
 from pointalign.data.check import BadObjectsError, check
@@ -101,17 +102,17 @@ def test_command_line(tmp_path, capsys):
     command = [
         sys.executable,
         "-m",
-        "pointalign.data.check",
+        "pointalign.check",
         str(tmp_path / "annotation.json"),
         "--clouds",
         str(tmp_path),
     ]
     bad = subprocess.run(command, capture_output=True, text=True)
     assert bad.returncode == 1 and "at least 512" in bad.stderr and "Traceback" not in bad.stderr
-    check_module.main([*command[3:], "--num_groups", "64"])
+    assert check_command.main([*command[3:], "--num_groups", "64"]) == 0
     assert "1 conversations; 1 objects checked (all read in full), none bad" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no such annotation file"):
-        check_module.main([str(tmp_path / "gone.json"), "--clouds", str(tmp_path)])
+    assert check_command.main([str(tmp_path / "gone.json"), "--clouds", str(tmp_path)]) == 1
+    assert "no such annotation file" in capsys.readouterr().err
 
 
 def test_what_is_left_out_is_said_and_mixed_verticals_are_warned_of(tmp_path, capsys):
@@ -150,20 +151,18 @@ def hostile_files(folder):
 
 def test_files_are_checked_by_themselves(tmp_path, capsys):
     np.save(tmp_path / "good.npy", CLOUD)
-    with pytest.raises(SystemExit) as caught:
-        check_module.main([str(tmp_path / "good.npy"), "--num_groups", "64"])
-    assert not caught.value.code and f"good {tmp_path / 'good.npy'}: 64 points" in capsys.readouterr().out
+    assert check_command.main([str(tmp_path / "good.npy"), "--num_groups", "64"]) == 0
+    assert f"good {tmp_path / 'good.npy'}: 64 points" in capsys.readouterr().out
     reasons = hostile_files(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        check_module.main([str(tmp_path), str(tmp_path / "gone.ply")])
+    assert check_command.main([str(tmp_path), str(tmp_path / "gone.ply")]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert caught.value.code and len([line for line in lines if line[:4] in ("good", "bad ")]) == len(reasons) + 2
+    assert len([line for line in lines if line[:4] in ("good", "bad ")]) == len(reasons) + 2
     for name, reason in reasons.items():
         assert any(line.startswith(f"bad  {tmp_path / name}: ") and reason in line for line in lines), (name, lines)
     assert any("gone.ply: no such file" in line for line in lines)
     assert any("64 points, fewer than the 512 that the encoder needs" in line for line in lines)
     with pytest.raises(SystemExit):
-        check_module.main([str(tmp_path / "annotation.json")])
+        check_command.main([str(tmp_path / "annotation.json")])
     assert "needs --clouds" in capsys.readouterr().err
 
 
@@ -173,9 +172,7 @@ def test_a_summary_is_a_table_and_json(tmp_path, capsys):
     np.save(tmp_path / "c.npy", CLOUD * [2, 2, 2, 1, 1, 1])
     np.save(tmp_path / "few.npy", CLOUD[:9])
     (tmp_path / "bad.ply").write_bytes(b"ply")
-    with pytest.raises(SystemExit) as caught:
-        check_module.main([str(tmp_path), "--num_groups", "64", "--json", str(tmp_path / "out.json")])
-    assert caught.value.code == 1
+    assert check_command.main([str(tmp_path), "--num_groups", "64", "--json", str(tmp_path / "out.json")]) == 1
     printed, summary = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert summary["files"] == 5 and summary["read"] == 4 and summary["formats"] == {".npy": 4, ".ply": 1}
     assert summary["duplicates"] == [[str(tmp_path / "a.npy"), str(tmp_path / "b.npy")]]
@@ -189,8 +186,7 @@ def test_a_summary_is_a_table_and_json(tmp_path, capsys):
 def test_a_summary_names_objects_without_a_cloud(tmp_path):
     build(tmp_path, {"a": CLOUD, "gone": None})
     arguments = [str(tmp_path / "annotation.json"), "--clouds", str(tmp_path), "--json", str(tmp_path / "out.json")]
-    with pytest.raises(SystemExit):
-        check_module.main([*arguments, "--num_groups", "64"])
+    assert check_command.main([*arguments, "--num_groups", "64"]) == 1
     assert json.loads((tmp_path / "out.json").read_text())["missing"] == ["gone"]
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from pointalign.__main__ import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -21,6 +23,7 @@ DOCUMENTS = sorted(
 )
 ROOMS = ("pointalign", "kernels", "csrc", "benchmarks", "experiments", "tests", "docs", "examples")
 COMMAND = re.compile(r"(?:^|torchrun .*?)(?:python )?-m ((?:pointalign|experiments)[\w.]*)\b(.*)")
+DOOR = re.compile(r"^pointalign ([a-z]+)\b(.*)")
 
 
 def read(document: str) -> str:
@@ -38,9 +41,12 @@ def command_lines() -> list[tuple[str, str, list[str]]]:
     lines = []
     for document in DOCUMENTS:
         code = [line for block in blocks(document, "") for line in block.replace("\\\n", " ").splitlines()]
-        code += re.findall(r"`(python -m [^`]+)`", read(document).replace("\n", " "))
+        code += re.findall(r"`((?:python -m|pointalign) [^`]+)`", read(document).replace("\n", " "))
         for line in code:
-            if match := COMMAND.search(line.strip()):
+            if match := DOOR.search(line.strip()):
+                assert match[1] in COMMANDS, f"{document}: {line}"
+                lines.append((document, f"pointalign.{match[1]}", shlex.split(match[2], comments=True)))
+            elif match := COMMAND.search(line.strip()):
                 lines.append((document, match[1], shlex.split(match[2], comments=True)))
     return lines
 
@@ -94,7 +100,7 @@ def test_command_lines_are_found():
     [pytest.param(*line, id=f"{line[0]}:{line[1]}:{number}") for number, line in enumerate(command_lines())],
 )
 def test_command_lines_parse(document, module, arguments, tmp_path):
-    if module in ("pointalign.train", "pointalign.feature_cache"):
+    if module in ("pointalign.train", "pointalign.features"):
         from pointalign.options import parse
 
         if "--help" in arguments or (not arguments and module != "pointalign.train"):

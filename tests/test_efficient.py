@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_train import TINY
 from transformers import AutoModelForCausalLM
 
-from pointalign import build, feature_cache, train
+from pointalign import build, features, train
 from pointalign.data.collator import token_counts
 from pointalign.data.dataset import ConversationDataset, make_datasets
 from pointalign.efficient import memory
@@ -197,7 +197,7 @@ def test_the_plan_measures_the_longest_batch(mixture, tmp_path, processor):
 def test_cached_features_stand_for_the_clouds(run, tmp_path, language_model, capsys, monkeypatch):
     cache = ["--data.feature_cache", str(tmp_path / "cache")]
     plain = run("plain")
-    assert feature_cache.main([run.recipe, *cache]) == 0
+    assert features.main([run.recipe, *cache]) == 0
     from pointalign.models.point_encoder import PointBertModel
 
     with monkeypatch.context() as patch:
@@ -216,7 +216,7 @@ def test_cached_features_stand_for_the_clouds(run, tmp_path, language_model, cap
 
 def test_cached_encoder_tokens(run, tmp_path):
     options = ["--data.feature_cache", str(tmp_path / "cache"), "--alignment.target", "encoder"]
-    assert feature_cache.main([run.recipe, *options]) == 0
+    assert features.main([run.recipe, *options]) == 0
     assert_same(run("cached", *options), run("plain", "--alignment.target", "encoder"), tolerance=2e-3)
 
 

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import CLOUDS, tiny_model
 
 from pointalign import evaluate
 from pointalign.data.dataset import CLASSES, load_modelnet40
-from pointalign.evaluation import answering, report, results
+from pointalign.evaluation import answering, metrics, report, results
 from pointalign.evaluation.answering import (
     AnswerTree,
     Features,
@@ -150,7 +151,7 @@ def test_an_evaluation_is_written_resumed_and_identical(saved, tmp_path, monkeyp
     for name in ("evaluation.json", "classification-prompt0.json", "report.html"):
         assert (second / name).read_bytes() == (first / name).read_bytes()
     assert evaluate.main(arguments(saved, first, "--task", "classification", "--prompts", "1")) == 1
-    assert "belongs to another run (asked, generation differ)" in capsys.readouterr().err
+    assert "holds another evaluation (asked, generation differ)" in capsys.readouterr().err
 
 
 def test_without_a_name_the_newest_run_is_evaluated(saved, tmp_path, monkeypatch, capsys):
@@ -368,7 +369,7 @@ def test_help_names_the_subcommands(arguments, capsys):
     if len(arguments) == 1:
         listed = text.split("Subcommands")[1].split("\n\n")[0]
         assert [line.split()[0] for line in listed.splitlines()[1:] if line.strip()] == list(evaluate.COMMANDS)
-    assert f"python -m pointalign.evaluate {'compare OURS' if len(arguments) == 2 else '[MODEL]'}" in text
+    assert f"usage: pointalign {'compare ' if len(arguments) == 2 else 'evaluate [MODEL]'}" in text
 
 
 def test_mistakes_are_named(saved, tmp_path, capsys):
@@ -466,3 +467,52 @@ def test_the_questions_of_an_annotation_file_are_asked(saved, tmp_path, capsys):
     capsys.readouterr()
     assert evaluate.main([str(saved), "--task", "answers"]) == 1
     assert "--task answers asks the questions of your file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Whatever is refused is refused before the model is read."""
+    from pointalign import build
+
+    monkeypatch.setattr(build, "load", lambda *_, **__: pytest.fail("the model was read"))
+
+
+def test_what_cannot_be_answered_or_scored_is_refused_before_the_model_is_read(
+    saved, tmp_path, no_model, monkeypatch, capsys
+):
+    own = ["--data", str(CLOUDS / "annotations.json"), "--clouds", str(CLOUDS), "--sentence_models", "none"]
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "answers.jsonl").write_text('{"model": "another"}\n')
+    (tmp_path / "empty").mkdir()
+    for extra, named in (
+        ([*own, "--task", "classification", "geometry"], "--task geometry needs objects with known facts"),
+        ([*own, "--task", "captioning", "captioning"], "--task captioning is named twice"),
+        (["--task", "modelnet40"], "--task modelnet40 needs --data"),
+        ([*own, "--output", str(taken)], "holds another evaluation (model, asked, generation differ)"),
+        ([*own, "--clouds", str(tmp_path / "empty")], "no cloud of object"),
+        ([*own, "--sentence_models", "a=nowhere"], "--sentence_models a"),
+    ):
+        assert evaluate.main([str(saved), *extra]) == 1
+        assert named in capsys.readouterr().err
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "rouge_score" else name)
+    assert evaluate.main([str(saved), *own, "--task", "captioning"]) == 1
+    assert "scored with rouge_score: pip install 'pointalign[eval]'" in capsys.readouterr().err
+    assert [path.name for path in taken.iterdir()] == ["answers.jsonl"]
+
+
+def test_an_annotation_file_is_asked_its_questions_and_a_second_task_gets_a_folder(
+    saved, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    own = ["--data", str(CLOUDS / "annotations.json"), "--clouds", str(CLOUDS), "--sentence_models", "none"]
+    own += ["--limit", "1", "--generation.max_new_tokens", "2"]
+    assert evaluate.main([str(saved), *own]) == 0
+    assert list(json.loads(Path("runs/evaluation/evaluation.json").read_text())["tasks"]) == ["answers"]
+    capsys.readouterr()
+    assert evaluate.main([str(saved), *own, "--task", "classification", "--prompts", "0", "--inputs", "true"]) == 0
+    assert "runs/evaluation holds another evaluation: this one goes to runs/evaluation-2" in capsys.readouterr().err
+    written = json.loads(Path("runs/evaluation-2/evaluation.json").read_text())
+    assert list(written["tasks"]) == ["classification-prompt0"]
+    assert evaluate.main([str(saved), *own]) == 0, "the same again continues in its folder"
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["evaluation", "evaluation-2"]

@@ -371,7 +371,7 @@ def test_sample_clouds_and_their_annotations():
 
 def test_built_objects_match_the_committed_split(monkeypatch):
     def absent(source, folder):
-        pytest.skip("the embedded objects are not built here: run `python -m pointalign.assets`")
+        pytest.skip("the embedded objects are not built here: run `pointalign assets`")
 
     monkeypatch.setattr(assets, "_obtain", absent)
     folder = assets.embedded_objects()

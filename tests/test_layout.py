@@ -23,7 +23,8 @@ READERS = (  # what reads clouds knows nothing of the embedded objects; data set
 
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
-    ["pointalign_kernels"],
+    ["pointalign_kernels", "pointalign.command_line"],
+    ["pointalign.training_command"],
     ["pointalign.alignment", "pointalign.storage", "pointalign.training_checks", "pointalign.allocator"],
     ["pointalign.options", "pointalign.run_checkpoints"],
     [f"pointalign.attached_{part}" for part in ("logging", "model", "targets")],
@@ -54,9 +55,14 @@ LAYERS = [
     ["pointalign.build"],
     ["pointalign.feature_cache", "pointalign.trainer", "pointalign.certainty"],
     ["pointalign.evaluation"],
-    ["pointalign.held_out_losses"],
-    ["pointalign.train", "pointalign.chat", "pointalign.evaluate", "pointalign.embedded.stage1"],
+    ["pointalign.held_out_losses", "pointalign.run_folder", "pointalign.model_card"],
+    [
+        *(f"pointalign.{name}" for name in ("train", "chat", "evaluate", "check", "annotate", "features")),
+        "pointalign.embedded.stage1",
+    ],
+    ["pointalign.compare", "pointalign.probe"],
     ["pointalign"],  # the file __init__.py alone
+    ["pointalign.__main__"],
     ["experiments"],
 ]
 
@@ -194,3 +200,26 @@ def test_no_model_folder_brings_code():
                 if options.get("trust_remote_code") != "False":
                     offending.append(f"{module}: {ast.unparse(call)}")
     assert offending == []
+
+
+def names_no_encoding(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in the encoding of the user's locale."""
+    if not isinstance(call.func, ast.Attribute) or any(keyword.arg == "encoding" for keyword in call.keywords):
+        return False
+    given = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+    if call.func.attr == "open":
+        return bool(given) and given[0] in ("r", "w", "a", "x")
+    if call.func.attr == "write_text":
+        return len(call.args) == 1
+    return call.func.attr == "read_text" and not given
+
+
+def test_text_is_utf_8_in_every_locale():
+    calls = {
+        module: [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        for module, path in SOURCES.items()
+        if not module.startswith("experiments")
+    }
+    assert [f"{m}:{call.lineno}" for m, found in calls.items() for call in found if names_no_encoding(call)] == []
+    (call,) = (node for node in ast.walk(ast.parse("path.open('a')")) if isinstance(node, ast.Call))
+    assert names_no_encoding(call), "the test can fail"

@@ -43,7 +43,7 @@ def test_sacrebleu_is_the_published_one():
 
 @pytest.mark.skipif(
     not (assets.home() / "nltk_data" / "corpora" / "wordnet").exists(),
-    reason="METEOR needs WordNet, which `python -m pointalign.assets` fetches",
+    reason="METEOR needs WordNet, which `pointalign assets` fetches",
 )
 def test_meteor_is_nltks():
     pytest.importorskip("nltk", reason="METEOR needs nltk (extra: eval)")

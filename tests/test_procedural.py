@@ -165,6 +165,6 @@ def test_legs_stand_on_the_floor(noun):
 def test_every_noun_is_of_a_training_object():
     path = assets.home() / "furniture" / "objects.json"  # without building it
     if not path.exists():
-        pytest.skip("the embedded objects are not built here: run `python -m pointalign.assets`")
+        pytest.skip("the embedded objects are not built here: run `pointalign assets`")
     trained = {record["head_noun"] for record in json.loads(path.read_text()) if record["split"] == "train"}
     assert set(MAKERS) <= trained, "an encoder never sees a real object of the other nouns"

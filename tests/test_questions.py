@@ -44,7 +44,7 @@ def made_split() -> list[dict]:
 def built_split(split: str) -> list[dict]:
     path = assets.home() / "furniture" / "objects.json"
     if not path.exists():
-        pytest.skip("the embedded objects are not built here: run `python -m pointalign.assets`")
+        pytest.skip("the embedded objects are not built here: run `pointalign assets`")
     return [item for item in json.loads(path.read_text(encoding="utf-8")) if item["split"] == split]
 
 

@@ -13,6 +13,7 @@ from pointalign.convert.files import ALIGNMENT, ENCODER, EXPERT, Collection, Con
 from pointalign.models import PointAlignConfig, PointAlignForConditionalGeneration, PointAlignPhiConfig, PointBertConfig
 from pointalign.models.adapters import (
     LLM,
+    LLM_ALPHA,
     LLM_DROPOUT,
     LLM_TARGETS,
     QFORMER,
@@ -38,7 +39,7 @@ def sizes_from(pieces: dict[str, Piece], **places: tuple[str, int]) -> dict[str,
 
 def count_heads(width: int, name: str, head_size: int) -> int:
     if width % head_size:
-        raise ConversionError(f"{name!r} is {width} wide, expected a multiple of --head-size {head_size}")
+        raise ConversionError(f"{name!r} is {width} wide, expected a multiple of --head_size {head_size}")
     return width // head_size
 
 
@@ -117,7 +118,7 @@ def is_phi(llm: Path) -> bool:
     """
     if not (llm / "config.json").is_file():
         raise ConversionError(f"{llm}: expected the folder of a language model, but config.json is missing")
-    return json.loads((llm / "config.json").read_text()).get("model_type") in ("phi", "phi-msft")
+    return json.loads((llm / "config.json").read_text(encoding="utf-8")).get("model_type") in ("phi", "phi-msft")
 
 
 def _text_config(llm: Path) -> PreTrainedConfig:
@@ -143,7 +144,7 @@ def _phi_config(pieces: dict[str, Piece], llm: Path | None) -> PointAlignPhiConf
         return PointAlignPhiConfig(
             hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // head.shape[0]
         )
-    stored = json.loads((llm / "config.json").read_text())
+    stored = json.loads((llm / "config.json").read_text(encoding="utf-8"))
     values = {
         name: stored[name]
         for name in (
@@ -260,7 +261,7 @@ def _identity_norms(shapes: Shapes, pieces: dict[str, Piece]) -> set[str]:
 
 
 def _hint(name: str) -> str:
-    flags = {LLM: "--llm", QFORMER: "--qformer", ENCODER: "--point-encoder"}
+    flags = {LLM: "--llm", QFORMER: "--qformer", ENCODER: "--point_encoder"}
     return next((f": {flag} gives it" for prefix, flag in flags.items() if name.startswith(prefix)), "")
 
 
@@ -280,6 +281,6 @@ def adapter_options(collected: Collection, options: argparse.Namespace) -> dict[
         if len(ranks) > 1:
             raise ConversionError(f"the adapters of {part} have ranks {sorted(ranks)}, expected the same in all")
         for rank in ranks:
-            alpha = options.lora_alpha if part == "language_model" else 2 * rank
+            alpha = (options.lora_alpha or LLM_ALPHA) if part == "language_model" else 2 * rank
             described[part] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
     return described

@@ -21,6 +21,7 @@ from pointalign.models import (
     PointAlignPhiConfig,
     PointAlignPhiForCausalLM,
     PointAlignProcessor,
+    saved_folder,
 )
 from pointalign.models.adapters import ADAPTER_FILE, LLM
 
@@ -65,6 +66,7 @@ def write(
     config.dtype = config.text_config.dtype = embeddings.dtype
     config.architectures = ["PointAlignForConditionalGeneration"]
     config.save_pretrained(folder)
+    saved_folder.name_package(folder)
     _write_processor(folder, llm, config)
 
 
@@ -184,7 +186,7 @@ def card(sources: list[dict[str, Any]], random: list[str], adapters: dict, phi: 
     roles = {source["role"] if phi or source["role"] != "llm" else "other_llm" for source in sources}
     licence = "cc-by-nc-sa-4.0" if roles & {"checkpoint", "point_encoder"} else "other"
     lines = ["---", f"license: {licence}", "library_name: pointalign", "---", "", "# Converted weights", ""]
-    lines += ["Written by `python -m pointalign.convert` from these files:", ""]
+    lines += ["Written by `pointalign convert` from these files:", ""]
     for source in sources:
         lines += [f"- {source['role']}: `{name}`, sha256 `{digest}`" for name, digest in source["sha256"].items()]
     lines += ["", "Licences of these files, which bind the converted weights too:", ""]
@@ -208,7 +210,7 @@ class Reader:
 
     def __init__(self, folder: Path, adapters: dict[str, dict[str, Any]] | None, tied: dict[str, str]):
         self.folder, self.adapters, self.tied = folder, adapters or {}, tied
-        self.file_of = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        self.file_of = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
         self.factors = load_file(folder / ADAPTER_FILE) if self.adapters else {}
 
     def __call__(self, name: str) -> Tensor:

@@ -1,13 +1,5 @@
-"""Check of a data set before training, so that no bad file stops a run after hours.
+"""Check of a data set before training (`pointalign check`), so that no bad file stops a run after hours."""
 
-python -m pointalign.data.check ANNOTATION --clouds DIR    every cloud that an annotation file refers to
-python -m pointalign.data.check FILE_OR_DIR [...]          cloud and mesh files by themselves, with a summary
-
-With `--json FILE` every cloud is read in full, and the summary is written too.
-"""
-
-import argparse
-import json
 import random
 import sys
 from collections import Counter
@@ -17,14 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pointalign.data.conversations import AnnotationError
 from pointalign.data.dataset import ConversationDataset
-from pointalign.data.mesh import PARTS
 from pointalign.data.point_cloud import (
     FORMATS,
-    MISSING_COLORS,
     OTHER_FORMATS,
-    UP_AXES,
     Reading,
 )
 from pointalign.data.reading_pool import Job, Outcome, read_all
@@ -169,52 +157,3 @@ def check_files(paths: Sequence[Path], reading: Reading, num_groups: int) -> Sur
     if not files:
         print(f"no file of {', '.join(FORMATS)} in {', '.join(map(str, paths))}")
     return survey
-
-
-def _report(survey: Survey, file: Path | None) -> None:
-    print(f"\n{survey.table()}")
-    if file is not None:
-        file.write_text(json.dumps(survey.summary(), indent=1) + "\n")
-        print(f"written: {file}")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m pointalign.data.check",
-        description="Checks every cloud that an annotation file refers to, or cloud files by themselves.",
-    )
-    parser.add_argument("paths", nargs="+", help="an annotation file (with --clouds), or cloud files and folders")
-    parser.add_argument("--clouds", nargs="+", help="folders with {object_id}_8192.npy or other files per object")
-    parser.add_argument("--types", nargs="+", help="conversation types to keep (default: all)")
-    parser.add_argument("--up_axis", choices=UP_AXES, default="y", help="vertical axis of the clouds")
-    parser.add_argument("--missing_color", choices=MISSING_COLORS, default="black", help="of points without a colour")
-    parser.add_argument("--max_nonfinite", type=float, default=0.05, help="share of NaN points that is left out")
-    parser.add_argument("--parts", choices=PARTS, default="points", help="of files with points and surfaces")
-    parser.add_argument("--num_groups", type=int, default=512, help="least number of points (default: 512)")
-    parser.add_argument("--json", type=Path, help="file for the counts, ranges, duplicates and bad files")
-    options = parser.parse_args(arguments)
-    further = {name: getattr(options, name) for name in ("missing_color", "max_nonfinite", "parts")}
-    try:
-        if options.clouds is None:
-            if Path(options.paths[0]).suffix.lower() in (".json", ".jsonl"):
-                parser.error("an annotation file needs --clouds, the folder of its clouds")
-            files = [Path(path) for path in options.paths]
-            survey = check_files(files, Reading(options.up_axis, **further), options.num_groups)
-            _report(survey, options.json)
-            sys.exit(not survey.usable)
-        if len(options.paths) > 1:
-            parser.error("--clouds goes with one annotation file")
-        dataset = ConversationDataset(options.paths[0], options.clouds, options.types, options.up_axis, **further)
-        if options.json:
-            objects = sorted({name for ids in dataset.conversations.object_ids for name in ids})
-            jobs = [Job(name, dataset.clouds, details=True) for name in objects]
-            survey = Survey(read_all(jobs, dataset.reading), options.num_groups)
-            _report(survey, options.json)
-            sys.exit(not survey.usable)
-        print(f"{len(dataset)} conversations; {check(dataset, options.num_groups)}")
-    except (AnnotationError, BadObjectsError, NotADirectoryError, ValueError) as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

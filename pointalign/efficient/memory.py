@@ -39,7 +39,7 @@ def peak_resident_bytes(process: int | None = None) -> int | None:
     a large parent that is all it shows.
     """
     try:
-        status = Path(f"/proc/{process or 'self'}/status").read_text()
+        status = Path(f"/proc/{process or 'self'}/status").read_text(encoding="utf-8")
     except FileNotFoundError:
         if process is not None:
             return None

@@ -283,7 +283,7 @@ def train_stage1(options: argparse.Namespace) -> None:
 
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     described = options.output / "settings.json"
-    if described.exists() and (other := json.loads(described.read_text())) != settings:
+    if described.exists() and (other := json.loads(described.read_text(encoding="utf-8"))) != settings:
         changed = ", ".join(sorted(name for name in settings if settings[name] != other.get(name)))
         raise ValueError(f"{options.output} holds a training with other settings ({changed}): give another --output")
     storage.write_json(described, settings)
@@ -293,7 +293,7 @@ def train_stage1(options: argparse.Namespace) -> None:
     clouds, records = training.clouds, training.records
     if options.extra_objects:
         extra = assets.extra_objects()
-        more = json.loads((extra / "objects.json").read_text())
+        more = json.loads((extra / "objects.json").read_text(encoding="utf-8"))
         clouds = clouds + [np.load(extra / "clouds" / f"{record['object_id']}_8192.npy") for record in more]
         records = records + more
     teacher = read_teacher(options.teacher) if options.teacher else None

@@ -113,6 +113,7 @@ def margins(likelihoods: np.ndarray, truths: Sequence[int]) -> np.ndarray:
 
 
 INPUTS = ("true", "shuffled", "zeroed", "blind")
+JOURNAL = "answers.jsonl"  # in the folder of an evaluation
 END = "###"  # ends an answer of the published checkpoints
 _ZERO = "\0zero"  # the name of an object whose point tokens are zeros
 
@@ -157,7 +158,7 @@ class Journal:
         self.path = path
         self.done: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        known = path.read_text() if path.exists() else ""
+        known = path.read_text(encoding="utf-8") if path.exists() else ""
         *complete, _torn = known.split("\n")  # the part behind the last newline is an incomplete line
         if complete:
             if (other := json.loads(complete[0])) != json.loads(json.dumps(run)):
@@ -171,13 +172,13 @@ class Journal:
         text = "".join(line + "\n" for line in complete) or json.dumps(run) + "\n"
         if text != known:
             with storage.replacing(path) as temporary:
-                temporary.write_text(text)
+                temporary.write_text(text, encoding="utf-8")
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
         """The value of `key` (JSON values only), computed and appended to the file if it is not there."""
         if key not in self.done:
             value = compute()
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "value": value}) + "\n")
             self.done[key] = value
         return self.done[key]

@@ -117,7 +117,7 @@ class HeldOutReport:
         )
         storage.write_json(self.folder / "accuracy.json", content)
         samples = answer_samples(model, processor, self.held_out)
-        (self.folder / "answers.md").write_text(samples_table(samples))
+        (self.folder / "answers.md").write_text(samples_table(samples), encoding="utf-8")
         samples_picture(samples, self.held_out, self.folder / "answers.png")
         print(f"\n{self.split} objects, never seen in training; 95 % intervals clustered by family\n{summary.table()}")
         print(f"\n{kinds_table(kinds)}")

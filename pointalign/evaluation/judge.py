@@ -107,7 +107,7 @@ def judge_cases(judge: Judge, kind: str, cases: Sequence[Case], stored: Path) ->
         except JudgeFailure as failure:
             failures.append(failure)
             return
-        with lock, stored.open("a") as file:
+        with lock, stored.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, "reply": reply}) + "\n")
             known[key] = reply
             progress.update()
@@ -145,11 +145,11 @@ def _key(name: str, kind: str, case: Case) -> str:
 
 def _read_replies(path: Path) -> dict[str, str]:
     """Key -> reply of an earlier run; an incomplete last line is removed from the file."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     *lines, torn = text.split("\n")
     if torn:
         with storage.replacing(path) as temporary:
-            temporary.write_text(text.removesuffix(torn))
+            temporary.write_text(text.removesuffix(torn), encoding="utf-8")
     return {entry["key"]: entry["reply"] for entry in map(json.loads, lines)}
 
 

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pointalign import assets
 from pointalign.evaluation.answering import Answers, margins
 from pointalign.evaluation.choices import YES_NO, chosen, plain_words
 from pointalign.evaluation.naming import names_object
@@ -29,7 +31,7 @@ def pooling_of(folder: Path) -> str:
     """
     config = folder / "1_Pooling" / "config.json"
     if config.exists():
-        return "cls" if json.loads(config.read_text()).get("pooling_mode_cls_token") else "mean"
+        return "cls" if json.loads(config.read_text(encoding="utf-8")).get("pooling_mode_cls_token") else "mean"
     return "pooler" if "simcse" in folder.name.lower() else "mean"
 
 
@@ -90,6 +92,28 @@ def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Sco
         cosines = (embed(folder, answers.texts) * embed(folder, references)).sum(dim=1)
         scores[f"{name} cosine"] = [float(value) for value in cosines]
     return scores
+
+
+CAPTION_PACKAGES = ("nltk", "rouge_score", "sacrebleu")
+
+
+def require_packages(kinds: Sequence[str], judge: bool = False) -> None:
+    """Refuse an evaluation whose scores need a package or file that is missing.
+
+    Args:
+        kinds: of tasks, see `pointalign.evaluation.results.EvaluationOptions`.
+        judge: an endpoint judges the answers.
+
+    Raises:
+        ValueError: a package is missing.
+        AssetError: WordNet, which METEOR needs, could not be fetched.
+    """
+    captions = any(kind in ("captioning", "answers") for kind in kinds)
+    needed = [*(CAPTION_PACKAGES if captions else ()), *(["openai"] if judge else [])]
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise ValueError(f"these answers are scored with {', '.join(missing)}: pip install 'pointalign[eval]'")
+    if captions:
+        assets.wordnet()
 
 
 def naming_scores(answers: Sequence[str], labels: Sequence[str]) -> Scores:
@@ -166,8 +190,6 @@ def meteor(answer: str, truth: str) -> float:
 def _wordnet():
     import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
-
-    from pointalign import assets
 
     folder = assets.wordnet()
     nltk.data.path.append(str(folder.parent.parent))  # nltk reads only from folders on its path

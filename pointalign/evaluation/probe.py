@@ -1,4 +1,4 @@
-"""`python -m pointalign.evaluate probe`: what can be read about a cloud from each layer of the language model."""
+"""`pointalign probe`: what can be read about a cloud from each layer of the language model."""
 
 import json
 from collections.abc import Sequence
@@ -165,11 +165,12 @@ def similarity(train_hidden: Tensor, train_target: Tensor, hidden: Tensor, targe
 
 @dataclass
 class ProbeOptions:
-    """Options of `python -m pointalign.evaluate probe`.
+    """Options of `pointalign probe`.
 
     Attributes:
         output: folder of the result.
-        train, held_out: limits on the objects that probes are fitted on and scored on.
+        train: at most this many objects to fit the probes on; all by default.
+        held_out: at most this many objects to score them on; all by default.
         layers: number of layers probed, evenly spaced, including the input (0) and the last.
         against: folder of an earlier probe to draw in the same plot, for example of the model without alignment.
     """
@@ -258,7 +259,7 @@ def probe_model(name: str | None, options: ProbeOptions) -> str:
     storage.write_json(folder / "probe.json", result)
     curves = {result["model"]: result}
     if options.against is not None:
-        other = json.loads((Path(options.against) / "probe.json").read_text())
+        other = json.loads((Path(options.against) / "probe.json").read_text(encoding="utf-8"))
         curves = {f"{other['model']} (before)" if other["model"] == result["model"] else other["model"]: other} | curves
     layer_curves(curves, folder / "layers.png")
     return f"{layer_table(result)}\n\nwritten: {folder / 'probe.json'}, {folder / 'layers.png'}"

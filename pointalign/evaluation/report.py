@@ -51,7 +51,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         FileNotFoundError: the folder holds no `evaluation.json`.
     """
-    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     cloud = _clouds(evaluation["asked"])
     parts = [
         f"<h1>Evaluation of {html.escape(evaluation['model'])}</h1>",
@@ -110,7 +110,7 @@ def _task_table(name: str, task: dict[str, Any]) -> str:
 
 
 def _judged(path: Path) -> str:
-    judged = json.loads(path.read_text())
+    judged = json.loads(path.read_text(encoding="utf-8"))
     score = judged["score"]
     return (
         f"<h2>{html.escape(path.name.removesuffix('.judged.json'))}, judged</h2><p>{html.escape(judged['judge'])} "

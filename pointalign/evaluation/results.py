@@ -1,6 +1,7 @@
 """An evaluation, from a model's name to files with metrics, and the comparison of two evaluations."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,8 +11,12 @@ import numpy as np
 import torch
 
 from pointalign import assets, build, storage
+from pointalign.data.dataset import find_cloud
 from pointalign.evaluation import markdown_table, metrics, own_questions, statistics, tasks
-from pointalign.evaluation.answering import Features, Generation, Journal, answer, with_input
+from pointalign.evaluation.answering import JOURNAL, Features, Generation, Journal, answer, with_input
+
+EMBEDDED_TASKS = ("classification", "captioning", "geometry")
+DEFAULT_OUTPUT = "runs/evaluation"
 
 
 @dataclass
@@ -20,7 +25,8 @@ class EvaluationOptions:
 
     Attributes:
         task: any of classification, captioning, geometry, yesno, modelnet40; or answers, the questions of an
-            annotation file.
+            annotation file. By default classification, captioning and geometry of the embedded objects, answers of an
+            annotation file, modelnet40 of a `.dat`.
         data: `furniture` (the embedded objects), an annotation file in the PointLLM schema, or ModelNet40's `.dat`.
         clouds: folder of the clouds that an annotation file names.
         split: part of the embedded objects: train, validation or test.
@@ -32,10 +38,10 @@ class EvaluationOptions:
         sentence_models: NAME=FOLDER of sentence encoders; by default MiniLM of the assets; `none` leaves them out.
         device: by default CUDA where there is one.
         quantization: `nf4` keeps the language model in 4 bits.
-        output: folder of the results.
+        output: folder of the results; by default runs/evaluation, with a number where that holds another evaluation.
     """
 
-    task: list[str] = field(default_factory=lambda: ["classification", "captioning", "geometry"])
+    task: list[str] = field(default_factory=list)
     data: str = "furniture"
     clouds: str | None = None
     split: str = "test"
@@ -46,15 +52,29 @@ class EvaluationOptions:
     sentence_models: list[str] = field(default_factory=list)
     device: str | None = None
     quantization: str | None = None
-    output: str = "runs/evaluation"
+    output: str | None = None
 
     def __post_init__(self) -> None:
+        embedded, modelnet = self.data == "furniture", Path(self.data).suffix == ".dat"
+        if not self.task:
+            self.task = list(EMBEDDED_TASKS) if embedded else ["modelnet40" if modelnet else own_questions.TASK]
         for name in self.task:
             if name not in (*tasks.TASKS, own_questions.TASK):
                 raise ValueError(f"--task {name}: expected one of {', '.join((*tasks.TASKS, own_questions.TASK))}")
-        if own_questions.TASK in self.task and self.data == "furniture":
+            if self.task.count(name) > 1:
+                raise ValueError(f"--task {name} is named twice")
+            if name in tasks.CHOICE_TASKS and not embedded:
+                raise ValueError(
+                    f"--task {name} needs objects with known facts, the embedded ones (--data furniture): of your own "
+                    f"file ask its questions, --task answers, or classification and captioning"
+                )
+        if own_questions.TASK in self.task and (embedded or modelnet):
             raise ValueError("--task answers asks the questions of your file: add --data FILE and --clouds FOLDER")
-        if self.data != "furniture" and self.clouds is None and "modelnet40" not in self.task:
+        if "modelnet40" in self.task and embedded:
+            raise ValueError("--task modelnet40 needs --data modelnet40_test_8192pts_fps.dat, the file of its clouds")
+        if "modelnet40" in self.task and len(self.task) > 1:
+            raise ValueError("--task modelnet40 has objects of its own: evaluate the other tasks in another command")
+        if not embedded and self.clouds is None and "modelnet40" not in self.task:
             raise ValueError("--data FILE needs --clouds FOLDER, the folder of the clouds that the file names")
         if any(number not in (0, 1) for number in self.prompts):
             raise ValueError(f"--prompts {self.prompts}: expected 0, 1 or both (captioning always uses prompt 2)")
@@ -90,35 +110,81 @@ def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> d
 
     Files in the output folder: `answers.jsonl` (the journal), one file for each task in PointLLM's format, and
     `evaluation.json`: metrics with intervals, and the values of every question, for `compare`. The same model, options
-    and machine give the same bytes.
+    and machine give the same bytes. All that can be refused is refused before the model is read; `options.output` is
+    set where it was left open.
+
+    Raises:
+        ValueError: options, questions or the output folder do not fit, or a package is missing.
+        PointCloudError: an object has no cloud.
     """
-    folder = Path(options.output)
+    metrics.require_packages(options.task)
+    encoders = sentence_models(options.sentence_models)
     objects = load_objects(options)
-    model, processor, digest = build.load(name, device=options.device, quantization=options.quantization)
+    asked = [(kind, task) for kind in options.task for task in _tasks(kind, objects, options)]
+    if options.clouds is not None and "modelnet40" not in options.task:
+        questions = [question for _, task in asked for question in task.questions]
+        for object_id in sorted({object_id for question in questions for object_id in question.object_ids}):
+            find_cloud(options.clouds, object_id)
     asked_options = {k: v for k, v in asdict(options).items() if k not in ("output", "device", "sentence_models")}
     if options.quantization is None:  # earlier results do not name it
         del asked_options["quantization"]
-    content = {"model": Path(name).name, "weights": digest, "asked": asked_options, "generation": asdict(generation)}
-    journal = Journal(folder / "answers.jsonl", content)
+    content = {"model": Path(name).name, "asked": asked_options, "generation": asdict(generation)}
+    if options.output is not None:
+        require_same_run(Path(options.output) / JOURNAL, content)
+    model, processor, digest = build.load(name, device=options.device, quantization=options.quantization)
+    content = {"model": content["model"], "weights": digest, **content}
+    options.output = options.output or free_output(content)
+    folder = Path(options.output)
+    journal = Journal(folder / JOURNAL, content)
     features = Features(model, processor)
-    encoders = sentence_models(options.sentence_models)
     results: dict[str, Any] = {}
-    for kind in options.task:
-        if kind == own_questions.TASK:
-            built = [own_questions.question_task(Path(options.data), options.limit)]
-        else:
-            built = tasks.build_tasks(kind, objects, options.prompts)
-        for number, prompt_task in enumerate(built):
-            names_objects = kind in ("classification", "modelnet40")
-            inputs = options.inputs if names_objects and number == 0 else ["true"]  # controls under one prompt suffice
-            for task in [with_input(prompt_task, control) for control in inputs]:
-                answers = answer(model, processor, task, objects, features, generation, journal)
-                scores = metrics.score(task, answers, encoders)
-                results[task.name] = _result(task, answers.texts, scores)
-                storage.write_json(folder / f"{task.name}.json", pointllm_output(task, answers.texts))
+    for _, task in asked:
+        answers = answer(model, processor, task, objects, features, generation, journal)
+        scores = metrics.score(task, answers, encoders)
+        results[task.name] = _result(task, answers.texts, scores)
+        storage.write_json(folder / f"{task.name}.json", pointllm_output(task, answers.texts))
     content |= {"versions": versions(), "tasks": results}
     storage.write_json(folder / "evaluation.json", content)
     return content
+
+
+def _tasks(kind: str, objects: tasks.ObjectSet, options: EvaluationOptions) -> list[tasks.Task]:
+    """The tasks of one kind, of naming also under the controls, which only the first prompt has."""
+    if kind == own_questions.TASK:
+        return [own_questions.question_task(Path(options.data), options.limit)]
+    built = tasks.build_tasks(kind, objects, options.prompts)
+    if kind in ("classification", "modelnet40"):
+        return [with_input(built[0], control) for control in options.inputs] + built[1:]
+    return built
+
+
+def require_same_run(journal: Path, content: dict[str, Any]) -> None:
+    """Refuse the folder of another evaluation before the model is read.
+
+    Raises: ValueError: the journal there was written for other values of `content`.
+    """
+    if journal.exists() and (first := journal.read_text(encoding="utf-8").partition("\n")[0]):
+        other = json.loads(first)
+        different = [name for name, value in json.loads(json.dumps(content)).items() if other.get(name) != value]
+        if different:
+            raise ValueError(
+                f"{journal.parent} holds another evaluation ({', '.join(different)} differ): choose another --output"
+            )
+
+
+def free_output(content: dict[str, Any]) -> str:
+    """`DEFAULT_OUTPUT`, or with the first number whose folder is free or holds this very evaluation."""
+    number, folder = 1, Path(DEFAULT_OUTPUT)
+    while True:
+        try:
+            require_same_run(folder / JOURNAL, content)
+            break
+        except ValueError:
+            number += 1
+            folder = Path(f"{DEFAULT_OUTPUT}-{number}")
+    if number > 1:
+        print(f"{DEFAULT_OUTPUT} holds another evaluation: this one goes to {folder}", file=sys.stderr)
+    return str(folder)
 
 
 def _result(task: tasks.Task, texts: Sequence[str], scores: metrics.Scores) -> dict[str, Any]:
@@ -196,7 +262,7 @@ def compare(ours: Path, theirs: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the files share no question.
     """
-    first, second = (json.loads(Path(path).read_text())["tasks"] for path in (ours, theirs))
+    first, second = (json.loads(Path(path).read_text(encoding="utf-8"))["tasks"] for path in (ours, theirs))
     rows = []
     for task in [name for name in first if name in second]:
         other = {row["id"]: row for row in second[task]["questions"]}

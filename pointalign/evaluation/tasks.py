@@ -76,7 +76,7 @@ def embedded_objects(folder: Path, split: str) -> ObjectSet:
     Args:
         folder: as `pointalign.assets.embedded_objects` returns it.
     """
-    catalogue = json.loads((folder / "objects.json").read_text())
+    catalogue = json.loads((folder / "objects.json").read_text(encoding="utf-8"))
     records = [record for record in catalogue if record["split"] == split]
     trained = {record["head_noun"] for record in catalogue if record["split"] == "train"}
     nouns = [record["head_noun"] for record in records]
@@ -211,7 +211,7 @@ def load(
 def _short_questions(annotations: Path) -> dict[str, list[tuple[str, str]]]:
     """Object id -> its (question, answer) pairs of one round, without the long descriptions."""
     pairs: dict[str, list[tuple[str, str]]] = {}
-    for entry in json.loads(annotations.read_text()):
+    for entry in json.loads(annotations.read_text(encoding="utf-8")):
         if entry["conversation_type"] in ("simple_description", "single_round"):
             question, answer = (turn["value"] for turn in entry["conversations"])
             pairs.setdefault(entry["object_id"], []).append((question.removeprefix("<point>\n"), answer))

@@ -87,3 +87,22 @@ def load(model: nn.Module, folder: str | Path) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.data = stored[name].to(parameter.device, torch.float32)
+
+
+def save_peft(model: nn.Module, folder: str | Path, language_model: str) -> None:
+    """Write the language model's adapter as `PeftModel.from_pretrained` reads it.
+
+    Args:
+        language_model: its name or folder, recorded as the base model.
+    """
+    from peft import LoraConfig
+
+    named = {name.removeprefix(LLM): tensor for name, tensor in state(model).items() if name.startswith(LLM)}
+    options: dict[str, Any] = dict(model.config.adapters["language_model"])  # type: ignore[index]
+    targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in named})
+    options = options | {"target_modules": targets, "base_model_name_or_path": language_model}
+    LoraConfig(**options, task_type="CAUSAL_LM", inference_mode=True).save_pretrained(str(folder))
+    tensors = {
+        f"base_model.model.{name.replace('.default.', '.')}": tensor.contiguous() for name, tensor in named.items()
+    }
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", {"format": "pt"})

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, Pre
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pointalign.models import adapters
+from pointalign.models import adapters, saved_folder
 from pointalign.models.configuration import PointAlignConfig
 from pointalign.models.point_encoder import QueryExperts
 
@@ -295,6 +295,7 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.config.adapters:
             adapters.save(self, save_directory)
+        saved_folder.name_package(save_directory)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

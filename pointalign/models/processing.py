@@ -18,6 +18,7 @@ from pointalign.data.collator import IGNORED
 from pointalign.data.conversations import POINT_MARKER
 from pointalign.data.point_cloud import load_point_cloud
 from pointalign.data.prepare import prepare_cloud
+from pointalign.models import saved_folder
 from pointalign.models.chat_layout import (
     PLAIN_CHAT_TEMPLATE,
     answer_end,
@@ -290,6 +291,12 @@ class PointAlignProcessor(ProcessorMixin):
             raise ValueError(f"row {number} {problem}")
         for name in row:
             row[name] = row[name][:max_length]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the folder says that it needs pointalign."""
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        saved_folder.name_package(save_directory)
+        return files
 
     # -- back to text ------------------------------------------------------------------------------------------------
 
