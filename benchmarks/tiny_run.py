@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 from conftest import CLOUDS, byte_tokenizer, first_stage, tiny_text_config  # noqa: E402  # type: ignore[import]
-from test_train import TINY  # noqa: E402
+from test_train import TINY  # noqa: E402  # type: ignore[import]
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from pointalign import train  # noqa: E402
