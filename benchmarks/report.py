@@ -197,6 +197,9 @@ def _naming(content: dict, which: str) -> str:
     """Head-noun accuracies of every method, and the paired tests."""
     counts = {key: estimate["count"] for key, estimate in next(iter(content["accuracy"].values())).items()}
     titles = {"noun in training": f"noun occurs in training (n={counts['noun in training']})"}
+    for part, title in {"procedural nouns": "nouns with a generator", "other nouns": "other nouns"}.items():
+        if part in counts:
+            titles[part] = f"{title} (n={counts[part]})"
     if counts["all"] != counts["noun in training"]:
         titles["all"] = f"all {which} objects (n={counts['all']})"
     rows = [
@@ -216,12 +219,12 @@ def _kinds(kinds: dict[str, dict]) -> str:
             kind,
             _percent(row),
             f"{100 * row['chance']:.0f}",
-            f"{100 * row['yes_rate']:.0f}" if "yes_rate" in row else "",
+            *(f"{100 * row[rate]:.0f}" if rate in row else "" for rate in ("yes_rate", "balanced")),
             str(row["count"]),
         ]
         for kind, row in kinds.items()
     ]
-    header = ["kind of question, % right", "model", "guessing", "answered Yes, %", "questions"]
+    header = ["kind of question, % right", "model", "guessing", "answered Yes, %", "balanced", "questions"]
     return table(header, rows)
 
 

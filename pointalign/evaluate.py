@@ -56,7 +56,8 @@ def evaluate(arguments: list[str]) -> None:
     from pointalign import build
     from pointalign.evaluation import results
     from pointalign.evaluation.answering import Generation
-    from pointalign.evaluation.judge import JudgeOptions, judge_tasks
+    from pointalign.evaluation.judge import JudgeOptions
+    from pointalign.evaluation.judge_files import judge_tasks
     from pointalign.evaluation.report import write_report
 
     parser = _parser("[MODEL] [--task T [T ...]] [--data D] [--generation.*] [--judge.*]", __doc__)
@@ -92,7 +93,8 @@ def compare(arguments: list[str]) -> None:
 
 
 def judge(arguments: list[str]) -> None:
-    from pointalign.evaluation.judge import JudgeOptions, judge_file
+    from pointalign.evaluation.judge import JudgeOptions
+    from pointalign.evaluation.judge_files import judge_file
 
     parser = _parser("judge ANSWERS.json --kind object|class|caption --judge.*")
     parser.add_argument("answers", type=str, help="a file in PointLLM's format, of this program or another")

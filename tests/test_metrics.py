@@ -5,7 +5,7 @@ import pytest
 
 from experiments.ablation.comparison import paired_runs
 from pointalign import assets
-from pointalign.evaluation import metrics, results, statistics
+from pointalign.evaluation import caption_metrics, metrics, results, statistics
 from pointalign.evaluation.answering import Answers
 from pointalign.evaluation.tasks import Question, Task
 
@@ -15,16 +15,18 @@ REFERENCE = "It is a guide to action that ensures that the military will forever
 
 def test_bleu_is_nltks():
     pytest.importorskip("nltk", reason="BLEU needs nltk (extra: eval)")
-    assert metrics.bleu(GUIDE, REFERENCE, 4) == pytest.approx(0.4118, abs=1e-4)  # nltk's SmoothingFunction page
-    assert metrics.bleu(REFERENCE, REFERENCE, 4) == pytest.approx(1.0)
-    assert metrics.bleu("", REFERENCE, 1) == 0.0
+    assert caption_metrics.bleu(GUIDE, REFERENCE, (0.25,) * 4) == pytest.approx(
+        0.4118, abs=1e-4
+    )  # nltk's SmoothingFunction page
+    assert caption_metrics.bleu(REFERENCE, REFERENCE, (0.25,) * 4) == pytest.approx(1.0)
+    assert caption_metrics.bleu("", REFERENCE, (1,)) == 0.0
     # two of three words, and as short as the truth: precision 2/3, no brevity penalty
-    assert metrics.bleu("a red chair", "a red sofa", 1) == pytest.approx(2 / 3)
+    assert caption_metrics.bleu("a red chair", "a red sofa", (1,)) == pytest.approx(2 / 3)
 
 
 def test_rouge_is_googles():
     pytest.importorskip("rouge_score", reason="ROUGE needs rouge-score (extra: eval)")
-    scores = metrics._rouge().score(
+    scores = caption_metrics._rouge_scorer().score(
         "The quick brown fox jumps over the lazy dog", "The quick brown dog jumps on the log."
     )
     assert scores["rouge1"].precision == 0.75 and scores["rouge1"].recall == pytest.approx(2 / 3)
@@ -37,8 +39,8 @@ def test_sacrebleu_is_the_published_one():
     first = ["The dog bit the man.", "It was not unexpected.", "The man bit him first."]
     second = ["The dog had bit the man.", "No one was surprised.", "The man had bitten the dog."]
     assert sacrebleu.corpus_bleu(said, [first, second]).score == pytest.approx(48.5308, abs=1e-3)  # its README
-    assert metrics.corpus_bleu(said, first) == pytest.approx(sacrebleu.corpus_bleu(said, [first]).score)
-    assert metrics.corpus_bleu(said, said) == pytest.approx(100)
+    assert caption_metrics.corpus_bleu(said, first) == pytest.approx(sacrebleu.corpus_bleu(said, [first]).score)
+    assert caption_metrics.corpus_bleu(said, said) == pytest.approx(100)
 
 
 @pytest.mark.skipif(
@@ -47,9 +49,11 @@ def test_sacrebleu_is_the_published_one():
 )
 def test_meteor_is_nltks():
     pytest.importorskip("nltk", reason="METEOR needs nltk (extra: eval)")
-    assert metrics.meteor(GUIDE, REFERENCE) == pytest.approx(0.6944, abs=1e-4)  # nltk's meteor_score page
-    assert metrics.meteor("a red couch", "a red sofa") > metrics.meteor("a red tree", "a red sofa")  # synonyms count
-    assert metrics.meteor("", "a red sofa") == 0
+    assert caption_metrics.meteor(GUIDE, REFERENCE) == pytest.approx(0.6944, abs=1e-4)  # nltk's meteor_score page
+    assert caption_metrics.meteor("a red couch", "a red sofa") > caption_metrics.meteor(
+        "a red tree", "a red sofa"
+    )  # synonyms count
+    assert caption_metrics.meteor("", "a red sofa") == 0
 
 
 @pytest.mark.parametrize(

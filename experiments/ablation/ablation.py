@@ -206,8 +206,7 @@ def run_arm(
     layers = sorted({*spaced(recipe.layers, depth), *similar})
     if recipe.decoder is not None:  # small enough to measure every probed layer
         similar = layers
-    fitted = train.subset(tasks.evenly(len(train.labels), recipe.probed))
-    probes = probe_layers(model, processor, fitted, held_out, layers, similar)
+    probes = probe_layers(model, processor, train, held_out, layers, similar)
     shots = few_shot(model, processor, train, held_out, recipe.few_shot, recipe.schedule, seed, arm.blind)
     return {
         "arm": name,
