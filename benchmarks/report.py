@@ -314,7 +314,7 @@ def alignment_check() -> str:
     rows = [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in content["results"].items()]
     where = _stamp_of_run(content["run"], content.get("date"))
     note = f"{content['objects']} {content['split']} objects, {content['steps']} steps; {where}"
-    return f"{note}\n\n{table(['cosine to targets', *columns], rows)}"
+    return f"{note}\n\n{table(['cosine to targets', *columns], rows)}\n{content['answer']}\n"
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
