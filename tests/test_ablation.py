@@ -482,7 +482,7 @@ def test_an_arm_that_differs_is_named_even_where_alignment_does_not(monkeypatch)
     monkeypatch.setattr(statistics, "RESAMPLES", 1000)
     rows, arms = compared(60, [0.0] * 5, {"wrong": [0.5] * 5, "same": [0.0] * 5})
     said = [one for one in conclusion.conclusion(rows, "no alignment", arms) if one.startswith("Shown for other arms")]
-    assert len(said) == 1 and "wrong +0.49" in said[0] and "over 5 seeds" in said[0]
+    assert len(said) == 1 and "wrong +0.50" in said[0] and "over 5 seeds" in said[0]
     assert "same" not in said[0]
 
 
