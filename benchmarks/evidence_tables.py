@@ -85,6 +85,7 @@ def ablation(name: str) -> str:
     )
     arms = {arm: Arm(**values) for arm, values in recipe["arms"].items()}
     parts = [note, *conclusion.conclusion(rows, recipe["baseline"], arms)]
+    parts += conclusion.missing_runs(content["missing"])
     parts.append(_folded("Arms, controls and probes", "\n\n".join(comparison.tables(rows, recipe["baseline"]))))
     plots = {"layers.png": "Probes by layer", "differences.png": "Every arm against the baseline"}
     parts += [f"![{title}]({_link(folder / file)})" for file, title in plots.items() if (folder / file).exists()]

@@ -26,7 +26,7 @@ def test_own_and_others_are_means_over_query_tokens():
     assert _compare(3 * own, own) == ([1.0, 1.0], [0.0, 0.0], [1.0, 1.0])
     assert _compare(own.flip(0), own) == ([0.0, 0.0], [1.0, 1.0], [0.0, 0.0])
     half = torch.stack([own[0], torch.stack([own[1, 0], own[0, 1]])])  # one token of the second object is the first's
-    assert _compare(half, own) == ([1.0, 0.5], [0.0, 0.5], [1.0, 1.0])
+    assert _compare(half, own) == ([1.0, 0.5], [0.0, 0.5], [1.0, 0.0])
 
 
 def test_what_is_compared_are_projected_states_and_qformer_tokens(processor, clouds):

@@ -61,12 +61,14 @@ def test_an_ablation_is_shown_with_what_it_says(results):
         "recipe": recipe,
         "versions": VERSIONS | {"date": "2026-11-25"},
         "arms": arms,
+        "missing": ["random target", "random target"],
         "conclusion": ["Shown: as it was written when fewer seeds sufficed."],
     }
     (folder / "ablation.json").write_text(json.dumps(content))
     (folder / "layers.png").touch()
     text = evidence_tables.ablation("ablation_objects")
     assert "2 seeds; with fewer than 5 nothing counts as shown" in text and "Shown:" not in text
+    assert "2 runs of the plan are missing: random target." in text
     assert "7 steps of 2 samples, lambda 0.1" in text
     assert "commit abc, 2026-11-25" in text
     assert "| alignment | 0-1 | +0.070 [+0.050, +0.170] | 0.002 | 0.030 |" in text

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablation.conclusion import METHOD, SIGNED, conclusion
+from experiments.ablation.conclusion import METHOD, SIGNED, conclusion, missing_runs
 from experiments.ablation.measure import PRIMARY, SECOND
 from experiments.ablation.recipe import Recipe
 from pointalign import storage
@@ -55,8 +55,7 @@ def summarise(folder: Path, recipe: Recipe) -> str:
     rows = compare_arms(runs, recipe.baseline, ceiling)
     paragraphs = conclusion(rows, recipe.baseline, recipe.arms)
     missing = [arm for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
-    if missing:
-        paragraphs.append(f"{len(missing)} runs of the plan are missing: {', '.join(dict.fromkeys(missing))}.")
+    paragraphs += missing_runs(missing)
     plotted = dict(list(runs.items())[:PLOTTED])
     seeds = shared_seeds(*plotted.values())
     content = {
@@ -64,6 +63,7 @@ def summarise(folder: Path, recipe: Recipe) -> str:
         "versions": _versions([run for results in runs.values() for run in results.values()]),
         "ceiling": ceiling,
         "arms": rows,
+        "missing": missing,
         "conclusion": paragraphs,
         "layers.png": {"arms": list(plotted), "seeds": seeds},
     }

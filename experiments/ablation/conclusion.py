@@ -44,6 +44,11 @@ def conclusion(rows: list[Row], baseline: str, arms: dict[str, Arm]) -> list[str
     return [paragraph for paragraph in paragraphs if paragraph]
 
 
+def missing_runs(arms: list[str]) -> list[str]:
+    """A paragraph about the runs of a plan that are not there, an arm for each; none if there are none."""
+    return [f"{len(arms)} runs of the plan are missing: {', '.join(dict.fromkeys(arms))}."] if arms else []
+
+
 def _method(method: Row, baseline: str) -> str:
     primary, second = method["differences"][PRIMARY], method["differences"][SECOND]
     seeds = len(primary["per_seed"])
