@@ -198,7 +198,7 @@ def _naming(content: dict, which: str) -> str:
     counts = {key: estimate["count"] for key, estimate in next(iter(content["accuracy"].values())).items()}
     titles = {"noun in training": f"noun occurs in training (n={counts['noun in training']})"}
     for part, title in {"procedural nouns": "nouns with a generator", "other nouns": "other nouns"}.items():
-        if part in counts:
+        if counts.get(part, 0) not in (0, counts["noun in training"]):
             titles[part] = f"{title} (n={counts[part]})"
     if counts["all"] != counts["noun in training"]:
         titles["all"] = f"all {which} objects (n={counts['all']})"

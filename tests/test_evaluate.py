@@ -230,7 +230,7 @@ def test_geometry_questions_have_one_clear_answer():
     asked = geometry_questions([tall, wide, cube])
     assert len({q.id for q in asked}) == len(asked)
     single = {(q.object_ids[0], q.text): q.label for q in asked if q.kind != "two clouds"}
-    aspect = "How do height and width compare: wider, about equal, taller or twice as tall?"
+    aspect = "How do height and width compare: wider, square, taller or twice as tall?"
     assert single == {
         ("tall", "Is it taller than it is wide?"): "yes",
         ("wide", "Is it taller than it is wide?"): "no",
