@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
 from experiments import token_words as words
-from experiments.ablation import comparison
+from experiments.ablation import comparison, conclusion
+from experiments.ablation.train_arm import Arm
 from pointalign.evaluation import probe as probing
 from pointalign.evaluation import results, statistics
 
@@ -20,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 # metrics in the short table; the folded one has all
 SHOWN = {
     "classification": ("head noun", "head noun, closed set", "closed-set accuracy", "likelihood margin"),
-    "captioning": ("ROUGE-L", "METEOR", "MiniLM cosine"),
+    "captioning": ("rouge-l", "meteor", "MiniLM cosine"),
     "geometry": ("accuracy",),
     "yesno": ("accuracy",),
 }
@@ -30,11 +31,10 @@ def evaluation() -> str:
     """Held-out accuracy of a model with intervals, and what its answers owe to the cloud."""
     content = json.loads((RESULTS / "evaluation.json").read_text())
     asked, tasks = content["asked"], content["tasks"]
-    decoding = "sampled answers" if content["generation"]["sample"] else "greedy answers"
     note = (
-        f"{content['model']} (weights {content['weights']}) on the {asked['split']} objects, {decoding}; "
-        f"{_stamp(content['versions'])}. Intervals are clustered by family. Values are percentages, except the "
-        "likelihood margin, which is in nats."
+        f"{content['model']} (weights {content['weights']}) on the {asked['split']} objects, protocol "
+        f"{asked['protocol']}; {_stamp(content['versions'])}. Intervals are clustered by family. Values are "
+        "percentages, except the likelihood margin, which is in nats."
     )
     short = {
         name: {"metrics": {key: value for key, value in task["metrics"].items() if _is_shown(task["kind"], key)}}
@@ -71,7 +71,10 @@ def _against_shuffled(tasks: dict, name: str) -> str:
 
 
 def ablation(name: str) -> str:
-    """The conclusion, tables and plots of an ablation, from `results/<name>/`."""
+    """The conclusion, tables and plots of an ablation, from `results/<name>/`.
+
+    The conclusion is drawn here and not read from the file, so that what counts as shown is decided in one place.
+    """
     folder = RESULTS / name
     content = json.loads((folder / "ablation.json").read_text())
     recipe, rows = content["recipe"], content["arms"]
@@ -80,7 +83,9 @@ def ablation(name: str) -> str:
         f"{schedule['steps']} steps of {schedule['batch_size']} samples, lambda {recipe['weight']:g} unless an arm "
         f"names its own; {_stamp(content['versions'])}. Intervals are over seeds and families."
     )
-    parts = [note, *content["conclusion"]]
+    arms = {arm: Arm(**values) for arm, values in recipe["arms"].items()}
+    parts = [note, *conclusion.conclusion(rows, recipe["baseline"], arms)]
+    parts += conclusion.missing_runs(content["missing"])
     parts.append(_folded("Arms, controls and probes", "\n\n".join(comparison.tables(rows, recipe["baseline"]))))
     plots = {"layers.png": "Probes by layer", "differences.png": "Every arm against the baseline"}
     parts += [f"![{title}]({_link(folder / file)})" for file, title in plots.items() if (folder / file).exists()]

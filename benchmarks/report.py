@@ -198,6 +198,9 @@ def _naming(content: dict, which: str) -> str:
     """Head-noun accuracies of every method, and the paired tests."""
     counts = {key: estimate["count"] for key, estimate in next(iter(content["accuracy"].values())).items()}
     titles = {"noun in training": f"noun occurs in training (n={counts['noun in training']})"}
+    for part, title in {"procedural nouns": "nouns with a generator", "other nouns": "other nouns"}.items():
+        if counts.get(part, 0) not in (0, counts["noun in training"]):
+            titles[part] = f"{title} (n={counts[part]})"
     if counts["all"] != counts["noun in training"]:
         titles["all"] = f"all {which} objects (n={counts['all']})"
     rows = [
@@ -217,12 +220,12 @@ def _kinds(kinds: dict[str, dict]) -> str:
             kind,
             _percent(row),
             f"{100 * row['chance']:.0f}",
-            f"{100 * row['yes_rate']:.0f}" if "yes_rate" in row else "",
+            *(f"{100 * row[rate]:.0f}" if rate in row else "" for rate in ("yes_rate", "balanced")),
             str(row["count"]),
         ]
         for kind, row in kinds.items()
     ]
-    header = ["kind of question, % right", "model", "guessing", "answered Yes, %", "questions"]
+    header = ["kind of question, % right", "model", "guessing", "answered Yes, %", "balanced", "questions"]
     return table(header, rows)
 
 
@@ -312,7 +315,7 @@ def alignment_check() -> str:
     rows = [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in content["results"].items()]
     where = _stamp_of_run(content["run"], content.get("date"))
     note = f"{content['objects']} {content['split']} objects, {content['steps']} steps; {where}"
-    return f"{note}\n\n{table(['cosine to targets', *columns], rows)}"
+    return f"{note}\n\n{table(['cosine to targets', *columns], rows)}\n{content['answer']}\n"
 
 
 SECTIONS: dict[str, Callable[[], str]] = {

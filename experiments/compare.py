@@ -28,7 +28,6 @@ from pointalign.run_checkpoints import checkpoints
 
 ARMS = {"without": 0.0, "with": 0.1}  # folder -> lambda
 METHODS = ("model", "model, random yaw")
-PROBED = 200  # training objects that probes and projectors are fitted on
 LAYERS = 7
 
 
@@ -66,7 +65,7 @@ def probe_arms(folders: dict[str, Path], output: Path) -> dict[str, dict[str, An
     curves = {}
     for arm, folder in folders.items():
         model, processor, _ = build.load(folder / "model")
-        training, held_out = tasks.load(model, processor, PROBED)
+        training, held_out = tasks.load(model, processor)
         layers = probe.spaced(LAYERS, model.config.get_text_config().num_hidden_layers)
         torch.manual_seed(0)
         curves[arm] = probe.probe_layers(model, processor, training, held_out, layers, layers)

@@ -16,7 +16,7 @@ import numpy as np
 from experiments.teacher import DIMENSIONS, principal_axes
 from pointalign import assets
 from pointalign.embedded.catalogue import FOLDS, fold_of
-from pointalign.evaluation.metrics import embed
+from pointalign.evaluation.caption_metrics import embed
 from pointalign.evaluation.statistics import Estimate, cluster_mean
 
 STRENGTHS = (1.0, 3.0, 10.0)  # ridge penalty, times the number of features per training object's squared length

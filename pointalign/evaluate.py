@@ -50,7 +50,8 @@ def evaluate(arguments: list[str]) -> None:
     from pointalign import build
     from pointalign.evaluation import metrics, results
     from pointalign.evaluation.answering import Generation
-    from pointalign.evaluation.judge import JudgeOptions, judge_tasks
+    from pointalign.evaluation.judge import JudgeOptions
+    from pointalign.evaluation.judge_files import judge_tasks
     from pointalign.evaluation.report import write_report
 
     parser.add_argument("model", nargs="?", default=None)
@@ -96,7 +97,8 @@ def judge(arguments: list[str]) -> None:
     )
     given = line.prepare(arguments)
     parser = _parser(line)
-    from pointalign.evaluation.judge import JudgeOptions, judge_file
+    from pointalign.evaluation.judge import JudgeOptions
+    from pointalign.evaluation.judge_files import judge_file
 
     parser.add_argument("answers", type=str)
     parser.add_argument("--kind", type=str, default=kind.default)

@@ -386,10 +386,10 @@ def compared(
 @pytest.mark.parametrize(
     ("methods", "others", "said"),
     [
-        ([0.0, 0.0, 0.0], {"wrong": [0.0] * 3}, ["cannot tell alignment", "controls (wrong) could explain"]),
-        ([-0.5] * 3, {"wrong": [0.0] * 3}, ["Shown: alignment lowers", "No gain of alignment"]),
-        ([0.5] * 3, {"wrong": [0.0] * 3}, ["Shown: alignment raises", "Alignment beats wrong."]),
-        ([0.5] * 3, {"wrong": [0.5] * 3}, ["Shown: alignment raises", "plain regularisation may explain both"]),
+        ([0.0] * 5, {"wrong": [0.0] * 5}, ["cannot tell alignment", "controls (wrong) could explain"]),
+        ([-0.5] * 5, {"wrong": [0.0] * 5}, ["Shown: alignment lowers", "No gain of alignment"]),
+        ([0.5] * 5, {"wrong": [0.0] * 5}, ["Shown: alignment raises", "Alignment beats wrong."]),
+        ([0.5] * 5, {"wrong": [0.5] * 5}, ["Shown: alignment raises", "plain regularisation may explain both"]),
     ],
 )  # fmt: skip
 def test_the_conclusion_says_what_is_shown_and_what_is_not(methods, others, said, monkeypatch):
@@ -398,7 +398,7 @@ def test_the_conclusion_says_what_is_shown_and_what_is_not(methods, others, said
     paragraphs = conclusion.conclusion(rows, "no alignment", arms)
     for words, paragraph in zip(said, paragraphs, strict=False):
         assert words in paragraph
-    assert "3 paired seeds, 60 objects" in paragraphs[0] and "is detected with 80 % power" in paragraphs[0]
+    assert "5 paired seeds, 60 objects" in paragraphs[0] and "is detected with 80 % power" in paragraphs[0]
     wrong, aligned = rows[2]["differences from alignment"][PRIMARY], rows[1]["differences"][PRIMARY]
     assert wrong["mean"] == pytest.approx(others["wrong"][0] - methods[0], abs=0.05)
     assert aligned["mean"] == pytest.approx(methods[0], abs=0.05)
@@ -407,33 +407,37 @@ def test_the_conclusion_says_what_is_shown_and_what_is_not(methods, others, said
 
 def test_a_control_that_harms_is_not_called_indistinguishable(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 1000)
-    rows, arms = compared(60, [0.5] * 3, {"wrong": [-0.5] * 3})
+    rows, arms = compared(60, [0.5] * 5, {"wrong": [-0.5] * 5})
     rows[2]["differences from alignment"][PRIMARY]["p_holm"] = 1.0  # as if nothing were shown of it
     assert "Wrong is shown to be worse than no alignment" in conclusion.conclusion(rows, "no alignment", arms)[1]
 
 
 def test_what_captions_never_mention_is_compared_over_seeds(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 100)
-    rows, arms = compared(20, [0.0, 0.0, 0.0], {}, set_b=0.2)
+    rows, arms = compared(20, [0.0] * 5, {}, set_b=0.2)
     kept = rows[1]["differences"]["set B"]
-    assert kept["mean"] == pytest.approx(0.3) and kept["low"] > 0 and kept["count"] == 3
+    assert kept["mean"] == pytest.approx(0.3) and kept["low"] > 0 and kept["count"] == 5
     assert "alignment keeps more of it" in conclusion.conclusion(rows, "no alignment", arms)[-1]
     table = comparison.probe_table(rows, "no alignment")
-    assert "| B: taper | 0.800 | 0.310 | 0.610 |" in table
+    assert "| B: taper | 0.800 | 0.320 | 0.620 |" in table
     assert "Q-Former | last layer, no alignment | last layer, alignment" in table
 
 
 @pytest.mark.parametrize(
     ("read", "words"),
-    [([0.3, 0.28, 0.33], "reads more"), ([-0.3, -0.28, -0.33], "reads less"), ([0.9, -0.5, 0.2], "reads no more")],
+    [
+        ([0.3, 0.28, 0.33, 0.31, 0.29], "reads more"),
+        ([-0.3, -0.28, -0.33, -0.31, -0.29], "reads less"),
+        ([0.9, -0.5, 0.2, -0.3, 0.4], "reads no more"),
+    ],
 )
 def test_what_alignment_asks_for_is_said_apart_from_what_it_brings(read, words, monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 100)
-    rows, arms = compared(20, [0.0, 0.0, 0.0], {}, read=read)
+    rows, arms = compared(20, [0.0] * 5, {}, read=read)
     assert rows[1]["differences"]["centred cosine"]["mean"] == pytest.approx(np.mean(read))
     paragraphs = conclusion.conclusion(rows, "no alignment", arms)
     said = [one for one in paragraphs if one.startswith("What alignment asks for")]
-    assert len(said) == 1 and words in said[0] and "over 3 seeds" in said[0] and "cannot tell" in paragraphs[0]
+    assert len(said) == 1 and words in said[0] and "over 5 seeds" in said[0] and "cannot tell" in paragraphs[0]
 
 
 def test_arms_are_compared_on_the_seeds_that_both_have(monkeypatch):
@@ -476,10 +480,32 @@ def test_two_seeds_have_no_interval_over_seeds(monkeypatch):
 
 def test_an_arm_that_differs_is_named_even_where_alignment_does_not(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 1000)
-    rows, arms = compared(60, [0.0] * 3, {"wrong": [0.5] * 3, "same": [0.0] * 3})
+    rows, arms = compared(60, [0.0] * 5, {"wrong": [0.5] * 5, "same": [0.0] * 5})
     said = [one for one in conclusion.conclusion(rows, "no alignment", arms) if one.startswith("Shown for other arms")]
-    assert len(said) == 1 and "wrong +0.496" in said[0] and "over 3 seeds" in said[0]
+    assert len(said) == 1 and "wrong +0.50" in said[0] and "over 5 seeds" in said[0]
     assert "same" not in said[0]
+
+
+def test_nothing_is_shown_with_fewer_than_five_seeds(monkeypatch):
+    """However large the effect: a hundred standard deviations of the noise."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    effect = [5.0] * 4
+    rows, arms = compared(20, effect, {"wrong": effect}, set_b=3.0, read=[0.3, 0.31, 0.29, 0.3])
+    assert rows[1]["differences"][PRIMARY]["low"] > 4 and rows[1]["differences"][PRIMARY]["p_holm"] < 0.01
+    text = "\n".join(conclusion.conclusion(rows, "no alignment", arms))
+    assert "Shown" not in text and text.count("4 seeds; with fewer than 5 nothing counts as shown") == 2
+    assert "reads no more" in text and "No gain of alignment is shown" in text
+
+
+def test_runs_measured_otherwise_are_not_mixed(tmp_path):
+    recipe = ablation.read_recipe("objects")
+    ours = {"data": "furniture", "arms": {}, "closed_set": "nouns of the training objects"}
+    assert "closed_set" in ablation.definition(ablation.Recipe(arms={"no alignment": Arm(weight=0.0)}))
+    for earlier in ({"data": "furniture", "arms": {}}, ours | {"probed": 200}):
+        (tmp_path / "recipe.json").write_text(json.dumps(earlier))
+        with pytest.raises(ValueError, match=r"another recipe \((closed_set|probed) changed\)"):
+            ablation.check_definition(tmp_path, ours)
+    assert not hasattr(recipe, "probed"), "probes are fitted on all training objects"
 
 
 def test_probes_are_fitted_on_objects_from_everywhere():

@@ -17,7 +17,6 @@ from pointalign.evaluation import answering, metrics, report, results
 from pointalign.evaluation.answering import (
     AnswerTree,
     Features,
-    Generation,
     Journal,
     answer_likelihoods,
     prompt_batch,
@@ -125,7 +124,7 @@ def arguments(saved, out, *more):
 
 def test_an_evaluation_is_written_resumed_and_identical(saved, tmp_path, monkeypatch, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
-    sampled = ["--task", "classification", "--prompts", "0", "--generation.sample", "true"]
+    sampled = ["--task", "classification", "--prompts", "0", "--protocol", "minigpt3d"]
     assert evaluate.main(arguments(saved, first, *sampled)) == 0
     output = json.loads((first / "classification-prompt0.json").read_text())
     assert output["prompt"] == PROMPTS[0] and [row["object_id"] for row in output["results"]] == sorted(NAMES)
@@ -151,7 +150,7 @@ def test_an_evaluation_is_written_resumed_and_identical(saved, tmp_path, monkeyp
     for name in ("evaluation.json", "classification-prompt0.json", "report.html"):
         assert (second / name).read_bytes() == (first / name).read_bytes()
     assert evaluate.main(arguments(saved, first, "--task", "classification", "--prompts", "1")) == 1
-    assert "holds another evaluation (asked, generation differ)" in capsys.readouterr().err
+    assert "holds another evaluation (asked differ)" in capsys.readouterr().err
 
 
 def test_without_a_name_the_newest_run_is_evaluated(saved, tmp_path, monkeypatch, capsys):
@@ -232,7 +231,7 @@ def test_geometry_questions_have_one_clear_answer():
     asked = geometry_questions([tall, wide, cube])
     assert len({q.id for q in asked}) == len(asked)
     single = {(q.object_ids[0], q.text): q.label for q in asked if q.kind != "two clouds"}
-    aspect = "How do height and width compare: wider, about equal, taller or twice as tall?"
+    aspect = "How do height and width compare: wider, square, taller or twice as tall?"
     assert single == {
         ("tall", "Is it taller than it is wide?"): "yes",
         ("wide", "Is it taller than it is wide?"): "no",
@@ -334,6 +333,10 @@ def test_modelnet_is_read_without_running_it(saved, tmp_path):
     ) == 0  # fmt: skip
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]["modelnet40-prompt0"]
     assert written["metrics"]["closed-set accuracy"]["count"] == 3 and len(CLASSES) == 40
+    rows = json.loads((tmp_path / "out" / "modelnet40-prompt0.json").read_text())["results"]
+    assert [(row["object_id"], row["ground_truth"], row["label_name"]) for row in rows] == [
+        (0, 8, "chair"), (1, 0, "airplane"), (2, 39, "xbox"),
+    ]  # fmt: skip
     path.write_bytes(pickle.dumps((clouds, [shutil.rmtree, 1, 2])))
     with pytest.raises(ValueError, match=r"refused: the pickle asks for shutil\.rmtree"):
         load_modelnet40(path)
@@ -345,19 +348,6 @@ def test_a_journal_of_another_run_is_refused(tmp_path):
     assert Journal(tmp_path / "j", {"model": "a"}).get("k", lambda: 2) == [1]
     with pytest.raises(ValueError, match=r"another run \(model differ"):
         Journal(tmp_path / "j", {"model": "b"})
-
-
-def test_the_release_sampling_is_an_option():
-    assert Generation().arguments("captioning") == {
-        "max_new_tokens": 96, "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None,
-    }  # fmt: skip
-    sampled = Generation(sample=True).arguments("classification")
-    assert (sampled["num_beams"], sampled["top_p"], sampled["temperature"], sampled["min_new_tokens"]) == (
-        2,
-        0.7,
-        0.2,
-        10,
-    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"]])

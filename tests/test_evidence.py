@@ -36,8 +36,8 @@ def test_an_evaluation_is_shown_with_what_its_cloud_adds(results):
         return {"kind": "classification", "metrics": metrics, "questions": rows}
 
     tasks = {"classification-prompt0": task([1, 1, 1, 0]), "classification-prompt0-shuffled": task([0, 1, 0, 0])}
-    asked = {"split": "test", "data": "furniture"}
-    content = {"model": "m", "weights": "w", "asked": asked, "generation": {"sample": False}, "versions": VERSIONS}
+    asked = {"split": "test", "data": "furniture", "protocol": "greedy"}
+    content = {"model": "m", "weights": "w", "asked": asked, "generation": {}, "versions": VERSIONS}
     (results / "evaluation.json").write_text(json.dumps(content | {"tasks": tasks}))
     text = evidence_tables.evaluation()
     assert "| classification-prompt0 | head noun | 75.0 | 65.0 to 85.0 | 4 |" in text
@@ -52,21 +52,26 @@ def test_an_ablation_is_shown_with_what_it_says(results):
     row = {"seeds": [0, 1], "metrics": {"likelihood margin": estimate(0.2), "generated accuracy": estimate(0.3)},
            "layer": 3, "centred cosine": 0.1, "retrieval@1": 0.2, "CKA": 0.3, "retention": None, "few_shot": {},
            "probes at the Q-Former": {"noun": 0.4}, "probes at the last layer": {"noun": 0.25}}  # fmt: skip
-    difference = {"seeds": [0, 1], "likelihood margin": estimate(0.07, p=0.5, p_holm=0.5, detectable=0.3)}
+    margin = estimate(0.07, p=0.001, p_holm=0.002, detectable=0.03) | {"low": 0.05, "per_seed": [0.07, 0.07]}
+    difference = {"seeds": [0, 1], "likelihood margin": margin, "generated accuracy": margin}
     arms = [row | {"arm": "no alignment"}, row | {"arm": "alignment", "differences": difference}]
     recipe = {"schedule": {"steps": 7, "batch_size": 2}, "weight": 0.1, "baseline": "no alignment"}
+    recipe["arms"] = {"no alignment": {"weight": 0.0}, "alignment": {}}
     content = {
         "recipe": recipe,
         "versions": VERSIONS | {"date": "2026-11-25"},
         "arms": arms,
-        "conclusion": ["Nothing is shown."],
+        "missing": ["random target", "random target"],
+        "conclusion": ["Shown: as it was written when fewer seeds sufficed."],
     }
     (folder / "ablation.json").write_text(json.dumps(content))
     (folder / "layers.png").touch()
     text = evidence_tables.ablation("ablation_objects")
-    assert "Nothing is shown." in text and "7 steps of 2 samples, lambda 0.1" in text
+    assert "2 seeds; with fewer than 5 nothing counts as shown" in text and "Shown:" not in text
+    assert "2 runs of the plan are missing: random target." in text
+    assert "7 steps of 2 samples, lambda 0.1" in text
     assert "commit abc, 2026-11-25" in text
-    assert "| alignment | 0-1 | +0.070 [-0.030, +0.170] | 0.500 | 0.300 |" in text
+    assert "| alignment | 0-1 | +0.070 [+0.050, +0.170] | 0.002 | 0.030 |" in text
     assert "| noun | 0.400 | 0.250 | 0.250 |" in text
     assert "](../benchmarks/results/ablation_objects/layers.png)" in text and "differences.png" not in text
 

@@ -96,7 +96,11 @@ def test_the_report_names_known_objects_beside_the_baselines(report, answer, tmp
         assert ("model" in row["right"]) == (noun != "unicorn")
         assert noun != "unicorn" or row["answer"] == "This is a unicorn."
     printed = capsys.readouterr().out
-    assert "model, shuffled clouds" in printed and "guessing  answered yes" in printed and " right; drawn" in printed
+    assert (
+        "model, shuffled clouds" in printed
+        and "guessing  answered yes  balanced" in printed
+        and " right; drawn" in printed
+    )
 
 
 def test_who_always_answers_yes_is_right_about_half_and_it_shows(report, answer, tmp_path):
@@ -107,6 +111,7 @@ def test_who_always_answers_yes_is_right_about_half_and_it_shows(report, answer,
     assert {"noun", "main colour", "taller or wider"} <= asked_yes
     for kind in asked_yes:
         assert kinds[kind]["yes_rate"] == 1 and kinds[kind]["mean"] == kinds[kind]["chance"] == 0.5, kind
+        assert kinds[kind]["balanced"] == 0.5, kind
     for kind, chance in {"longest side": 1 / 3, "aspect bucket": 1 / 4, "two clouds": 1 / 2}.items():
         assert kinds[kind]["mean"] == 0 and kinds[kind]["chance"] == chance, kind
     assert kinds["colour"]["chance"] < 0.2

@@ -9,20 +9,18 @@ import pytest
 
 from pointalign.evaluation import judge as judging
 from pointalign.evaluation.judge import (
-    Case,
     EndpointJudge,
     JudgeFailure,
     JudgeOptions,
-    StringJudge,
     UnreadableReplies,
     build_judge,
-    differences,
     judge_cases,
-    judge_file,
-    judge_tasks,
     summary,
-    verdict,
 )
+from pointalign.evaluation.judge_files import differences, judge_file, judge_tasks
+from pointalign.evaluation.judge_prompts import OURS, Case
+from pointalign.evaluation.judge_replies import verdict
+from pointalign.evaluation.local_judges import StringJudge
 
 openai = pytest.importorskip("openai", reason="the endpoint judge needs the openai package (extra: eval)")
 
@@ -301,7 +299,11 @@ def test_pointllms_own_answer_files(serve, tmp_path):
     line = judge_file(tmp_path / "a.json", "class", options(server))
     written = json.loads((tmp_path / "a.judged.json").read_text())
     assert [row["verdict"] for row in written["results"]] == [1.0, 0.0, 0.0]
-    assert "the judge's class prompt is this project's, version 1" in line and "question" not in line
+    assert (
+        "the judge's class prompt is this project's, version 2, not a published one" in line and "question" not in line
+    )
+    assert "as PointLLM's evaluator counts: accuracy 33.33, clean accuracy 33.33, 0 invalid replies" in line
+    assert written["judge_prompt"]["sha256"] == OURS.sha256("class") and written["asked"] == "What is this?"
     content["results"][0]["ground_truth"] = "A chair with arms."
     (tmp_path / "a.json").write_text(json.dumps(content | {"results": content["results"][:1]}))
     line = judge_file(tmp_path / "a.json", "caption", options(server))
@@ -309,7 +311,11 @@ def test_pointllms_own_answer_files(serve, tmp_path):
     (tmp_path / "b.json").write_text(json.dumps({"results": [{"object_id": 1, "ground_truth": "a"}]}))
     with pytest.raises(ValueError, match="result 0 lacks 'model_output'"):
         judge_file(tmp_path / "b.json", "caption", options(server))
-    assert any("another question, 'Tell me" in reason for reason in differences("Tell me.", "object"))
+    with pytest.raises(ValueError, match="ground_truth 39 is no text; for answers about ModelNet40 add --kind class"):
+        (tmp_path / "c.json").write_text(json.dumps({"prompt": "", "results": rows[1:]}))
+        judge_file(tmp_path / "c.json", "caption", options(server))
+    judge = build_judge(options(server))
+    assert any("another question, 'Tell me" in reason for reason in differences("Tell me.", "object", judge))
 
 
 def write_answers(folder, texts):
@@ -373,7 +379,7 @@ def test_options_name_what_is_missing(tmp_path):
 def test_rules_judge_without_a_model(tmp_path, monkeypatch):
     import torch
 
-    from pointalign.evaluation import metrics
+    from pointalign.evaluation import caption_metrics
 
     vectors = {"couch": [1.0, 0.0], "sofa": [0.9, 0.436], "tree": [0.0, 1.0]}
 
@@ -381,7 +387,7 @@ def test_rules_judge_without_a_model(tmp_path, monkeypatch):
         known = [next((v for word, v in vectors.items() if word in text), [0.6, 0.8]) for text in texts]
         return torch.tensor(known)
 
-    monkeypatch.setattr(metrics, "embed", embed)
+    monkeypatch.setattr(caption_metrics, "embed", embed)
     cases = [
         Case("This is a couch.", "This is a red sofa.", "couch"),  # near in meaning
         Case("This is a couch.", "This is a tree.", "couch"),

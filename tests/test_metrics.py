@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments.ablation.comparison import paired_runs
 from pointalign import assets
-from pointalign.evaluation import metrics, results, statistics
+from pointalign.embedded.procedural import MAKERS
+from pointalign.evaluation import caption_metrics, metrics, results, statistics
 from pointalign.evaluation.answering import Answers
 from pointalign.evaluation.tasks import Question, Task
 
@@ -15,16 +15,18 @@ REFERENCE = "It is a guide to action that ensures that the military will forever
 
 def test_bleu_is_nltks():
     pytest.importorskip("nltk", reason="BLEU needs nltk (extra: eval)")
-    assert metrics.bleu(GUIDE, REFERENCE, 4) == pytest.approx(0.4118, abs=1e-4)  # nltk's SmoothingFunction page
-    assert metrics.bleu(REFERENCE, REFERENCE, 4) == pytest.approx(1.0)
-    assert metrics.bleu("", REFERENCE, 1) == 0.0
+    assert caption_metrics.bleu(GUIDE, REFERENCE, (0.25,) * 4) == pytest.approx(
+        0.4118, abs=1e-4
+    )  # nltk's SmoothingFunction page
+    assert caption_metrics.bleu(REFERENCE, REFERENCE, (0.25,) * 4) == pytest.approx(1.0)
+    assert caption_metrics.bleu("", REFERENCE, (1,)) == 0.0
     # two of three words, and as short as the truth: precision 2/3, no brevity penalty
-    assert metrics.bleu("a red chair", "a red sofa", 1) == pytest.approx(2 / 3)
+    assert caption_metrics.bleu("a red chair", "a red sofa", (1,)) == pytest.approx(2 / 3)
 
 
 def test_rouge_is_googles():
     pytest.importorskip("rouge_score", reason="ROUGE needs rouge-score (extra: eval)")
-    scores = metrics._rouge().score(
+    scores = caption_metrics._rouge_scorer().score(
         "The quick brown fox jumps over the lazy dog", "The quick brown dog jumps on the log."
     )
     assert scores["rouge1"].precision == 0.75 and scores["rouge1"].recall == pytest.approx(2 / 3)
@@ -37,8 +39,8 @@ def test_sacrebleu_is_the_published_one():
     first = ["The dog bit the man.", "It was not unexpected.", "The man bit him first."]
     second = ["The dog had bit the man.", "No one was surprised.", "The man had bitten the dog."]
     assert sacrebleu.corpus_bleu(said, [first, second]).score == pytest.approx(48.5308, abs=1e-3)  # its README
-    assert metrics.corpus_bleu(said, first) == pytest.approx(sacrebleu.corpus_bleu(said, [first]).score)
-    assert metrics.corpus_bleu(said, said) == pytest.approx(100)
+    assert caption_metrics.corpus_bleu(said, first) == pytest.approx(sacrebleu.corpus_bleu(said, [first]).score)
+    assert caption_metrics.corpus_bleu(said, said) == pytest.approx(100)
 
 
 @pytest.mark.skipif(
@@ -47,9 +49,11 @@ def test_sacrebleu_is_the_published_one():
 )
 def test_meteor_is_nltks():
     pytest.importorskip("nltk", reason="METEOR needs nltk (extra: eval)")
-    assert metrics.meteor(GUIDE, REFERENCE) == pytest.approx(0.6944, abs=1e-4)  # nltk's meteor_score page
-    assert metrics.meteor("a red couch", "a red sofa") > metrics.meteor("a red tree", "a red sofa")  # synonyms count
-    assert metrics.meteor("", "a red sofa") == 0
+    assert caption_metrics.meteor(GUIDE, REFERENCE) == pytest.approx(0.6944, abs=1e-4)  # nltk's meteor_score page
+    assert caption_metrics.meteor("a red couch", "a red sofa") > caption_metrics.meteor(
+        "a red tree", "a red sofa"
+    )  # synonyms count
+    assert caption_metrics.meteor("", "a red sofa") == 0
 
 
 @pytest.mark.parametrize(
@@ -87,6 +91,17 @@ def test_generated_names_are_counted_over_the_closed_set_too():
     assert scores["head noun"] == [1.0, 0.0, 1.0] and scores["head noun, closed set"] == [1.0, 0.0, None]
 
 
+def test_nouns_with_a_generator_are_counted_apart():
+    labels = ["chair", "chair", "samovar", "lamp"]
+    assert "chair" in MAKERS and "samovar" not in MAKERS
+    questions = [Question(str(i), (str(i),), "?", "t", label) for i, label in enumerate(labels)]
+    task = Task("t", "classification", "?", questions, dict.fromkeys(("chair", "samovar")))
+    answers = Answers(["This is a chair.", "This is a bed.", "This is a samovar.", "This is a lamp."], np.zeros((4, 2)))
+    scores = metrics.score(task, answers, {})
+    assert scores["head noun, procedural nouns"] == [1.0, 0.0, None, None]
+    assert scores["head noun, other nouns"] == [None, None, 1.0, None], "lamps are not in the closed set"
+
+
 def test_always_yes_is_no_knowledge():
     questions = [
         Question(f"{i}", (f"{i}",), "Is this a chair?", label, label, "", "noun", ("yes", "no"))
@@ -102,6 +117,8 @@ def test_always_yes_is_no_knowledge():
     assert (always["mean"], always["majority"]) == (0.75, 0.75)
     assert (always["yes_rate"], always["balanced"]) == (1.0, 0.5)
     assert results.shown(metric, always)[0] == "75.0 (majority 75.0, answered yes 100.0, balanced 50.0)"
+    whole = metrics.summarise(task, metrics.score(task, Answers(["Yes."] * 4, None), {}))
+    assert whole["accuracy"]["balanced"] == 0.5 and whole["answered yes"]["mean"] == 1.0
     some = summary("No, it is a bed.", "Yes.", "I cannot say.", "No.")
     assert (some["mean"], some["yes_rate"]) == (0.5, 0.25) and some["balanced"] == pytest.approx(2 / 3)
 
@@ -127,15 +144,3 @@ def test_the_minimum_detectable_effect_is_found_four_times_in_five():
     assert detectable == pytest.approx(2.8 / 60**0.5, rel=0.25)
     found = np.mean([abs((x := rng.normal(detectable, 1, 60)).mean()) > 1.96 * x.std() / 60**0.5 for _ in range(400)])
     assert 0.65 < found < 0.95
-
-
-def test_paired_runs_cover_both_runs_and_objects():
-    rng = np.random.default_rng(0)
-    clusters = [str(i) for i in range(50)]
-    same = np.repeat(rng.normal(0.5, 1, (1, 50)), 4, axis=0)
-    estimate, p = paired_runs(same, clusters)
-    alone, p_alone = statistics.paired_difference(same[0], np.zeros(50), clusters)
-    assert (estimate.low, estimate.high) == pytest.approx((alone.low, alone.high), abs=0.03) and p == p_alone
-    moving = same + np.array([[-1.0], [1.0], [-1.0], [1.0]])  # runs that disagree widen the interval
-    wider, _ = paired_runs(moving, clusters)
-    assert wider.high - wider.low > 1.3 * (estimate.high - estimate.low)

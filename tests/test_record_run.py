@@ -65,7 +65,7 @@ def test_a_recorded_run_becomes_the_tables(folders, tmp_path, monkeypatch):
         "accuracy": {name: {"noun in training": interval, "all": interval} for name in methods},
         "tests": tests,
         "kinds": {
-            "noun": interval | {"chance": 0.5, "yes_rate": 0.75},
+            "noun": interval | {"chance": 0.5, "yes_rate": 0.75, "balanced": 0.25},
             "longest side": interval | {"chance": 1 / 3},
         },
         "objects": [row | {"object_id": str(i), "family": f"family {i}"} for i in range(4)],
@@ -83,7 +83,7 @@ def test_a_recorded_run_becomes_the_tables(folders, tmp_path, monkeypatch):
     text = report.demo()
     assert "| model | 50.0 [40.0, 60.0] |" in text and "noun occurs in training (n=4)" in text
     assert "all test objects" not in text, "the same objects"
-    assert "| noun | 50.0 [40.0, 60.0] | 50 | 75 | 4 |" in text
-    assert "| longest side | 50.0 [40.0, 60.0] | 33 |  | 4 |" in text
+    assert "| noun | 50.0 [40.0, 60.0] | 50 | 75 | 25 | 4 |" in text
+    assert "| longest side | 50.0 [40.0, 60.0] | 33 |  |  | 4 |" in text
     assert "- model against 1-NN Chamfer, best of 16 yaws: +50.0 [+40.0, +60.0] points, p = 0.2500" in text
     assert "content of answers.md" in text

@@ -4,7 +4,7 @@ import torch
 from conftest import lively
 from torch.nn import functional
 
-from pointalign.evaluation.metrics import embed
+from pointalign.evaluation.caption_metrics import embed
 
 SENTENCES = ["bench", "cactus", "a fire extinguisher", "forklift"]
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pointalign.evaluation.statistics import Estimate, cluster_mean, paired_difference
+from pointalign.evaluation import statistics
+from pointalign.evaluation.statistics import Estimate, cluster_mean, crossed_difference, paired_difference
 
 
 def names(count: int, size: int = 1) -> list[str]:
@@ -67,3 +68,45 @@ def test_p_is_level_without_a_difference():
     rng = np.random.default_rng(2)
     ps = [paired_difference(rng.random(30), rng.random(30), names(30), seed=trial)[1] for trial in range(60)]
     assert sum(p < 0.05 for p in ps) <= 9 and 0.3 < np.mean(ps) < 0.7
+
+
+def crossed(rng, effect: float, of_runs: float, of_families: float, runs: int = 5, count: int = 30) -> np.ndarray:
+    """Differences `[runs, count]` that vary from run to run, from family to family, and within both."""
+    return (
+        effect
+        + rng.normal(0, of_runs, (runs, 1))
+        + rng.normal(0, of_families, (1, count))
+        + rng.normal(0, 0.3, (runs, count))
+    )
+
+
+@pytest.mark.parametrize(("of_runs", "of_families"), [(1.0, 0.3), (0.0, 1.0), (0.4, 1.0)])
+def test_the_crossed_p_is_level_whatever_varies(of_runs, of_families, monkeypatch):
+    """A test that flips families alone takes runs that happen to differ for an effect."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)
+    rng = np.random.default_rng(3)
+    drawn = [crossed(rng, 0.0, of_runs, of_families) for _ in range(80)]
+    rejected = sum(crossed_difference(part, names(30))[1] < 0.05 for part in drawn)
+    assert rejected <= 10  # 4 expected; above 10 has a probability of 0.2 %
+    by_families = [paired_difference(part.mean(axis=0), np.zeros(30), names(30))[1] for part in drawn[:20]]
+    if of_runs == 1.0:
+        assert sum(p < 0.05 for p in by_families) > 8
+
+
+def test_an_effect_in_all_runs_and_families_is_found(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)
+    values = crossed(np.random.default_rng(4), 0.5, 0.05, 0.3)
+    estimate, p, error = crossed_difference(values, names(30))
+    assert p < 0.001 and estimate.low > 0 and estimate.count == 30 and 0 < error < 0.15
+    disagreeing = values + np.array([[-1.0], [1.0], [-1.0], [1.0], [0.0]])
+    wider, p_disagreeing, _ = crossed_difference(disagreeing, names(30))
+    assert wider.mean == pytest.approx(estimate.mean) and p_disagreeing > 0.2 and wider.low < 0 < wider.high
+
+
+def test_runs_that_agree_leave_the_interval_of_one_and_one_run_shows_nothing():
+    values = np.repeat(np.random.default_rng(0).normal(0.5, 1, (1, 50)), 4, axis=0)
+    estimate, _, _ = crossed_difference(values, names(50))
+    alone, p, _ = crossed_difference(values[:1], names(50))
+    assert (estimate.low, estimate.high) == pytest.approx((alone.low, alone.high), abs=0.03) and p == 1.0
+    assert crossed_difference(np.zeros((3, 4)), names(4))[1] == 1.0
+    assert crossed_difference(np.ones((3, 4)), names(4))[:2] == (Estimate(1.0, 1.0, 1.0, 4), 0.0)

@@ -78,6 +78,8 @@ def qformer_probes(train: EncodedObjects, held_out: EncodedObjects) -> dict[str,
 def definition(recipe: Recipe) -> dict[str, Any]:
     """What the runs of a folder have in common, as in its `recipe.json`."""
     described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")}
+    if recipe.data == "furniture":
+        described["closed_set"] = "nouns of the training objects"  # earlier runs had fewer nouns, and other margins
     if recipe.model.checkpoint is not None:  # identified by its weights, not by its folder
         described["model"]["checkpoint"] = Path(recipe.model.checkpoint).name
         described["weights"] = storage.file_hash(stage_file.find_stage(recipe.model.checkpoint))[:16]
@@ -172,7 +174,7 @@ def check_definition(folder: Path, definition: dict[str, Any]) -> None:
         changed = [
             name for name, arm in known["arms"].items() if not _same_runs(definition["arms"].get(name, arm), arm)
         ]
-        changed += [key for key in definition if key != "arms" and definition[key] != known.get(key)]
+        changed += [k for k in {**known, **definition} if k != "arms" and definition.get(k) != known.get(k)]
         if changed:
             raise ValueError(
                 f"{folder} holds runs of another recipe ({', '.join(changed)} changed): choose another --output"
@@ -206,8 +208,7 @@ def run_arm(
     layers = sorted({*spaced(recipe.layers, depth), *similar})
     if recipe.decoder is not None:  # small enough to measure every probed layer
         similar = layers
-    fitted = train.subset(tasks.evenly(len(train.labels), recipe.probed))
-    probes = probe_layers(model, processor, fitted, held_out, layers, similar)
+    probes = probe_layers(model, processor, train, held_out, layers, similar)
     shots = few_shot(model, processor, train, held_out, recipe.few_shot, recipe.schedule, seed, arm.blind)
     return {
         "arm": name,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablation.conclusion import METHOD, SIGNED, conclusion
+from experiments.ablation.conclusion import METHOD, SIGNED, conclusion, missing_runs
 from experiments.ablation.measure import PRIMARY, SECOND
 from experiments.ablation.recipe import Recipe
 from pointalign import storage
@@ -19,7 +19,7 @@ from pointalign.evaluation import markdown_table, statistics
 from pointalign.evaluation.probe import QFORMER, SIMILARITY, layer_curves
 from pointalign.evaluation.statistics import Estimate
 
-FEWEST = 3  # seeds for an interval over seeds
+FEWEST = 3  # seeds for an interval over seeds; `conclusion.FEWEST` calls nothing shown with so few
 PLOTTED = 4  # arms in the plot over layers
 
 Runs = dict[int, dict[str, Any]]  # seed -> what `ablation.run_arm` returned
@@ -55,8 +55,7 @@ def summarise(folder: Path, recipe: Recipe) -> str:
     rows = compare_arms(runs, recipe.baseline, ceiling)
     paragraphs = conclusion(rows, recipe.baseline, recipe.arms)
     missing = [arm for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
-    if missing:
-        paragraphs.append(f"{len(missing)} runs of the plan are missing: {', '.join(dict.fromkeys(missing))}.")
+    paragraphs += missing_runs(missing)
     plotted = dict(list(runs.items())[:PLOTTED])
     seeds = shared_seeds(*plotted.values())
     content = {
@@ -64,6 +63,7 @@ def summarise(folder: Path, recipe: Recipe) -> str:
         "versions": _versions([run for results in runs.values() for run in results.values()]),
         "ceiling": ceiling,
         "arms": rows,
+        "missing": missing,
         "conclusion": paragraphs,
         "layers.png": {"arms": list(plotted), "seeds": seeds},
     }
@@ -136,9 +136,10 @@ def _last_layer(run: dict[str, Any]) -> str:
 def _add_differences(rows: list[Row], runs: dict[str, Runs], other: str, key: str) -> None:
     """Add paired differences of every arm from the arm `other` to its row under `key`, corrected over arms.
 
-    Under `seeds`, the seeds that both have. For each metric an estimate, `p`, `p_holm`, `detectable`, and the mean of
-    each seed. With at least `FEWEST` seeds also the following, with an interval over seeds, for these objects:
-    `SIMILARITY` at the default layer and, where there is a `set B`, the mean of its probes at the last layer.
+    Under `seeds`, the seeds that both have. For each metric an estimate, `p`, `p_holm` and `detectable`, all of which
+    resample seeds as well as families, and the mean of each seed. With at least `FEWEST` seeds also the following, with
+    an interval over seeds, for these objects: `SIMILARITY` at the default layer and, where there is a `set B`, the mean
+    of its probes at the last layer.
     """
     compared = []
     for row in rows:
@@ -153,10 +154,10 @@ def _add_differences(rows: list[Row], runs: dict[str, Runs], other: str, key: st
         for metric in (PRIMARY, SECOND):
             values = np.array([ours[seed]["scores"][metric] for seed in seeds])
             values -= np.array([theirs[seed]["scores"][metric] for seed in seeds])
-            estimate, p = paired_runs(values, families)
+            estimate, p, error = statistics.crossed_difference(values, families)
             differences[metric] = estimate.as_dict() | {
                 "p": p,
-                "detectable": statistics.minimum_detectable_effect(values, families),
+                "detectable": statistics.POWER_80 * error,
                 "per_seed": values.mean(axis=1).tolist(),
             }
         if len(seeds) < FEWEST:
@@ -171,19 +172,6 @@ def _add_differences(rows: list[Row], runs: dict[str, Runs], other: str, key: st
         corrected = statistics.holm([row[key][metric]["p"] for row in compared])
         for row, p in zip(compared, corrected, strict=True):
             row[key][metric]["p_holm"] = p
-
-
-def paired_runs(differences: np.ndarray, clusters: Sequence[str], seed: int = 0) -> tuple[Estimate, float]:
-    """Mean of paired differences `[S, N]` over S runs and N objects, and a two-sided p-value.
-
-    The interval resamples both runs and clusters of objects. The p-value is a sign-flip test over clusters of the
-    mean over runs: it generalises to other objects, for these runs.
-    """
-    means = statistics.crossed_bootstrap(differences, clusters, seed)
-    low, high = np.percentile(means, [2.5, 97.5])
-    average = differences.mean(axis=0)
-    _, p = statistics.paired_difference(average, np.zeros_like(average), clusters, seed)
-    return Estimate(float(differences.mean()), float(low), float(high), differences.shape[1]), p
 
 
 def over_runs(differences: Sequence[float]) -> Estimate:

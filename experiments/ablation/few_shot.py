@@ -20,18 +20,26 @@ QUESTIONS = {
 STEPS = 40
 
 
-def with_question(objects: EncodedObjects, name: str, threshold: float | None) -> EncodedObjects:
-    """The same objects with a question about property `name`; for numbers, whether it is above `threshold`."""
+def with_question(
+    objects: EncodedObjects, name: str, threshold: float | None, candidates: dict[str, str] | None = None
+) -> EncodedObjects:
+    """The same objects with a question about property `name`; for numbers, whether it is above `threshold`.
+
+    Args:
+        candidates: the closed set; by default the answers about these objects. Held-out objects take that of training
+            objects, and count only where their answer is in it.
+    """
     values = objects.properties[name]
     if isinstance(values[0], str):
         answers = [f"{value}." for value in values]
     else:
         answers = ["Yes." if (value if threshold is None else value > threshold) else "No." for value in values]
+    candidates = candidates or {answer: answer for answer in sorted(set(answers))}
     return replace(
         objects,
         conversations=[[(QUESTIONS[name], answer)] for answer in answers],
-        labels=answers,
-        candidates={answer: answer for answer in sorted(set(answers))},
+        labels=[answer if answer in candidates else "" for answer in answers],
+        candidates=candidates,
     )
 
 
@@ -60,7 +68,8 @@ def few_shot(
     for name in [name for name in QUESTIONS if name in train.properties]:
         values = train.properties[name]
         threshold = float(np.median(values)) if isinstance(values[0], float) else None
-        examples, questions = (with_question(part, name, threshold) for part in (train, held_out))
+        examples = with_question(train, name, threshold)
+        questions = with_question(held_out, name, threshold, examples.candidates)
         for count in counts:
             shots = examples.subset([int(row) for row in order[:count]])
             short = replace(schedule, steps=STEPS, batch_size=min(schedule.batch_size, count))

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from pointalign.evaluation.answering import AnswerTree, Features, Generation, answer_likelihoods, margins, prompt_batch
+from pointalign.evaluation.answering import AnswerTree, Features, answer_likelihoods, margins, prompt_batch
 from pointalign.evaluation.metrics import naming_scores
+from pointalign.evaluation.protocol import PROTOCOLS
 from pointalign.evaluation.tasks import PROMPTS, EncodedObjects, Question
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
@@ -39,7 +40,7 @@ def measure(
     for start in range(0, len(known), 32):
         batch = prompt_batch(processor, features, questions[start : start + 32])
         with torch.inference_mode():
-            options = Generation(max_new_tokens=20).arguments("classification")
+            options = PROTOCOLS["greedy"].arguments("classification", 20)
             generated = model.generate(**batch, **options)  # type: ignore[operator]
         texts += processor.answers(generated, batch["input_ids"].shape[1])
     labels = [held_out.labels[row] for row in known]

@@ -23,7 +23,6 @@ class Recipe:
         seeds: paired seeds of the arms that name none.
         baseline: the arm that all others are compared with.
         train, held_out: limits on the objects of each part.
-        probed: limit on the training objects that probes are fitted on.
         layers: number of layers probed after each run.
         few_shot: numbers of examples about set B of the shapes that a trained arm is fine-tuned on; none by default.
         arms: by name.
@@ -41,7 +40,6 @@ class Recipe:
     baseline: str = "no alignment"
     train: int | None = None
     held_out: int | None = None
-    probed: int | None = None
     layers: int = 7
     few_shot: list[int] = field(default_factory=list)
     arms: dict[str, Arm] = field(default_factory=dict)

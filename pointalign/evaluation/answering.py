@@ -15,7 +15,8 @@ from tqdm import tqdm
 from pointalign import storage
 from pointalign.certainty import generate_answers
 from pointalign.evaluation.naming import shuffled
-from pointalign.evaluation.tasks import MAX_NEW_TOKENS, ObjectSet, Question, Task
+from pointalign.evaluation.protocol import Protocol
+from pointalign.evaluation.tasks import ObjectSet, Question, Task
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 
@@ -114,7 +115,6 @@ def margins(likelihoods: np.ndarray, truths: Sequence[int]) -> np.ndarray:
 
 INPUTS = ("true", "shuffled", "zeroed", "blind")
 JOURNAL = "answers.jsonl"  # in the folder of an evaluation
-END = "###"  # ends an answer of the published checkpoints
 _ZERO = "\0zero"  # the name of an object whose point tokens are zeros
 
 
@@ -123,24 +123,15 @@ class Generation:
     """How answers are generated (`--generation.*`).
 
     Attributes:
-        sample: decode as the published release does: 2 beams with sampling, top_p 0.7, temperature 0.2, at least 10 new
-            tokens. By default greedy.
         batch_size: questions answered together. It belongs to the definition of a run, because padding can change the
             last bits.
         seed: of sampling; a batch is seeded in the same way whether or not the run was interrupted.
-        max_new_tokens: by default 32 for names, 96 for captions, 16 for geometry and yesno.
+        max_new_tokens: in place of the protocol's limit.
     """
 
-    sample: bool = False
     batch_size: int = 32
     seed: int = 0
     max_new_tokens: int | None = None
-
-    def arguments(self, kind: str) -> dict[str, Any]:
-        common = {"max_new_tokens": self.max_new_tokens or MAX_NEW_TOKENS[kind]}
-        if not self.sample:
-            return common | {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        return common | {"do_sample": True, "num_beams": 2, "top_p": 0.7, "temperature": 0.2, "min_new_tokens": 10}
 
 
 class Journal:
@@ -275,6 +266,7 @@ def answer(
     task: Task,
     objects: ObjectSet,
     features: Features,
+    protocol: Protocol,
     generation: Generation,
     journal: Journal,
 ) -> Answers:
@@ -295,8 +287,9 @@ def answer(
             batch = prompt_batch(processor, features, questions)
             with torch.inference_mode(), torch.random.fork_rng():
                 torch.manual_seed(generation.seed * 1_000_003 + start)
-                answers = generate_answers(model, processor, batch, **generation.arguments(task.kind))
-            return [answer.text.split(END)[0].strip() for answer in answers]
+                options = protocol.arguments(task.kind, generation.max_new_tokens)
+                answers = generate_answers(model, processor, batch, **options)
+            return [protocol.process(answer.text) for answer in answers]
 
         texts += journal.get(f"{task.name}/{start}", generate)
         if tree is not None:

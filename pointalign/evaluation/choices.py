@@ -3,7 +3,7 @@
 A model that answers always Yes is right about half of the yes/no questions, whatever their text.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,6 +136,20 @@ def _pairs(records: list[dict], seed: int) -> list[Question]:
             Question(name, ids, questions.TALLER_OF_TWO, label, label, family, "two clouds", ("first", "second"))
         )
     return pairs
+
+
+def yes_no_rates(labels: Sequence[str], answered_yes: Sequence[float], right: Sequence[float]) -> dict[str, float]:
+    """What tells knowledge from a habit of answering Yes, for yes/no questions `[N]`.
+
+    Returns:
+        `yes_rate`, the share of answers Yes; `balanced`, the mean of the accuracies where Yes and where No is true, 0.5
+        for a constant answer. Without questions of both kinds there is no `balanced`.
+    """
+    rates = {"yes_rate": float(np.mean(answered_yes))}
+    truths, correct = np.array(labels), np.array(right, dtype=float)
+    if set(labels) == set(YES_NO):
+        rates["balanced"] = float(np.mean([correct[truths == label].mean() for label in YES_NO]))
+    return rates
 
 
 def plain_words(text: str) -> str:

@@ -10,7 +10,15 @@ from pointalign.build import load
 from pointalign.certainty import calibrated_threshold, is_hedged
 from pointalign.embedded.facts import PALETTE
 from pointalign.embedded.questions import NAME
-from pointalign.evaluation.choices import Question, chosen, evenly, geometry_questions, yes_no_questions
+from pointalign.evaluation.choices import (
+    YES_NO,
+    Question,
+    chosen,
+    evenly,
+    geometry_questions,
+    yes_no_questions,
+    yes_no_rates,
+)
 from pointalign.evaluation.naming import (
     ask_about,
     ask_certain,
@@ -85,7 +93,8 @@ class HeldOutReport:
         answers = {name: ask_names(model, processor, part, name) for name, part in inputs.items()}
         self.results |= {name: correct(texts, self.known) for name, texts in answers.items()}
         self.results |= controls(self.known, self.training)
-        summary = report(self.results, self.known.families, np.ones(len(self.known.ids), dtype=bool))
+        known = np.ones(len(self.known.ids), dtype=bool)
+        summary = report(self.results, self.known.labels, self.known.families, known)
         kinds = self.kinds(model, processor)
         per_object = [
             {
@@ -125,7 +134,7 @@ class HeldOutReport:
         print(f'\n"It looks like ..." in place of "This is ...": {shares}\n\n{samples_table(samples)}')
 
     def kinds(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor) -> dict[str, dict]:
-        """Kind of question -> accuracy with its interval, what guessing scores, and how often the answer was Yes."""
+        """Kind of question -> accuracy with its interval, what guessing scores, and for yes/no `yes_no_rates`."""
         objects = self.held_out
         asked = geometry_questions(objects.records) + yes_no_questions(objects.records, objects.candidates)
         asked = limited(asked)
@@ -136,9 +145,10 @@ class HeldOutReport:
             of_kind = [row for row, question in enumerate(asked) if question.kind == kind]
             estimate = cluster_mean(right[of_kind], [asked[row].family for row in of_kind])
             rows[kind] = estimate.as_dict() | {"chance": CHANCE.get(kind, 1 / 2)}
-            if "yes" in asked[of_kind[0]].choices:
-                said = [chosen(answers[row], ("yes", "no")) == "yes" for row in of_kind]
-                rows[kind]["yes_rate"] = float(np.mean(said))
+            if asked[of_kind[0]].choices == YES_NO:
+                answered_yes = [float(chosen(answers[row], YES_NO) == "yes") for row in of_kind]
+                labels = [asked[row].label for row in of_kind]
+                rows[kind] |= yes_no_rates(labels, answered_yes, right[of_kind].tolist())
         return rows
 
 
@@ -167,9 +177,10 @@ def limited(questions: Sequence[Question]) -> list[Question]:
 
 def kinds_table(kinds: dict[str, dict]) -> str:
     width = max(map(len, kinds))
-    lines = [f"{'right answers, %':{width}}  model [interval]       guessing  answered yes"]
+    lines = [f"{'right answers, %':{width}}  model [interval]       guessing  answered yes  balanced"]
     for kind, row in kinds.items():
         value = f"{100 * row['mean']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
-        yes = f"{100 * row['yes_rate']:.0f} %" if "yes_rate" in row else ""
-        lines.append(f"{kind:{width}}  {value:21}  {100 * row['chance']:5.0f}     {yes}")
+        yes = f"{100 * row['yes_rate']:5.0f} %" if "yes_rate" in row else ""
+        balanced = f"{100 * row['balanced']:7.0f}" if "balanced" in row else ""
+        lines.append(f"{kind:{width}}  {value:21}  {100 * row['chance']:5.0f}     {yes:12}{balanced}".rstrip())
     return "\n".join(lines)

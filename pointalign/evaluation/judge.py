@@ -2,8 +2,7 @@
 
 There are three kinds of verdict, as in PointLLM's protocol. `object`: do answer and reference name the same object (T
 or F)? `class`: which class of a closed list does the answer name (an index)? `caption`: how much of the reference does
-the answer state (0 to 100)? The prompts are this project's and pinned: their version is part of the key under which a
-reply is stored. An unusable reply counts once, as wrong, and is reported; it is never replaced by a random guess.
+the answer state (0 to 100)? An unusable reply counts once, as wrong.
 """
 
 import hashlib
@@ -22,11 +21,10 @@ from typing import Any
 from tqdm import tqdm
 
 from pointalign import assets, storage
-from pointalign.data.dataset import CLASSES
-from pointalign.evaluation.judge_replies import PROMPT_VERSION, PROMPTS, Case, verdict
+from pointalign.evaluation.judge_prompts import OURS, PROMPTS, Case, JudgePrompts, read_prompts
+from pointalign.evaluation.judge_replies import verdict
 from pointalign.evaluation.local_judges import Judge, LocalJudge, StringJudge, Usage
 from pointalign.evaluation.statistics import cluster_mean
-from pointalign.evaluation.tasks import PROMPTS as QUESTIONS
 
 ATTEMPTS, PAUSE = 6, 1.0  # requests per answer; seconds between the first two, doubled after each
 
@@ -39,6 +37,7 @@ class JudgeOptions:
         base_url: an OpenAI-compatible endpoint; its key is read from the environment variable OPENAI_API_KEY.
         model: the model's name at the endpoint; without `base_url`, the folder of a local causal language model, or
             `string` for the rules of `StringJudge`.
+        prompts: file of prompts in place of this project's: JSON, or the source of PointLLM's `evaluator.py`.
         concurrency: number of simultaneous requests.
         timeout: seconds until a request counts as failed.
         max_tokens: of a reply, the thoughts of a reasoning model included.
@@ -47,6 +46,7 @@ class JudgeOptions:
 
     base_url: str | None = None
     model: str | None = None
+    prompts: str | None = None
     concurrency: int = 4
     timeout: float = 60.0
     max_tokens: int = 2048
@@ -55,6 +55,8 @@ class JudgeOptions:
     def __post_init__(self) -> None:
         if self.base_url and not self.model:
             raise ValueError("--judge.base_url needs --judge.model, the model's name at that endpoint")
+        if self.prompts and self.model == "string":
+            raise ValueError("--judge.prompts needs a language model as judge; --judge.model string asks nobody")
 
 
 class UnreadableReplies(ValueError):
@@ -85,7 +87,9 @@ def judge_cases(judge: Judge, kind: str, cases: Sequence[Case], stored: Path) ->
     if kind not in PROMPTS:
         raise ValueError(f"judge of kind {kind!r}: expected one of {', '.join(PROMPTS)}")
     known = _read_replies(stored)
-    keys = [_key(judge.name, kind, case) for case in cases]
+    if judge.prompts is not None and kind not in judge.prompts.templates:
+        raise ValueError(f"{judge.prompts.source} holds no prompt of kind {kind}")
+    keys = [_key(judge, kind, case) for case in cases]
     pending = {
         key: case
         for key, case in zip(keys, cases, strict=True)
@@ -138,8 +142,8 @@ def _check_readable(judge: Judge, replies: Sequence[str], values: Sequence[float
         )
 
 
-def _key(name: str, kind: str, case: Case) -> str:
-    parts = [name, PROMPT_VERSION, kind, case.prompt(kind), case.label]
+def _key(judge: Judge, kind: str, case: Case) -> str:
+    parts = [judge.name, kind, judge.question(kind, case), case.label]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -156,7 +160,7 @@ def _read_replies(path: Path) -> dict[str, str]:
 def summary(judged: Judged, families: Sequence[str]) -> dict[str, Any]:
     """Mean with interval (an unusable reply counts as 0), the number of unusable replies, and requests and tokens.
 
-    `usable_score` is the mean of the usable replies alone, which PointLLM's evaluator calls clean.
+    `usable_score` is the mean of the usable replies alone.
     """
     score = cluster_mean([value or 0.0 for value in judged.values], families).as_dict()
     usable = [value for value in judged.values if value is not None]
@@ -166,87 +170,6 @@ def summary(judged: Judged, families: Sequence[str]) -> dict[str, Any]:
         "invalid": judged.values.count(None),
         "usage": asdict(judged.usage),
     }
-
-
-def judge_file(answers: Path, kind: str, options: JudgeOptions, families: Sequence[str] | None = None) -> str:
-    """Judge a file in PointLLM's format and write `<name>.judged.json` beside it. Returns a summary line.
-
-    Args:
-        families: the cluster of each answer, for the interval; by default each object is a cluster.
-    """
-    if options.model is None:
-        raise ValueError("name a judge: --judge.model NAME --judge.base_url URL, --judge.model FOLDER, or string")
-    content = json.loads(answers.read_text(encoding="utf-8-sig"))
-    results, classes = _rows(content, answers), CLASSES if kind == "class" else ()
-    labels = [_class_of(row) if classes else str(row.get("label_name") or "") for row in results]
-    if classes and (unknown := sorted(set(labels) - set(classes))):
-        raise ValueError(f"{answers}: {unknown[0]!r} is not a class of ModelNet40")
-    cases = [
-        Case(label if classes else str(row["ground_truth"]), row["model_output"], label, classes)
-        for row, label in zip(results, labels, strict=True)
-    ]
-    judge = build_judge(options)
-    judged = judge_cases(judge, kind, cases, answers.parent / "judge-replies.jsonl")
-    result = summary(judged, families or [str(row["object_id"]) for row in results])
-    rows = [
-        row | {"reply": reply, "verdict": value}
-        for row, reply, value in zip(results, judged.replies, judged.values, strict=True)
-    ]
-    written = answers.with_name(f"{answers.stem}.judged.json")
-    differs = differences(str(content.get("prompt", "")), kind)
-    described = {"judge": judge.name, "prompt_version": PROMPT_VERSION, "kind": kind, "differs_from_paper": differs}
-    storage.write_json(written, described | result | {"results": rows})
-    score, usage = result["score"], result["usage"]
-    return (
-        f"{kind} judged by {judge.name}: {100 * score['mean']:.1f} "
-        f"[{100 * score['low']:.1f}, {100 * score['high']:.1f}] over {score['count']} answers, "
-        f"{result['invalid']} unusable replies (counted as 0); {usage['requests']} requests, "
-        f"{usage['retries']} retries, {usage['prompt_tokens']} + {usage['completion_tokens']} tokens\n"
-        f"not comparable with the published table: {'; '.join(differs)}\nwritten: {written}"
-    )
-
-
-def _rows(content: Any, path: Path) -> list[dict[str, Any]]:
-    """The results of an answer file, of this program or PointLLM's."""
-    rows = content.get("results") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f'{path}: expected {{"prompt": ..., "results": [...]}} with at least one result')
-    for number, row in enumerate(rows):
-        for name in ("object_id", "ground_truth", "model_output"):
-            if not isinstance(row, dict) or name not in row:
-                raise ValueError(f"{path}: result {number} lacks {name!r}")
-    return rows
-
-
-def _class_of(row: dict[str, Any]) -> str:
-    """The class's name: `label_name`, or in PointLLM's files without it the index in `ground_truth`."""
-    name, truth = row.get("label_name"), row["ground_truth"]
-    if not name and isinstance(truth, int) and 0 <= truth < len(CLASSES):
-        return CLASSES[truth]
-    return str(name or truth).replace("_", " ")
-
-
-def differences(prompt: str, kind: str) -> list[str]:
-    """What makes a score differ from PointLLM's table: the judge's prompt, the question, unusable replies."""
-    numbers = {text.strip(): number for number, text in enumerate(QUESTIONS)}
-    number = numbers.get(prompt.strip())
-    expected = (2,) if kind == "caption" else (0, 1)
-    asked = f"another question, {prompt!r:.80}" if number is None else f"PointLLM's question {number}"
-    reasons = [f"the judge's {kind} prompt is this project's, version {PROMPT_VERSION}"]
-    if number not in expected:
-        reasons.append(f"the answers are to {asked}, published are {' and '.join(map(str, expected))}")
-    return [*reasons, "an unusable reply counts as 0 (usable_score leaves them out)"]
-
-
-def judge_tasks(folder: Path, evaluation: dict[str, Any], options: JudgeOptions) -> str:
-    """Judge the answers of an evaluation: names as objects (as classes for ModelNet40), captions by score."""
-    kinds = {"classification": "object", "modelnet40": "class", "captioning": "caption"}
-    lines = []
-    for name, task in evaluation["tasks"].items():
-        if task["kind"] in kinds:
-            families = [question["family"] for question in task["questions"]]
-            lines.append(judge_file(folder / f"{name}.json", kinds[task["kind"]], options, families))
-    return "\n".join(lines)
 
 
 class EndpointJudge(Judge):
@@ -264,7 +187,7 @@ class EndpointJudge(Judge):
         import openai
 
         extra = f" {json.dumps(options.extra_body, sort_keys=True)}" if options.extra_body else ""
-        super().__init__(f"{options.base_url} {options.model}{extra}", options.concurrency)
+        super().__init__(f"{options.base_url} {options.model}{extra}", _prompts(options), options.concurrency)
         self.model = options.model
         self.extra_body = options.extra_body
         self.parameters: dict[str, Any] = {"temperature": 0, "seed": 0, "max_tokens": options.max_tokens}
@@ -324,7 +247,7 @@ class EndpointJudge(Judge):
     def _request(self, kind: str, case: Case, parameters: dict[str, Any]) -> str:
         response = self.client.chat.completions.create(
             model=str(self.model),
-            messages=[{"role": "user", "content": case.prompt(kind)}],
+            messages=[{"role": "user", "content": self.question(kind, case)}],
             extra_body=self.extra_body or None,
             **parameters,
         )
@@ -361,4 +284,8 @@ def build_judge(options: JudgeOptions) -> Judge:
             f"--judge.model {options.model}: expected `string`, or the folder of a language model; the name of a "
             "served model also needs --judge.base_url, its endpoint"
         )
-    return LocalJudge(folder, options.max_tokens)
+    return LocalJudge(folder, options.max_tokens, _prompts(options))
+
+
+def _prompts(options: JudgeOptions) -> JudgePrompts:
+    return read_prompts(Path(options.prompts)) if options.prompts else OURS

@@ -1,43 +1,8 @@
-"""What a judge is asked, and how its reply is read."""
+"""How a judge's reply is read."""
 
 import re
-from dataclasses import dataclass
 
-PROMPT_VERSION = "1"
-PROMPTS = {
-    "object": (
-        "Two texts each describe one 3D object.\nReference: {truth}\nAnswer: {answer}\n"
-        "Do both name the same kind of object? Ignore colour, material, style and any further detail. A more general "
-        "or a more special name counts if it can mean the same thing.\n"
-        "Reply in one line: T#short reason, if they do; F#short reason, if not."
-    ),
-    "class": (
-        "Classes, by index:\n{classes}\nAnswer: {answer}\n"
-        "Which class does the answer describe best? If it fits none of them, reply -1.\n"
-        "Reply in one line: index#class#short reason."
-    ),
-    "caption": (
-        "A reference caption of a 3D object and a caption to be rated.\nReference: {truth}\nCaption: {answer}\n"
-        "Which share of what the reference says (kind of object, parts, colours, shape, use) does the caption state "
-        "correctly? Near synonyms count, contradictions do not.\n"
-        "Reply in one line: a whole number from 0 (nothing) to 100 (everything)#short reason."
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """An answer to judge against a reference text `truth`; `classes` is the closed list of a `class` case."""
-
-    truth: str
-    answer: str
-    label: str = ""
-    classes: tuple[str, ...] = ()
-
-    def prompt(self, kind: str) -> str:
-        listed = "\n".join(f"{index}: {name}" for index, name in enumerate(self.classes))
-        return PROMPTS[kind].format(truth=self.truth, answer=self.answer, classes=listed)
-
+from pointalign.evaluation.judge_prompts import Case
 
 _REASONING = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
 _REASONING_END = re.compile(r"</(think|thinking|thought|reasoning)>", re.IGNORECASE)

@@ -1,5 +1,6 @@
 """Judges that need no endpoint: a local language model, and rules."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pointalign import storage
-from pointalign.evaluation import metrics
-from pointalign.evaluation.judge_replies import Case, without_reasoning
+from pointalign.evaluation import caption_metrics
+from pointalign.evaluation.judge_prompts import OURS, Case, JudgePrompts
+from pointalign.evaluation.judge_replies import without_reasoning
 from pointalign.evaluation.naming import head_noun
 
 SHORT_REPLY = 64  # tokens that a verdict in one line needs at most
@@ -28,11 +30,23 @@ class Usage:
 
 
 class Judge:
-    """Base of the judges: `name` identifies one among stored replies, `workers` is the number of simultaneous cases."""
+    """Base of the judges.
 
-    def __init__(self, name: str, workers: int = 1):
-        self.name, self.workers = name, workers
+    Attributes:
+        name: identifies a judge among stored replies.
+        prompts: what it is asked; None for rules.
+        workers: number of simultaneous cases.
+    """
+
+    def __init__(self, name: str, prompts: JudgePrompts | None, workers: int = 1):
+        self.name, self.prompts, self.workers = name, prompts, workers
         self.usage = Usage()
+
+    def question(self, kind: str, case: Case) -> str:
+        """All that a reply may depend on, as text: the prompt, where there is one."""
+        if self.prompts is None:
+            return json.dumps([case.truth, case.answer, case.classes])
+        return self.prompts.text(kind, case)
 
     def prepare(self, kind: str, cases: Sequence[Case]) -> None:
         """Called once, with all cases that lack a reply."""
@@ -45,14 +59,17 @@ class LocalJudge(Judge):
     """A causal language model from a local folder, with greedy decoding.
 
     Args:
+        prompts: what it is asked.
         max_tokens: of a reply of a model that thinks first; another gets `SHORT_REPLY`.
     """
 
-    def __init__(self, folder: Path, max_tokens: int):
+    def __init__(self, folder: Path, max_tokens: int, prompts: JudgePrompts = OURS):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         weights = storage.file_hash(folder / "config.json", *sorted(folder.glob("*.safetensors")))[:16]
-        super().__init__(f"local {folder.name} {weights}")  # with the hash, because two folders may share a name
+        super().__init__(
+            f"local {folder.name} {weights}", prompts
+        )  # with the hash, because two folders may share a name
         self.max_tokens = max_tokens
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -61,7 +78,7 @@ class LocalJudge(Judge):
         )  # type: ignore[arg-type]
 
     def reply(self, kind: str, case: Case) -> str:
-        messages = [{"role": "user", "content": case.prompt(kind)}]
+        messages = [{"role": "user", "content": self.question(kind, case)}]
         batch = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)
@@ -93,7 +110,7 @@ class StringJudge(Judge):
     """
 
     def __init__(self, sentence_encoder: Path):
-        super().__init__(f"string 1 {sentence_encoder.name}")
+        super().__init__(f"string 1 {sentence_encoder.name}", None)
         self.folder = sentence_encoder
         self.embeddings: dict[str, Tensor] = {}
 
@@ -103,7 +120,7 @@ class StringJudge(Judge):
         texts |= {case.truth for case in cases}
         texts |= {head_noun(text) or text for case in cases for text in (case.answer, case.label or case.truth)}
         if missing := sorted(texts - self.embeddings.keys()):
-            self.embeddings |= dict(zip(missing, metrics.embed(self.folder, missing), strict=True))
+            self.embeddings |= dict(zip(missing, caption_metrics.embed(self.folder, missing), strict=True))
 
     def cosine(self, a: str, b: str) -> float:
         return float(self.embeddings[a] @ self.embeddings[b])

@@ -1,61 +1,19 @@
-"""Metrics of answers: a value in 0..1 for each question and metric, then means with intervals.
+"""Metrics of answers: a value in 0..1 for each question and metric, then means with intervals."""
 
-BLEU, ROUGE and METEOR follow PointLLM's protocol (Xu et al., ECCV 2024): words split at spaces, BLEU with smoothing
-method 1 of Chen and Cherry (2014), means over objects.
-"""
-
-import json
-import warnings
 from collections.abc import Sequence
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from pointalign import assets
+from pointalign.embedded.procedural import MAKERS
 from pointalign.evaluation.answering import Answers, margins
-from pointalign.evaluation.choices import YES_NO, chosen, plain_words
+from pointalign.evaluation.caption_metrics import NO_ANSWER, caption_scores, embed, similarity_name
+from pointalign.evaluation.choices import YES_NO, chosen, plain_words, yes_no_rates
 from pointalign.evaluation.naming import names_object
 from pointalign.evaluation.statistics import cluster_mean
 from pointalign.evaluation.tasks import CHOICE_TASKS, Task
-
-
-def pooling_of(folder: Path) -> str:
-    """`mean` over tokens or `cls` token, as sentence-transformers' `1_Pooling/config.json` says.
-
-    Without that file `mean`, or for SimCSE's supervised models `pooler`, the encoder's head on the `cls` token.
-    """
-    config = folder / "1_Pooling" / "config.json"
-    if config.exists():
-        return "cls" if json.loads(config.read_text(encoding="utf-8")).get("pooling_mode_cls_token") else "mean"
-    return "pooler" if "simcse" in folder.name.lower() else "mean"
-
-
-@torch.no_grad()
-def embed(folder: Path, sentences: Sequence[str]) -> Tensor:
-    """Unit embeddings `[S, D]` of sentences by the encoder in `folder`, pooled as `pooling_of` says."""
-    from transformers import AutoModel, AutoTokenizer
-
-    pooling = pooling_of(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    encoder = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
-    embeddings = []
-    for start in range(0, len(sentences), 64):
-        batch = tokenizer(list(sentences[start : start + 64]), padding=True, truncation=True, return_tensors="pt")
-        output = encoder(**batch)
-        mask = batch["attention_mask"][..., None].to(output.last_hidden_state)
-        if pooling == "pooler":
-            embeddings.append(output.pooler_output)
-        elif pooling == "cls":
-            embeddings.append(output.last_hidden_state[:, 0])
-        else:
-            embeddings.append((output.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1))
-    return functional.normalize(torch.cat(embeddings).float(), dim=-1)
-
 
 Scores = dict[str, list[float | None]]  # metric -> one value per question; None where the metric does not apply
 UNBOUNDED = ("likelihood margin",)  # in nats, not in 0..1
@@ -72,6 +30,10 @@ def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Sco
         return {
             "accuracy": [float(word == q.label) for word, q in zip(picked, task.questions, strict=True)],
             "answered with a choice": [float(word is not None) for word in picked],
+            "answered yes": [
+                float(word == "yes") if q.choices == YES_NO else None
+                for word, q in zip(picked, task.questions, strict=True)
+            ],
         }
     truths = [question.truth for question in task.questions]
     scores: Scores = {}
@@ -83,14 +45,17 @@ def score(task: Task, answers: Answers, sentence_models: dict[str, Path]) -> Sco
             value if question.label in task.candidates else None
             for value, question in zip(scores["head noun"], task.questions, strict=True)
         ]  # generated text, over the objects of the closed set
+        if task.kind == "classification":
+            scores |= procedural_scores(scores["head noun, closed set"], [q.label for q in task.questions])
     if task.kind == "captioning":
         scores.pop("exact", None)  # a caption says more than the name
         scores |= caption_scores(answers.texts, truths)
     # The sentence embedding of a short answer is compared with the name of the object, where it has a name.
     references = truths if task.kind == "captioning" else [q.label or q.truth for q in task.questions]
     for name, folder in sentence_models.items():
-        cosines = (embed(folder, answers.texts) * embed(folder, references)).sum(dim=1)
-        scores[f"{name} cosine"] = [float(value) for value in cosines]
+        texts = [text or NO_ANSWER for text in answers.texts]
+        cosines = (embed(folder, texts, name) * embed(folder, references, name)).sum(dim=1)
+        scores[similarity_name(name)] = [float(value) for value in cosines]
     return scores
 
 
@@ -114,6 +79,15 @@ def require_packages(kinds: Sequence[str], judge: bool = False) -> None:
         raise ValueError(f"these answers are scored with {', '.join(missing)}: pip install 'pointalign[eval]'")
     if captions:
         assets.wordnet()
+
+
+def procedural_scores(scores: Sequence[float | None], labels: Sequence[str]) -> Scores:
+    """The same scores, of nouns that stage 1 also saw as endless procedural objects and of the other nouns apart."""
+    pairs = list(zip(scores, labels, strict=True))
+    return {
+        "head noun, procedural nouns": [value if label in MAKERS else None for value, label in pairs],
+        "head noun, other nouns": [None if label in MAKERS else value for value, label in pairs],
+    }
 
 
 def naming_scores(answers: Sequence[str], labels: Sequence[str]) -> Scores:
@@ -144,85 +118,27 @@ def closed_set_scores(likelihoods: np.ndarray, labels: Sequence[str], candidates
     return {"closed-set accuracy": accuracy, "likelihood margin": margin}
 
 
-def caption_scores(answers: Sequence[str], truths: Sequence[str]) -> Scores:
-    """BLEU-1..4, ROUGE-1/2/L (F) and METEOR, each 0..1 per answer."""
-    scores: Scores = {f"BLEU-{n}": [bleu(a, t, n) for a, t in zip(answers, truths, strict=True)] for n in (1, 2, 3, 4)}
-    rouges = [_rouge().score(truth, text) for text, truth in zip(answers, truths, strict=True)]
-    for name, key in (("ROUGE-1", "rouge1"), ("ROUGE-2", "rouge2"), ("ROUGE-L", "rougeL")):
-        scores[name] = [float(rouge[key].fmeasure) for rouge in rouges]
-    scores["METEOR"] = [meteor(a, t) for a, t in zip(answers, truths, strict=True)]
-    return scores
-
-
-def bleu(answer: str, truth: str, order: int) -> float:
-    """Sentence BLEU with uniform weights up to `order`, smoothing method 1, words split at spaces."""
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-
-    if not answer.split():
-        return 0.0
-    weights = (1 / order,) * order
-    smoothing = SmoothingFunction().method1
-    return float(sentence_bleu([truth.split()], answer.split(), weights=weights, smoothing_function=smoothing))  # type: ignore[arg-type]
-
-
-def corpus_bleu(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """sacreBLEU's corpus BLEU in 0..100, with sacreBLEU's tokenisation, as other papers report it."""
-    import sacrebleu
-
-    return float(sacrebleu.corpus_bleu(list(answers), [list(truths)]).score)
-
-
-@cache
-def _rouge():
-    from rouge_score import rouge_scorer
-
-    return rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-
-
-def meteor(answer: str, truth: str) -> float:
-    """METEOR of nltk with Porter stems and WordNet synonyms (alpha 0.9, beta 3, gamma 0.5)."""
-    from nltk.translate.meteor_score import single_meteor_score
-
-    return float(single_meteor_score(truth.split(), answer.split(), wordnet=_wordnet()))
-
-
-@cache
-def _wordnet():
-    import nltk.data
-    from nltk.corpus.reader.wordnet import WordNetCorpusReader
-
-    folder = assets.wordnet()
-    nltk.data.path.append(str(folder.parent.parent))  # nltk reads only from folders on its path
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The multilingual functions")
-        return WordNetCorpusReader(str(folder), None)
-
-
 def summarise(task: Task, scores: Scores) -> dict[str, dict[str, float]]:
     """Mean and 95 % interval of every metric, clustered by family; for tasks of choices also by kind, with the share of
-    the most frequent truth (`majority`). Kinds of yes/no questions also have the share of answers Yes (`yes_rate`) and
-    the mean of the accuracies where Yes and where No is true (`balanced`).
+    the most frequent truth (`majority`). Where every question offers Yes and No, an accuracy also has the share of
+    answers Yes (`yes_rate`) and the mean of the accuracies where Yes and where No is true (`balanced`).
     """
     families = [question.family for question in task.questions]
     applicable = {name: values for name, values in scores.items() if any(value is not None for value in values)}
     summary = {name: _estimate(values, families) for name, values in applicable.items()}
     if task.kind in CHOICE_TASKS:
-        for kind in dict.fromkeys(question.kind for question in task.questions):
-            rows = [i for i, question in enumerate(task.questions) if question.kind == kind]
-            labels = [task.questions[i].label for i in rows]
-            estimate = _estimate([scores["accuracy"][i] for i in rows], [families[i] for i in rows])
-            majority = max(labels.count(label) for label in set(labels)) / len(labels)
-            summary[f"accuracy, {kind}"] = estimate | {"majority": majority}
-            if set(labels) == set(YES_NO):
-                right, answered = (
-                    np.array([scores[name][i] for i in rows], dtype=bool)
-                    for name in ("accuracy", "answered with a choice")
-                )
-                true = np.array(labels) == "yes"
-                summary[f"accuracy, {kind}"] |= {
-                    "yes_rate": float((answered & (right == true)).mean()),
-                    "balanced": float((right[true].mean() + right[~true].mean()) / 2),
-                }
+        rows = {"accuracy": list(range(len(task.questions)))}
+        for row, question in enumerate(task.questions):
+            rows.setdefault(f"accuracy, {question.kind}", []).append(row)
+        for name, places in rows.items():
+            labels = [task.questions[i].label for i in places]
+            right = [scores["accuracy"][i] for i in places]
+            summary[name] = _estimate(right, [families[i] for i in places])
+            if name != "accuracy":
+                summary[name]["majority"] = max(labels.count(label) for label in set(labels)) / len(labels)
+            answered_yes = [scores["answered yes"][i] for i in places]
+            if None not in answered_yes:
+                summary[name] |= yes_no_rates(labels, answered_yes, right)
     return summary
 
 

@@ -12,6 +12,7 @@ from pointalign.certainty import HEDGES, Answer, generate_answers
 from pointalign.data.point_cloud import normalise, subsample, turn
 from pointalign.embedded import facts
 from pointalign.embedded.neighbours import chamfer
+from pointalign.embedded.procedural import MAKERS
 from pointalign.embedded.questions import NAME
 from pointalign.evaluation.choices import Question
 from pointalign.evaluation.statistics import Estimate, cluster_mean, paired_difference
@@ -168,22 +169,30 @@ def correct(answers: Sequence[str], objects: ObjectSet) -> np.ndarray:
     return np.array([names_object(*pair) for pair in zip(answers, objects.labels, strict=True)], dtype=float)
 
 
+PARTS = {  # objects of a report -> title of its column
+    "noun in training": "noun in training",
+    "procedural nouns": "nouns with a generator",
+    "other nouns": "other nouns",
+    "all": "all",
+}
+
+
 @dataclass
 class NamingReport:
-    """Accuracy per method, over all objects and over those whose noun occurs in training; paired tests."""
+    """Accuracy per method and part of the objects (`PARTS`, where it has objects), and paired tests."""
 
     accuracy: dict[str, dict[str, Estimate]]
     tests: dict[str, dict]
 
     def table(self) -> str:
         width = max(len(name) for name in self.accuracy)
-        seen, total = (next(iter(self.accuracy.values()))[key].count for key in ("noun in training", "all"))
-        columns = {f"noun in training (n={seen})": "noun in training"}
-        if total != seen:
-            columns[f"all (n={total})"] = "all"
-        lines = [f"{'head-noun accuracy':{width}}  " + "  ".join(f"{title:28}" for title in columns)]
+        counts = {part: estimate.count for part, estimate in next(iter(self.accuracy.values())).items()}
+        if counts["all"] == counts["noun in training"]:
+            del counts["all"]
+        titles = [f"{PARTS[part]} (n={count})" for part, count in counts.items()]
+        lines = [f"{'head-noun accuracy':{width}}  " + "  ".join(f"{title:30}" for title in titles)]
         for name, parts in self.accuracy.items():
-            lines.append(f"{name:{width}}  " + "  ".join(f"{parts[key]!s:28}" for key in columns.values()))
+            lines.append(f"{name:{width}}  " + "  ".join(f"{parts[part]!s:30}" for part in counts))
         for name, test in self.tests.items():
             lines.append(f"{name}: {100 * test['mean']:+.1f} points, p = {test['p']:.4f}")
         return "\n".join(line.rstrip() for line in lines)
@@ -210,28 +219,36 @@ def controls(held_out: ObjectSet, training: ObjectSet) -> dict[str, np.ndarray]:
         "majority class": np.full(len(held_out.ids), majority(training.labels)),
         f"1-NN Chamfer, best of {YAWS} yaws": nouns[nearest_by_chamfer(held_out.clouds, training.clouds, YAWS)],
     }
-    return {name: (guess == np.array(held_out.labels)).astype(float) for name, guess in guesses.items()}
+    return {name: correct(guess.tolist(), held_out) for name, guess in guesses.items()}
 
 
-def report(results: dict[str, np.ndarray], families: Sequence[str], noun_in_training: np.ndarray) -> NamingReport:
-    """Summarise `[N]` correctness per method of objects of these families `[N]`, and test `PAIRS`.
+def report(
+    results: dict[str, np.ndarray], nouns: Sequence[str], families: Sequence[str], noun_in_training: np.ndarray
+) -> NamingReport:
+    """Summarise `[N]` correctness per method of objects of these nouns and families `[N]`, and test `PAIRS`.
+
+    Nouns of which stage 1 saw endless procedural objects (`procedural.MAKERS`) are counted apart from the others: they
+    are named far more often.
 
     Args:
-        noun_in_training: `[N]` booleans; the paired tests are over these objects.
+        noun_in_training: `[N]` booleans; the paired tests, and the counts by kind of noun, are over these objects.
     """
-    trained_families = [family for family, trained in zip(families, noun_in_training, strict=True) if trained]
+    procedural = np.array([noun in MAKERS for noun in nouns], dtype=bool)
+    masks = {
+        "noun in training": noun_in_training,
+        "procedural nouns": noun_in_training & procedural,
+        "other nouns": noun_in_training & ~procedural,
+        "all": np.ones(len(nouns), dtype=bool),
+    }
+    clusters = np.array(families)
     accuracy = {
-        name: {
-            "noun in training": cluster_mean(values[noun_in_training], trained_families),
-            "all": cluster_mean(values, families),
-        }
+        name: {part: cluster_mean(values[mask], clusters[mask].tolist()) for part, mask in masks.items() if mask.any()}
         for name, values in results.items()
     }
+    known = clusters[noun_in_training].tolist()
     tests = {}
     for ours, theirs in PAIRS:
         if ours in results and theirs in results:
-            estimate, p = paired_difference(
-                results[ours][noun_in_training], results[theirs][noun_in_training], trained_families
-            )
+            estimate, p = paired_difference(results[ours][noun_in_training], results[theirs][noun_in_training], known)
             tests[f"{ours} against {theirs}"] = estimate.as_dict() | {"p": p}
     return NamingReport(accuracy, tests)

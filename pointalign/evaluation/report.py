@@ -84,10 +84,9 @@ def _clouds(asked_options: dict[str, Any]) -> Callable[[str], np.ndarray] | None
 def _facts(evaluation: dict[str, Any]) -> str:
     options, versions = evaluation["asked"], evaluation["versions"]
     objects = f"embedded objects, {options['split']} split" if options["data"] == "furniture" else options["data"]
-    decoding = "the release's sampling" if evaluation["generation"]["sample"] else "greedy"
     return html.escape(
-        f"{objects}; answers {decoding}, seed {evaluation['generation']['seed']}; weights {evaluation['weights']}, "
-        f"commit {versions['commit']}, torch {versions['torch']}, {versions['device']}. "
+        f"{objects}; protocol {options['protocol']}, seed {evaluation['generation']['seed']}; weights "
+        f"{evaluation['weights']}, commit {versions['commit']}, torch {versions['torch']}, {versions['device']}. "
         "Intervals: 95 %, bootstrap over families."
     )
 
@@ -115,7 +114,8 @@ def _judged(path: Path) -> str:
     return (
         f"<h2>{html.escape(path.name.removesuffix('.judged.json'))}, judged</h2><p>{html.escape(judged['judge'])} "
         f"({judged['kind']}): <b>{100 * score['mean']:.1f}</b> [{100 * score['low']:.1f}, {100 * score['high']:.1f}] "
-        f"over {score['count']} answers; {judged['invalid']} unusable replies, each counted once as 0.</p>"
+        f"over {score['count']} answers; {judged['invalid']} unusable replies, each counted once as 0. Judge's prompt: "
+        f"{html.escape((judged['judge_prompt'] or {'prompt': 'none, these are rules'})['prompt'])}.</p>"
     )
 
 
@@ -126,8 +126,8 @@ def _figure(path: Path) -> str:
 
 def _gallery(name: str, task: dict[str, Any], cloud: Callable[[str], np.ndarray] | None) -> str:
     questions = task["questions"]
-    cosines = [name for name in task["metrics"] if name.endswith("cosine")]
-    metric = next((name for name in (*WORST, *cosines, "BLEU-1") if name in task["metrics"]), "order")
+    cosines = [name for name in task["metrics"] if name.endswith(("cosine", "_similarity"))]
+    metric = next((name for name in (*WORST, *cosines, "bleu-1") if name in task["metrics"]), "order")
     ordered = sorted(questions, key=lambda row: row["values"].get(metric, float("inf")))
     cards = [_card(row, metric, cloud) for row in ordered[:SHOWN]]
     note = "The clouds are no longer where the evaluation read them, so there are no pictures."

@@ -12,7 +12,7 @@ import torch
 
 from pointalign import assets, build, storage
 from pointalign.data.dataset import find_cloud
-from pointalign.evaluation import markdown_table, metrics, own_questions, statistics, tasks
+from pointalign.evaluation import caption_metrics, markdown_table, metrics, own_questions, protocol, statistics, tasks
 from pointalign.evaluation.answering import JOURNAL, Features, Generation, Journal, answer, with_input
 
 EMBEDDED_TASKS = ("classification", "captioning", "geometry")
@@ -33,9 +33,12 @@ class EvaluationOptions:
         prompts: prompts of classification and modelnet40: 0 "What is this?", 1 "This is an object of ".
         inputs: what the model sees when it names an object: the `true` cloud, or as a control, under the first prompt
             only, `shuffled` (another object's cloud), `zeroed` point tokens, `blind` (no cloud).
+        protocol: how answers are generated and processed: `greedy` (ours), `pointllm` (sampling at temperature 1), or
+            `minigpt3d` (its release: sampling with 2 beams, lower case).
         limit: ask about at most this many objects, evenly spaced.
         up_axis: vertical axis of the clouds of an annotation file.
-        sentence_models: NAME=FOLDER of sentence encoders; by default MiniLM of the assets; `none` leaves them out.
+        sentence_models: NAME=FOLDER of sentence encoders; by default MiniLM of the assets; `none` leaves them out. The
+            names `sbert` (all-mpnet-base-v2) and `simcse` (sup-simcse-roberta-large) give PointLLM's metrics.
         device: by default CUDA where there is one.
         quantization: `nf4` keeps the language model in 4 bits.
         output: folder of the results; by default runs/evaluation, with a number where that holds another evaluation.
@@ -47,6 +50,7 @@ class EvaluationOptions:
     split: str = "test"
     prompts: list[int] = field(default_factory=lambda: [0, 1])
     inputs: list[str] = field(default_factory=lambda: ["true", "shuffled"])
+    protocol: str = "greedy"
     limit: int | None = None
     up_axis: str = "y"
     sentence_models: list[str] = field(default_factory=list)
@@ -68,6 +72,8 @@ class EvaluationOptions:
                     f"--task {name} needs objects with known facts, the embedded ones (--data furniture): of your own "
                     f"file ask its questions, --task answers, or classification and captioning"
                 )
+        if self.protocol not in protocol.PROTOCOLS:
+            raise ValueError(f"--protocol {self.protocol}: expected one of {', '.join(protocol.PROTOCOLS)}")
         if own_questions.TASK in self.task and (embedded or modelnet):
             raise ValueError("--task answers asks the questions of your file: add --data FILE and --clouds FOLDER")
         if "modelnet40" in self.task and embedded:
@@ -137,13 +143,18 @@ def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> d
     folder = Path(options.output)
     journal = Journal(folder / JOURNAL, content)
     features = Features(model, processor)
+    preset = protocol.PROTOCOLS[options.protocol]
     results: dict[str, Any] = {}
     for _, task in asked:
-        answers = answer(model, processor, task, objects, features, generation, journal)
+        answers = answer(model, processor, task, objects, features, preset, generation, journal)
         scores = metrics.score(task, answers, encoders)
         results[task.name] = _result(task, answers.texts, scores)
-        storage.write_json(folder / f"{task.name}.json", pointllm_output(task, answers.texts))
-    content |= {"versions": versions(), "tasks": results}
+        storage.write_json(folder / f"{task.name}.json", protocol.output(task, answers.texts))
+    read = {
+        name: {"folder": path.name, "pooling": caption_metrics.pooling_of(path, name)}
+        for name, path in encoders.items()
+    }
+    content |= {"versions": versions(), "sentence_encoders": read, "tasks": results}
     storage.write_json(folder / "evaluation.json", content)
     return content
 
@@ -204,22 +215,8 @@ def _result(task: tasks.Task, texts: Sequence[str], scores: metrics.Scores) -> d
     ]
     result = {"kind": task.kind, "metrics": metrics.summarise(task, scores), "questions": rows}
     if task.kind == "captioning":
-        result["sacrebleu"] = metrics.corpus_bleu(texts, [question.truth for question in task.questions])
+        result["sacrebleu"] = caption_metrics.corpus_bleu(texts, [question.truth for question in task.questions])
     return result
-
-
-def pointllm_output(task: tasks.Task, texts: Sequence[str]) -> dict[str, Any]:
-    """The answers in the format that PointLLM's own evaluator reads."""
-    results = [
-        {
-            "object_id": question.object_ids[0] if len(question.object_ids) == 1 else list(question.object_ids),
-            "ground_truth": question.truth,
-            "model_output": text,
-            "label_name": question.label,
-        }
-        for question, text in zip(task.questions, texts, strict=True)
-    ]
-    return {"prompt": task.prompt, "results": results}
 
 
 def versions() -> dict[str, str | bool | None]:

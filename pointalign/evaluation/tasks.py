@@ -71,7 +71,7 @@ class ObjectSet:
 
 
 def embedded_objects(folder: Path, split: str) -> ObjectSet:
-    """A split of the embedded objects; the closed set is the nouns that occur in it and in training.
+    """A split of the embedded objects; the closed set is the nouns of the training part, whichever nouns the split has.
 
     Args:
         folder: as `pointalign.assets.embedded_objects` returns it.
@@ -86,7 +86,7 @@ def embedded_objects(folder: Path, split: str) -> ObjectSet:
         [describe(record) for record in records],
         nouns,
         [record["family"] for record in records],
-        closed_set(sorted(set(nouns) & trained)),
+        closed_set(sorted(trained)),
         records,
     )
 
@@ -186,22 +186,19 @@ def load(
 ) -> tuple[EncodedObjects, EncodedObjects]:
     """Training and held-out embedded objects, at most `train` and `held_out` of them.
 
-    The closed set of both is the nouns of the held-out part that occur in training. With `fold`, that fold of the
-    families is held out.
+    The closed set of both is the nouns of the training part. With `fold`, that fold of the families is held out.
     """
     folder = assets.embedded_objects(fold)
     training, tested = (embedded_objects(folder, split) for split in ("train", HELD_OUT))
-    trained_nouns = set(training.labels)
     parts = []
     for split, objects in (("train", training.first(train)), (HELD_OUT, tested.first(held_out))):
         properties = {
-            "noun": [noun if noun in trained_nouns else None for noun in objects.labels],
+            "noun": [noun if noun in training.candidates else None for noun in objects.labels],
             "main colour": [main_colour(record) for record in objects.records],
             "height over width": [float(np.log(record["height"] / record["width"])) for record in objects.records],
             "depth over width": [float(np.log(record["depth"] / record["width"])) for record in objects.records],
         }
-        labels = [noun if noun in tested.candidates else "" for noun in objects.labels]
-        objects = replace(objects, labels=labels, candidates=tested.candidates)
+        objects = replace(objects, labels=[noun if noun in objects.candidates else "" for noun in objects.labels])
         questions = _short_questions(folder / "annotations" / f"{split}.json")
         conversations = [questions[name] for name in objects.ids]
         parts.append(encode_objects(model, processor, objects, conversations, properties))
@@ -221,7 +218,6 @@ def _short_questions(annotations: Path) -> dict[str, list[tuple[str, str]]]:
 PROMPTS = (NAME, "This is an object of ", "Caption this 3D model in detail.")
 CHOICE_TASKS = ("geometry", "yesno")  # every question offers the words of which the answer must hold one
 TASKS = ("classification", "captioning", "modelnet40", *CHOICE_TASKS)
-MAX_NEW_TOKENS = {"classification": 32, "captioning": 96, "modelnet40": 32, "geometry": 16, "yesno": 16}
 
 
 @dataclass
