@@ -150,7 +150,11 @@ def pooling_of(folder: Path, encoder: str = "") -> str:
     if encoder == SIMCSE:
         return "pooler"
     config = folder / "1_Pooling" / "config.json"
-    return "cls" if config.exists() and json.loads(config.read_text()).get("pooling_mode_cls_token") else "mean"
+    return (
+        "cls"
+        if config.exists() and json.loads(config.read_text(encoding="utf-8")).get("pooling_mode_cls_token")
+        else "mean"
+    )
 
 
 @torch.no_grad()
@@ -167,7 +171,7 @@ def embed(folder: Path, sentences: Sequence[str], encoder: str = "") -> Tensor:
 
     pooling = pooling_of(folder, encoder)
     limit = folder / "sentence_bert_config.json"  # sentence-transformers cuts longer texts
-    longest = json.loads(limit.read_text()).get("max_seq_length") if limit.exists() else None
+    longest = json.loads(limit.read_text(encoding="utf-8")).get("max_seq_length") if limit.exists() else None
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
     embeddings = []
