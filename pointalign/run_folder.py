@@ -73,9 +73,9 @@ def is_finished(folder: Path) -> bool:
 
 
 def require_more_steps(options: Options, folder: Path) -> None:
-    """Raises: FinishedRun: the options ask for no more steps than the run in `folder` has taken."""
+    """Raises: FinishedRun: the options ask for no more steps or patience than the run in `folder` had."""
     before = storage.read_json(folder / OPTIONS)["training"] if (folder / OPTIONS).exists() else {}
-    defaults = {"max_steps": -1, "num_train_epochs": 3.0}
+    defaults = {"max_steps": -1, "num_train_epochs": 3.0, "early_stopping_patience": 0}
     if all(getattr(options.training, name) == before.get(name, default) for name, default in defaults.items()):
         raise FinishedRun(
             f"the run in {folder} is finished, its model is in {folder / 'model'}; for a longer one add "

@@ -106,7 +106,7 @@ def test_a_random_part_that_stays_frozen_is_an_error_before_anything_is_loaded(f
     assert train.main([*run, "--model.llm", str(llm)]) == 1
     shown = capsys.readouterr().err
     assert "error: point_encoder, point_mlp, query_tokens, qformer: drawn at random and frozen" in shown
-    assert f"pointalign.convert --llm {llm}" in shown
+    assert f"pointalign convert --llm {llm}" in shown
     (llm / "away").rename(llm / "model.safetensors")
     assert converted(files, llm, tmp_path / "out") == 0
     assert "drawn at random and to be trained: model.point_mlp, model.modality_projector" in capsys.readouterr().out

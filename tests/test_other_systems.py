@@ -40,7 +40,7 @@ def test_memory_without_sysconf_and_resource(monkeypatch):
             raise ImportError(name)
         return original(name, *given, **named)
 
-    monkeypatch.setattr(memory.Path, "read_text", lambda _: (_ for _ in ()).throw(FileNotFoundError))
+    monkeypatch.setattr(memory.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
     monkeypatch.setattr(builtins, "__import__", without_resource)
     assert memory.peak_resident_bytes() is None
 
@@ -49,7 +49,7 @@ def test_memory_without_sysconf_and_resource(monkeypatch):
 def test_the_unit_of_resident_memory_is_that_of_the_system(platform, factor, monkeypatch):
     import resource
 
-    monkeypatch.setattr(memory.Path, "read_text", lambda _: (_ for _ in ()).throw(FileNotFoundError))
+    monkeypatch.setattr(memory.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
     monkeypatch.setattr(memory.sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=7))
     assert memory.peak_resident_bytes() == 7 * factor
