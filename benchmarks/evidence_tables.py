@@ -33,7 +33,7 @@ def evaluation() -> str:
     asked, tasks = content["asked"], content["tasks"]
     note = (
         f"{content['model']} (weights {content['weights']}) on the {asked['split']} objects, protocol "
-        f"{asked['protocol']}; {_stamp(content['versions'])}. Intervals are clustered by family. Values are "
+        f"{asked.get('protocol', 'greedy')}; {_stamp(content['versions'])}. Intervals are clustered by family. Values are "
         "percentages, except the likelihood margin, which is in nats."
     )
     short = {
