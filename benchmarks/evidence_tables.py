@@ -33,8 +33,8 @@ def evaluation() -> str:
     asked, tasks = content["asked"], content["tasks"]
     note = (
         f"{content['model']} (weights {content['weights']}) on the {asked['split']} objects, protocol "
-        f"{asked.get('protocol', 'greedy')}; {_stamp(content['versions'])}. Intervals are clustered by family. Values are "
-        "percentages, except the likelihood margin, which is in nats."
+        f"{asked.get('protocol', 'greedy')}; {_stamp(content['versions'])}. Intervals are clustered by family. Values "
+        "are percentages, except the likelihood margin, which is in nats."
     )
     short = {
         name: {"metrics": {key: value for key, value in task["metrics"].items() if _is_shown(task["kind"], key)}}
