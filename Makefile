@@ -40,14 +40,14 @@ fuzz: setup
 long-run: setup
 	$(BIN)/python benchmarks/long_run.py $(ARGS)
 
-# Asks the database of known weaknesses about every installed package; without it this fails, and proves nothing.
-# Every package with the hashes of its files, and their known weaknesses; both ask PyPI.
+# Write the hashes of every package's files, as PyPI has them, to requirements-hashed.txt.
 lock: $(TOOLS)/bin/uv
 	{ sed -n '/^#/p;/^[^#]/q' requirements-hashed.txt; \
 	  $(TOOLS)/bin/uv pip compile pyproject.toml --extra dev --extra eval --extra cuda -c constraints.txt --universal \
 	    --python-version 3.11 --generate-hashes --no-header --no-annotate -q; } > requirements-hashed.new
 	mv requirements-hashed.new requirements-hashed.txt
 
+# Asks the database of known weaknesses about every package there; without an answer this fails, and proves nothing.
 audit: $(TOOLS)/bin/uv
 	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements-hashed.txt || { \
 	  echo "audit: weaknesses are named above, or packages that the database could not be asked about"; exit 1; }

@@ -33,7 +33,6 @@ _KNOWN = (
     _DRACO, _TRANSFORM, "KHR_mesh_quantization", "KHR_texture_basisu", "EXT_texture_", "KHR_materials_", "KHR_lights_",
     "KHR_animation_", "KHR_audio", "KHR_xmp", "KHR_node_", "EXT_lights_",
 )  # fmt: skip
-_DRAWN_MODES = {0: "points", 1: "lines", 4: "triangles", 5: "triangle strips"}
 _RESAVE = "open the file in an editor such as Blender and export it again without that extension"
 
 

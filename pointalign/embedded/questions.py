@@ -1,8 +1,8 @@
 """Questions about embedded objects, with true answers.
 
 Answers to yes/no questions state the fact first: "It is wider than it is tall, so no.". A small language model learns
-within a few steps to state what it sees, and then needs the text alone for the Yes or No. A bare Yes or No teaches it
-nothing: every wording is answered Yes as often as No, and before it has learned to look, no step lowers the loss.
+within a few steps to state what it sees, and then needs the text alone for the Yes or No. A bare Yes or No it did not
+learn in the same steps: every wording is answered Yes as often as No, so that guessing looks as good as looking.
 
 Questions are written for all objects of a split together, because a yes/no question says nothing about its answer only
 if its text is answered Yes as often as No: every noun, every colour and every property is balanced over the split. The
