@@ -49,6 +49,19 @@ def test_an_index_reads_what_the_list_holds(tmp_path, form, block, monkeypatch):
         "[1, }",
         "[" + json.dumps(entry(1)),
         "[" + json.dumps(entry(1)) + "] x",
+        *(
+            json.dumps([entry(0), {**entry(1), "conversations": [question, answer]}])
+            for question, answer in (
+                ({"from": "human", "value": ["<point>"]}, {"from": "gpt", "value": "A chair."}),
+                ({"from": "human", "value": "What is this?"}, {"from": "gpt", "value": "A chair."}),
+                ({"from": "human", "value": "<point> or <point>?"}, {"from": "gpt", "value": "A chair."}),
+                ({"from": "human", "value": "<point>?"}, {"from": "gpt", "value": "A <point>."}),
+                ({"from": "human", "value": "<point>?"}, {"from": "gpt", "value": " "}),
+                ({"from": "gpt", "value": "<point>?"}, {"from": "human", "value": "A chair."}),
+            )
+        ),
+        json.dumps([{**entry(1), "object_id": "../a"}]),
+        json.dumps([{**entry(1), "conversation_type": 3}]),
     ],
 )
 def test_errors_are_those_of_the_list(tmp_path, text):

@@ -9,6 +9,7 @@ PointLLM (Xu et al., ECCV 2024), extended to several objects. Read as well: Shap
 
 import codecs
 import json
+import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 POINT_MARKER = "<point>"
 # Objaverse objects whose colours are corrupt in the released clouds
 CORRUPT_IDS = frozenset({"6760e543e1d645d5aaacd3803bcae524", "b91c0711149d460a8004f9c06d3b7f38"})
+_CORRUPT = re.compile("|".join(CORRUPT_IDS))
 
 
 class AnnotationError(ValueError):
@@ -94,11 +96,14 @@ class IndexedConversations(Sequence[Conversation]):
             with self.path.open("rb") as file:
                 self._encoding, _ = _encoding(file.read(4))
             for start, length, entry in _scan(self.path):
-                conversation = _parse_entry(entry)
-                if _is_of(conversation, types) and not _is_corrupt(conversation.object_ids):
+                ids = _ids_of_plain_entry(entry, types)
+                if ids is None:
+                    conversation = _parse_entry(entry)
+                    ids = conversation.object_ids if _is_of(conversation, types) else None
+                if ids is not None and not _is_corrupt(ids):
                     self._starts.append(start)
                     self.entry_bytes.append(length)
-                    self.object_ids.append(conversation.object_ids)
+                    self.object_ids.append(ids)
         except (ValueError, OSError, RecursionError):  # `load_conversations` names the fault and its place
             load_conversations(self.path, types)
             raise
@@ -254,10 +259,31 @@ def _is_of(conversation: Conversation, types: Collection[str] | None) -> bool:
 
 def _is_corrupt(object_ids: Collection[str]) -> bool:
     """Whether one of the objects, under its id or the path of its file, has a corrupt cloud."""
-    return any(corrupt in name for name in object_ids for corrupt in CORRUPT_IDS)
+    return any(map(_CORRUPT.search, object_ids))
 
 
 _ID_FIELDS = ("object_id", "point", "points")  # of PointLLM, of ShapeLLM, and of lists in the style of ms-swift
+
+
+def _ids_of_plain_entry(entry, types: Collection[str] | None) -> tuple[str, ...] | None:
+    """The object ids of a sound entry like those of the brief captions, else None: quicker than `_parse_entry`."""
+    try:
+        question, answer = entry["conversations"]
+        name, text, reply = entry["object_id"], question["value"], answer["value"]
+        plain = (
+            question["from"] == "human"
+            and answer["from"] == "gpt"
+            and isinstance(text, str)
+            and text.count(POINT_MARKER) == 1
+            and POINT_MARKER not in reply
+            and reply.strip()
+            and (types is None or entry["conversation_type"] in types)
+            and isinstance(entry.get("conversation_type", ""), str)
+            and _is_plain(name)
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return (name,) if plain else None
 
 
 def _parse_entry(entry) -> Conversation:
