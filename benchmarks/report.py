@@ -20,7 +20,7 @@ from point_ops_report import chat, encoder, point_ops
 from reliability_tables import chaos, fuzz, long_run, resume_matrix
 from tables import stamp, table
 from test_alignment_loss import Case
-from train_step_table import parity, train_step
+from train_step_table import launches, parity, train_step
 
 from pointalign.evaluation.statistics import minimum_detectable_effect
 
@@ -331,6 +331,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "evaluation": evaluation,
     "fuzz": fuzz,
     "held_out_naming": held_out_naming,
+    "launches": launches,
     "long_run": long_run,
     "parity": parity,
     "point_ops": point_ops,

@@ -165,6 +165,24 @@ def train_step() -> str:
     return "\n".join(section for section in sections if section)
 
 
+def launches() -> str:
+    """Operators that launch a kernel, before and after adapters were cast and scaled together."""
+    before, after = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("step_launches_before", "step_launches")
+    )
+    lines = [
+        [row["name"], str(earlier["layer"]), str(row["layer"]), f"{earlier['step']:,}", f"{row['step']:,}"]
+        for earlier, row in zip(before["rows"], after["rows"], strict=True)
+    ]
+    commits = [content["provenance"]["commit"][:12] for content in (before, after)]
+    head = ["row", "a layer, before", "a layer", f"a step of {after['layers']} layers, before", "a step"]
+    return (
+        f"Operators that launch a kernel, counted on a CPU (`python benchmarks/step_launches.py`); commits {commits[0]} "
+        f"(before) and {commits[1]}. On CUDA liger-kernel's rotary embedding and a single dropout kernel replace about "
+        "thirty of a layer's.\n\n" + table(head, lines)
+    )
+
+
 def parity() -> str:
     from parity import table
 

@@ -118,6 +118,8 @@ class Syncs(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.count = 0
+        self.after: list[str] = []  # operators that wait once `started`
+        self.started = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
@@ -125,6 +127,8 @@ class Syncs(TorchDispatchMode):
         if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):  # a mask as index: counted first
             waits = any(index is not None and index.dtype == torch.bool for index in args[1])
         self.count += waits
+        if waits and self.started:
+            self.after.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -149,6 +153,18 @@ def test_6_no_synchronisation_per_decoder_layer(batch):
     shallow, deep = syncs_of_a_step(batch, 4), syncs_of_a_step(batch, 8)
     assert shallow == deep
     assert syncs_of_a_step(batch, 8, nan_checks=True) == deep + 8  # the released code's check of every layer is seen
+
+
+def test_6_nothing_waits_once_the_first_layer_runs(batch):
+    """From there to the end of the backward pass the host only launches, and stays ahead of the device."""
+    wrapped = AlignedModel(PointAlignForConditionalGeneration(tiny_config()), AlignmentConfig(layer=[2])).train()
+    with Syncs() as syncs:
+        first = wrapped.model.get_decoder().layers[0]
+        first.register_forward_pre_hook(lambda *_: setattr(syncs, "started", True))
+        wrapped(**batch)["loss"].backward()
+        assert syncs.started and syncs.count and not syncs.after
+        batch["labels"][batch["labels"] != -100]
+    assert len(syncs.after) == 1  # what waits is seen
 
 
 def test_7_nothing_is_fetched_when_a_model_is_made(monkeypatch):

@@ -24,8 +24,9 @@ SAME_INPUT = {
 class LoraProducts(torch.autograd.Function):
     """`y_i = x W_i^T + b_i + s_i (dropout(x) A_i^T) B_i^T` for layers i that read the same x; W and b are frozen.
 
-    Saves x, the rank-r products and, with dropout, masks of one byte per element. The products that make up the
-    gradient with respect to x accumulate in place.
+    Saves x, the rank-r products and, with dropout, masks of one byte per element. The scale s and dropout's 1 / (1 - p)
+    are applied to tensors of width r only. The products that make up the gradient with respect to x accumulate in
+    place, and the gradients of all adapters are parts of one buffer, which is cast to the adapters' dtype once.
 
     Args of `apply`:
         x: `[..., K]`.
@@ -39,44 +40,55 @@ class LoraProducts(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, group: "AdapterGroup", dtype: torch.dtype, dropout: float, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
-        count = len(group.bases)
-        a, b = ([factor.to(dtype) for factor in half] for half in (adapters[:count], adapters[count:]))
+        down, ups = group.factors(adapters, dtype)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         masks: list[Tensor] = []
         if dropout > 0:
-            dropped = [torch.native_dropout(rows, dropout, True) for _ in a]
-            masks = [mask for _, mask in dropped]
-            low = torch.cat([inputs @ down.mT for (inputs, _), down in zip(dropped, a, strict=True)], dim=1)
+            low = rows.new_empty(len(rows), len(down))  # [R, sum of ranks]
+            for part, down_i in zip(low.split(group.ranks, 1), down.split(group.ranks), strict=True):
+                dropped, mask = torch.native_dropout(rows, dropout, True)
+                torch.mm(dropped, down_i.mT, out=part)
+                masks.append(mask)
         else:
-            low = rows @ torch.cat(a).mT  # [R, sum of ranks]
+            low = rows @ down.mT
+        group.scale(low)
         outputs = []
-        for y, xa, up, scale in zip(group.products(rows), low.split(group.ranks, 1), b, group.scales, strict=True):
-            outputs.append(y.addmm_(xa, up.mT, alpha=scale).view(*x.shape[:-1], -1))
-        ctx.group, ctx.dtype, ctx.dropout, ctx.shape, ctx.x_dtype = group, dtype, dropout, x.shape, x.dtype
-        ctx.save_for_backward(rows, low, *masks, *adapters)
+        for y, low_i, up in zip(group.products(rows), low.split(group.ranks, 1), ups, strict=True):
+            outputs.append(y.addmm_(low_i, up.mT).view(*x.shape[:-1], -1))
+        ctx.group, ctx.dropout, ctx.shape, ctx.x_dtype = group, dropout, x.shape, x.dtype
+        ctx.adapter_dtypes = [adapter.dtype for adapter in adapters]
+        ctx.save_for_backward(rows, low, down, *ups, *masks)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor | None):  # type: ignore[override]
-        group, dtype, count = ctx.group, ctx.dtype, len(ctx.group.bases)
-        rows, low, *rest = ctx.saved_tensors
-        masks, adapters = rest[: -2 * count], rest[-2 * count :]
+        group, count = ctx.group, len(ctx.group.bases)
+        rows, low, down, *rest = ctx.saved_tensors
+        ups, masks = rest[:count], rest[count:]
+        dtype, dropout_scale = rows.dtype, 1 / (1 - ctx.dropout) if ctx.dropout < 1 else 0.0
         dy = [
-            torch.zeros(len(rows), base.out_features, dtype=dtype, device=rows.device)
+            rows.new_zeros(len(rows), base.out_features)
             if gradient is None
             else gradient.reshape(len(rows), -1).to(dtype)
             for gradient, base in zip(gradients, group.bases, strict=True)
         ]
-        a, b = ([factor.to(dtype) for factor in half] for half in (adapters[:count], adapters[count:]))
-        dlow = [(dy_i @ up) * scale for dy_i, up, scale in zip(dy, b, group.scales, strict=True)]
-        db = [
-            (dy_i.mT @ xa) * scale for dy_i, xa, scale in zip(dy, low.split(group.ranks, 1), group.scales, strict=True)
-        ]
-        dropout_scale = 1 / (1 - ctx.dropout) if ctx.dropout < 1 else 0.0
+        dlow = torch.empty_like(low)
+        for part, dy_i, up in zip(dlow.split(group.ranks, 1), dy, ups, strict=True):
+            torch.mm(dy_i, up, out=part)
+        group.scale(dlow, dropout_scale)
+
+        # The gradients of all A `[sum of ranks, K]`, then those of the B, end to end.
+        buffer = rows.new_empty(down.numel() + sum(up.numel() for up in ups))
+        d_down, *d_ups = buffer.split([down.numel(), *(up.numel() for up in ups)])
+        d_down, d_ups = d_down.view_as(down), [part.view_as(up) for part, up in zip(d_ups, ups, strict=True)]
         if masks:
-            da = [dlow_i.mT @ (rows * mask * dropout_scale) for dlow_i, mask in zip(dlow, masks, strict=True)]
+            for part, dlow_i, mask in zip(d_down.split(group.ranks), dlow.split(group.ranks, 1), masks, strict=True):
+                torch.mm(dlow_i.mT, rows * mask, out=part)
         else:
-            da = list((torch.cat(dlow, dim=1).mT @ rows).split(group.ranks))
+            torch.mm(dlow.mT, rows, out=d_down)
+        for part, dy_i, low_i in zip(d_ups, dy, low.split(group.ranks, 1), strict=True):
+            torch.mm(dy_i.mT, low_i, out=part)
+
         dx = None
         if ctx.needs_input_grad[0]:
             for dy_i, base in zip(dy, group.bases, strict=True):
@@ -84,13 +96,19 @@ class LoraProducts(torch.autograd.Function):
                 dx = dy_i @ weight if dx is None else dx.addmm_(dy_i, weight)
             assert dx is not None
             if masks:
-                for dlow_i, down, mask in zip(dlow, a, masks, strict=True):
-                    dx += (dlow_i @ down) * mask * dropout_scale
+                parts = zip(dlow.split(group.ranks, 1), down.split(group.ranks), masks, strict=True)
+                for dlow_i, down_i, mask in parts:
+                    dx.addcmul_(dlow_i @ down_i, mask)
             else:
-                dx.addmm_(torch.cat(dlow, dim=1), torch.cat(a))
+                dx.addmm_(dlow, down)
             dx = dx.view(ctx.shape).to(ctx.x_dtype)
-        dadapters = [gradient.to(adapter.dtype) for gradient, adapter in zip([*da, *db], adapters, strict=True)]
-        return dx, None, None, None, *dadapters
+        buffer = buffer.to(ctx.adapter_dtypes[0])
+        d_down, *d_ups = buffer.split([down.numel(), *(up.numel() for up in ups)])
+        parts = [
+            *d_down.view_as(down).split(group.ranks),
+            *(part.view_as(up) for part, up in zip(d_ups, ups, strict=True)),
+        ]
+        return dx, None, None, None, *(part.to(kind) for part, kind in zip(parts, ctx.adapter_dtypes, strict=True))
 
 
 class AdapterGroup:
@@ -109,6 +127,8 @@ class AdapterGroup:
         self.stacked = False
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
+        self._copies: tuple[Tensor, list[Tensor]] | None = None  # of the adapters in the dtype of the products
+        self._bias: tuple[Any, Tensor | None] = (None, None)  # what it was made of, and the biases end to end
 
     def __call__(self, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of layer `index`; peft's forward where its adapter is disabled or merged."""
@@ -129,22 +149,71 @@ class AdapterGroup:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         drop = self.modules[0].lora_dropout["default"]
         dropout = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
-        adapters = [module.lora_A["default"].weight for module in self.modules]
-        adapters += [module.lora_B["default"].weight for module in self.modules]
         with torch.autocast(kind, enabled=False):
-            return LoraProducts.apply(x, self, dtype, dropout, *adapters)  # type: ignore[return-value]
+            return LoraProducts.apply(x, self, dtype, dropout, *self.adapters())  # type: ignore[return-value]
+
+    def adapters(self) -> list[Tensor]:
+        """The parameters: all A `[r, K]`, then all B `[N, r]`."""
+        adapters = [module.lora_A["default"].weight for module in self.modules]
+        return adapters + [module.lora_B["default"].weight for module in self.modules]
+
+    def factors(self, adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """All A together `[sum of ranks, K]` and every B in the dtype of the products: the copies, where there are."""
+        if self._copies is not None and self._copies[0].dtype == dtype:
+            return self._copies
+        downs, ups = ([factor.detach().to(dtype) for factor in half] for half in self._halves(adapters))
+        return torch.cat(downs) if len(downs) > 1 else downs[0], ups
+
+    def copies(self, dtype: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Pairs (copy in this dtype, adapter) to be copied by `copy_adapters`; none, and no copies, for None."""
+        adapters = self.adapters()
+        downs, ups = self._halves(adapters)
+        if dtype is None or all(adapter.dtype == dtype for adapter in adapters):
+            self._copies = None
+            return [], []
+        if self._copies is None or self._copies[0].dtype != dtype or self._copies[0].device != downs[0].device:
+            together = torch.empty(sum(self.ranks), downs[0].shape[1], dtype=dtype, device=downs[0].device)
+            self._copies = together, [torch.empty_like(up, dtype=dtype) for up in ups]
+        return [*self._copies[0].split(self.ranks), *self._copies[1]], adapters
+
+    def _halves(self, adapters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return adapters[: len(self.bases)], adapters[len(self.bases) :]
+
+    def scale(self, low: Tensor, factor: float = 1.0) -> None:
+        """Multiply rank-r products `[R, sum of ranks]` in place by each adapter's scale and by `factor`."""
+        if len(set(self.scales)) == 1:
+            low.mul_(self.scales[0] * factor)
+            return
+        for part, scale in zip(low.split(self.ranks, 1), self.scales, strict=True):
+            part.mul_(scale * factor)
 
     def products(self, rows: Tensor) -> list[Tensor]:
         """`x W_i^T + b_i` of every layer: a single product where the weights are in one buffer, else one per layer."""
-        biases = [None if base.bias is None else base.bias.to(rows.dtype) for base in self.bases]
         if len(self.bases) > 1 and not any(is_4bit(base) for base in self.bases):
             sizes = [base.out_features for base in self.bases]
             first = self.stack()
             weight = first.as_strided((sum(sizes), first.shape[1]), first.stride())
-            outputs = (rows @ weight.to(rows.dtype).mT).split(sizes, dim=1)
-            return [y if bias is None else y.add_(bias) for y, bias in zip(outputs, biases, strict=True)]
-        weights = (full_weight(base).to(rows.dtype) for base in self.bases)  # a dequantised weight at a time
-        return [functional.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            return list(functional.linear(rows, weight.to(rows.dtype), self.bias(rows)).split(sizes, dim=1))
+        return [  # a dequantised weight at a time
+            functional.linear(
+                rows, full_weight(base).to(rows.dtype), None if base.bias is None else base.bias.to(rows.dtype)
+            )
+            for base in self.bases
+        ]
+
+    def bias(self, rows: Tensor) -> Tensor | None:
+        """The biases of all layers end to end, in the dtype of `rows`; None where there is none. They are frozen."""
+        biases = [base.bias for base in self.bases]
+        if all(bias is None for bias in biases):
+            return None
+        origin = [rows.dtype, *(None if bias is None else (bias.data_ptr(), bias._version) for bias in biases)]
+        if self._bias[0] != origin:
+            parts = [
+                rows.new_zeros(base.out_features) if bias is None else bias.detach().to(rows.dtype)
+                for base, bias in zip(self.bases, biases, strict=True)
+            ]
+            self._bias = origin, torch.cat(parts)
+        return self._bias[1]
 
     def stack(self) -> Tensor:
         """Put the weights side by side into one buffer, again after they have moved. Returns the first weight."""
@@ -164,6 +233,18 @@ class AdapterGroup:
             for base in self.bases:
                 base.weight.data = base.weight.data.clone()
             self.stacked = False
+
+
+def copy_adapters(groups: Sequence[AdapterGroup], dtype: torch.dtype | None) -> None:
+    """Bring every group's copies of its adapters up to date, all by one operator; None: do without copies.
+
+    Without them each group casts its adapters in every forward pass, one by one.
+    """
+    pairs = [group.copies(dtype) for group in groups]
+    copies = [copy for targets, _ in pairs for copy in targets]
+    if copies:
+        with torch.no_grad():
+            torch._foreach_copy_(copies, [adapter for _, sources in pairs for adapter in sources])
 
 
 def adapter_groups(language_model: nn.Module, merge: bool) -> list[AdapterGroup]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pointalign.efficient.fused_lora import adapter_groups
+from pointalign.efficient.fused_lora import AdapterGroup, adapter_groups, copy_adapters
 from pointalign.efficient.quantization import is_sharded
 
 PARTS = ("lora", "merged", "gelu", "swiglu", "norms", "rotary", "cross_entropy")
@@ -71,6 +71,9 @@ def applied(model: Any, parts: Sequence[str] = PARTS) -> Iterator[dict[str, int]
     originals = {(module, name): vars(module).get(name) for module, name in replacements}
     for (module, name), function in replacements.items():
         vars(module)[name] = function
+    # Sharded adapters are whole only within their block, so they are cast there.
+    decoder = language_model.get_decoder()
+    hook = None if is_sharded() else decoder.register_forward_pre_hook(partial(_copy_adapters, groups))
     try:
         yield {part: counts[part] for part in parts}
     finally:
@@ -79,8 +82,16 @@ def applied(model: Any, parts: Sequence[str] = PARTS) -> Iterator[dict[str, int]
                 del vars(module)[name]
             else:
                 vars(module)[name] = original
+        if hook is not None:
+            hook.remove()
         for group in groups:
             group.unstack()
+
+
+def _copy_adapters(groups: Sequence[AdapterGroup], decoder: nn.Module, _inputs: Any) -> None:
+    """Before every forward pass: an optimizer may have changed the adapters, and need not tell (8-bit ones do not)."""
+    kind = next(decoder.parameters()).device.type
+    copy_adapters(groups, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
 
 
 # -- activations, norms and the rotary embedding: pairs (module, function that replaces its own) -----------------------

@@ -185,16 +185,14 @@ class PointAlignModel(PointAlignPreTrainedModel):
         if point_mask is None:
             raise ValueError("expected `point_mask` beside the clouds: it says where their tokens belong")
         point_mask = point_mask.bool()
-        if point_mask.shape != input_ids.shape or int(point_mask.sum()) != expected:
+        places = point_mask.sum(dim=-1).reshape(-1).tolist()  # of every row; waits for the device once
+        if point_mask.shape != input_ids.shape or sum(places) != expected:
             raise ValueError(
                 f"{num_clouds} clouds need {expected} places in a point_mask of shape {list(input_ids.shape)}, "
-                f"got {int(point_mask.sum())} places in shape {list(point_mask.shape)}"
+                f"got {sum(places)} places in shape {list(point_mask.shape)}"
             )
-        if bool((point_mask.sum(dim=1) % self.config.num_query_tokens).any()):
-            raise ValueError(
-                f"every row needs a multiple of {self.config.num_query_tokens} places for point tokens, "
-                f"got {point_mask.sum(dim=1).tolist()} in the rows of point_mask"
-            )
+        if any(count % (queries := self.config.num_query_tokens) for count in places):
+            raise ValueError(f"every row needs a multiple of {queries} places for point tokens, got {places}")
         return point_mask
 
     def embed(
@@ -364,13 +362,14 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Next-token loss; scores only the rows with a label, since most places are cloud or question."""
+        """Next-token loss; scores only the rows with a label: most places are cloud or question."""
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+        places = (following != -100).nonzero()[:, 0]  # before the decoder, where the device has little to wait for
         decoder = self.model.language_model.get_decoder()
         hidden = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs).last_hidden_state
-        following = labels[:, 1:]
-        supervised = following != -100
-        total = self.supervised_cross_entropy(hidden[:, :-1][supervised], following[supervised])
-        return total / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
+        rows = hidden.flatten(0, 1).index_select(0, places)
+        total = self.supervised_cross_entropy(rows, following.index_select(0, places))
+        return total / (len(places) if num_items_in_batch is None else num_items_in_batch)
 
     def supervised_cross_entropy(self, rows: Tensor, targets: Tensor) -> Tensor:
         """fp32 sum of next-token losses of hidden states `[R, H]` with targets `[R]`."""
