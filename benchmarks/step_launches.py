@@ -4,8 +4,8 @@
 
 An operator of PyTorch counts as one launch, a view as none. That is close to what CUDA launches: of these operators
 only those over lists of tensors (`_foreach`, `_fused`) need several kernels, one per some hundred tensors. On CUDA
-liger-kernel's rotary embedding and a single dropout kernel replace about thirty of the operators of a layer. The launches
-of a layer are the difference between models of three layers and of two.
+liger-kernel's rotary embedding and a single dropout kernel replace about thirty operators of a layer. The launches of a
+layer are the difference between models of three layers and of two.
 """
 
 import argparse

@@ -177,9 +177,9 @@ def launches() -> str:
     commits = [content["provenance"]["commit"][:12] for content in (before, after)]
     head = ["row", "a layer, before", "a layer", f"a step of {after['layers']} layers, before", "a step"]
     return (
-        f"Operators that launch a kernel, counted on a CPU (`python benchmarks/step_launches.py`); commits {commits[0]} "
-        f"(before) and {commits[1]}. On CUDA liger-kernel's rotary embedding and a single dropout kernel replace about "
-        "thirty of a layer's.\n\n" + table(head, lines)
+        "Operators that launch a kernel, counted on a CPU (`python benchmarks/step_launches.py`); commits "
+        f"{commits[0]} (before) and {commits[1]}. On CUDA liger-kernel's rotary embedding and a single dropout kernel "
+        "replace about thirty of a layer's.\n\n" + table(head, lines)
     )
 
 

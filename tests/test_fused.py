@@ -171,6 +171,20 @@ def test_4_bits_under_the_fused_parts():
         assert_equal(step(model), expected, 1e-5)
 
 
+def test_copies_of_the_adapters_follow_whatever_changes_them():
+    """8-bit optimizers and loaded states write to the memory of a parameter without telling autograd."""
+    model = adapted("llama")
+    with fused_parts.applied(model):
+        before, _ = step(model, torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data.mul_(-1.5)
+        with_copies = step(model, torch.bfloat16)
+    assert with_copies[0] != before
+    with fused_parts.applied(model):  # new groups, which hold no copies yet
+        assert_equal(step(model, torch.bfloat16), with_copies, 0)
+
+
 def test_dropout_drops_for_every_adapter_by_itself():
     """Against the same masks, drawn again from the same seed."""
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """benchmarks/step_launches.py: the launches of a decoder layer's training step stay within a written budget."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,6 @@ LAYER, STEP = 132, 4400  # launches of row "e: everything", of a layer and of Ph
 
 
 def test_a_layer_stays_within_its_launches(tmp_path):
-    import json
-
     output = tmp_path / "launches.json"
     subprocess.run([sys.executable, SCRIPT, "--output", output], check=True, capture_output=True, timeout=300)
     rows = {row["name"].partition(":")[0]: row for row in json.loads(output.read_text())["rows"]}
