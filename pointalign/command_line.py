@@ -19,6 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+# Before torch is imported: threads that spin while they wait make an answer many times slower where another program
+# wants the processor too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 PACKAGE = Path(__file__).parent
 NAME_COLUMN = 38  # where the texts of a help page begin
 WIDEST = 110

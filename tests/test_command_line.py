@@ -212,3 +212,11 @@ def test_the_name_of_the_program_is_what_can_be_typed(monkeypatch, tmp_path):
     assert command_line.program() == f"'{tmp_path / 'my env' / 'python'}' -m pointalign"
     monkeypatch.chdir(tmp_path)
     assert command_line.program() == "'my env/python' -m pointalign"
+
+
+def test_waiting_threads_sleep_unless_the_user_decides_otherwise():
+    code = "import os, sys, pointalign.command_line; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    for given, policy in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [policy, "False"]
