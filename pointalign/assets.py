@@ -37,7 +37,7 @@ SHIPPED_CHECKPOINT = "furniture"  # answers where no model is named and `make tr
 STAMP = ".complete.json"
 LANGUAGE_MODEL_FORMAT, SENTENCE_ENCODER_FORMAT = "2", "1"
 WORDNET_FORMAT = "1"
-OBJECTS_FORMAT = "7"  # raise it when sampling, facts, conversations or folds change; splits and names are hashed
+OBJECTS_FORMAT = "8"  # raise it when sampling, facts, conversations or folds change; splits and names are hashed
 EXTRA_OBJECTS_FORMAT = "1"  # raise it when reading or sampling change; their table is hashed
 FURNITURE_DATA = Path(__file__).parent / "embedded" / "furniture_data"
 

@@ -6,39 +6,18 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from made_records import box, committed_names, record
+from made_records import box, committed_names, made_split, record
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from pointalign import assets
 from pointalign.data.conversations import load_conversations
-from pointalign.embedded import annotations, catalogue, descriptions, facts, questions
+from pointalign.embedded import annotations, descriptions, facts, questions
 from pointalign.embedded.debatable import could_be
 from pointalign.embedded.procedural import MAKERS, procedural_object
 from pointalign.embedded.procedural_questions import procedural_record
 from pointalign.evaluation import metrics, naming, tasks
 from pointalign.evaluation.choices import geometry_questions, yes_no_questions
-
-
-def made_split() -> list[dict]:
-    """The training objects by their committed names, with sides, colours and symmetry drawn at random."""
-    rng = np.random.default_rng(0)
-    names, splits = committed_names(), catalogue.read_splits()
-    records = []
-    for object_id in sorted(name for name, entry in splits.items() if entry["split"] == "train"):
-        name = names[object_id]
-        sides = dict(zip(("width", "height", "depth"), rng.uniform(0.1, 2, 3).round(4).tolist(), strict=True))
-        first, second = rng.permutation(list(facts.PALETTE))[:2].tolist()
-        mirrors = {f"mirror_{ends}": [True, False, None][rng.integers(3)] for ends in ("left_right", "front_back")}
-        records.append(
-            {"object_id": object_id, "name": name.name, "head_noun": name.head, "noun_phrase": name.phrase}
-            | {"plural": name.plural, "family": object_id, "category": "kitchen", "catalogue_scale": True}
-            | {"colors": {first: 0.6, second: 0.3}}
-            | sides
-            | mirrors
-            | {f"{side}_cm": 50 * length for side, length in sides.items()}
-        )
-    return records
 
 
 def built_split(split: str) -> list[dict]:

@@ -18,9 +18,9 @@ from pointalign.embedded.questions import (
 )
 
 QUIZ_ROUNDS = 2  # times that a quiz opens with each of the questions for the noun
-QUIZ_KINDS = (  # after the opening, one question of each group
-    ("colour", "yes-no colour"), ("side",), ("yes-no side",), ("aspect", "place"),
-)  # fmt: skip
+QUIZ_KINDS = {  # kind -> questions of it after the opening
+    "colour": 1, "yes-no colour": 1, "side": 1, "yes-no side": 3, "aspect": 1,
+}  # fmt: skip
 
 
 def _entry(object_ids: tuple[str, ...], type_name: str, kind: str, *turns: tuple[str, str], **fact: str) -> dict:
@@ -63,16 +63,20 @@ def entries_of(record: dict, yes_no: Sequence[Asked] = ()) -> list[dict]:
 def quizzes(record: dict, asked: Sequence[Asked]) -> list[list[tuple[str, str]]]:
     """Dialogues of several of the object's questions: most of a sample's tokens are the cloud's, and are shared so.
 
-    The name comes first where it is asked for, and no other question of that dialogue gives it away. Of two dialogues
-    that open with a yes/no question about a noun, one is answered with Yes and one with No.
+    The name comes first where it is asked for, and a yes/no question about a noun follows. Of two dialogues that open
+    with such a question, one is answered with Yes and one with No.
     """
     nouns = sorted((item for item in asked if item.kind == "yes-no name"), key=lambda item: item.affirmed)
     openings = [(NAME, named(record)), *((item.question, item.answer) for item in nouns)] * QUIZ_ROUNDS
     dialogues = []
     for number, opening in enumerate(openings):
         order = sorted(asked, key=lambda item: draw(record, f"quiz {number}/{item.question}"))
-        followers = [next((item for item in order if item.kind in kinds), None) for kinds in QUIZ_KINDS]
-        turns = [(item.question, item.answer) for item in followers if item is not None]
+        followers: list[Asked] = []
+        for kind, count in QUIZ_KINDS.items():
+            followers += [item for item in order if item.kind == kind][:count]
+        if opening[0] == NAME and nouns:
+            followers.append(nouns[number // (1 + len(nouns)) % len(nouns)])
+        turns = [(item.question, item.answer) for item in followers]
         turns.sort(key=lambda turn: draw(record, f"quiz {number}/order {turn[0]}"))
         dialogues.append([opening, *turns])
     return dialogues
