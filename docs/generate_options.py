@@ -18,7 +18,8 @@ INTRODUCTION = """# Options
 Every option of the commands that take many. A recipe sets them by section (`model: {lora_rank: 16}`), the command
 line by name (`--model.lora_rank 16`). Names may be written with hyphens; lists are written
 `--model.train lora modality_projector` or `'[lora,modality_projector]'`. `pointalign COMMAND --help` shows the same in
-the terminal, and `pointalign train RECIPE --help` also what the recipe sets. The other commands have few options: see their `--help`.
+the terminal, and `pointalign train RECIPE --help` also what the recipe sets. The other commands have few
+options: see their `--help`.
 """
 GROUPS = (  # title, introduction, file, class, section
     ("Model", "`pointalign train`, `pointalign features`: what is trained.", "options.py", "ModelOptions", "model"),

@@ -64,8 +64,8 @@ def shipped_card(described: dict[str, Any], stage1: dict[str, Any], evaluation: 
     """
     opening = (
         "# The shipped checkpoints\n\n`furniture` answers questions about coloured point clouds and meshes of "
-        "furniture and household objects: `pointalign chat CLOUD`, or `pointalign.load()`. It is a point branch and LoRA "
-        "adapters for a small language model, which `pointalign assets` fetches. `furniture-stage1` is the point "
+        "furniture and household objects: `pointalign chat CLOUD`, or `pointalign.load()`. It is a point branch and "
+        "LoRA adapters for a small language model, which `pointalign assets` fetches. `furniture-stage1` is the point "
         "branch alone, from which `make train` starts.\n\n"
         f"The point branch trained for {stage1['stage1']['encoder_steps']} steps (encoder) and "
         f"{stage1['stage1']['query_steps']} steps (queries) of {stage1['stage1']['batch_size']} objects, "

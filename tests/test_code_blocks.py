@@ -1,7 +1,7 @@
 """Blocks of README and docs that are marked `<!-- run -->` run: here with a tiny model, in the long tests as written.
 
 A marked block is Python, or lines `pointalign COMMAND ...`. The blocks of a document run in their order in one folder,
-and its Python blocks share their variables. `<!-- run: LLaVA -->` gives a block a tiny multimodal `model` and a `batch`.
+and its Python blocks share their variables. `<!-- run: LLaVA -->` gives a block a tiny `model` and a `batch`.
 """
 
 import contextlib
