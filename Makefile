@@ -65,7 +65,7 @@ check: setup
 # The pages of docs/ as a site that opens from the disk, build/site/index.html; a broken link fails.
 docs: setup
 	$(BIN)/python docs/generate_options.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # A source archive, and a wheel with the point operations compiled for the CPU; CUDA is compiled from the archive.
 dist: setup

@@ -26,6 +26,7 @@ from pointalign import assets, build
 from pointalign.models import configuration
 
 ROOT = Path(__file__).parents[1]
+MARK = re.compile(r"^<!-- run\b", re.MULTILINE)
 MARKED = re.compile(r"^<!-- run(?:: (\w+))? -->\n```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 OWN_DATA = "docs/own_data.md"
 SMALL = {  # what a command gets beside what is written, with a tiny model
@@ -58,7 +59,7 @@ DOCUMENTS = [
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "docs/*.md", "examples/**/*.md")
     for path in sorted(ROOT.glob(pattern))
-    if "<!-- run" in path.read_text(encoding="utf-8")
+    if MARK.search(path.read_text(encoding="utf-8"))
 ]
 
 
@@ -87,7 +88,7 @@ def test_every_mark_stands_before_a_block_that_can_run():
     assert {"README.md", "docs/quick_start.md", OWN_DATA, "docs/alignment.md", "docs/attach.md"} <= set(DOCUMENTS)
     for document in DOCUMENTS:
         blocks = marked(document)
-        assert len(blocks) == (ROOT / document).read_text(encoding="utf-8").count("<!-- run"), document
+        assert len(blocks) == len(MARK.findall((ROOT / document).read_text(encoding="utf-8"))), document
         for block in blocks:
             assert block.language in ("", "python") and (block.language or block.commands()), document
 
@@ -146,10 +147,16 @@ def test_marked_blocks_run_as_written_with_the_shipped_model(document, tmp_path)
         assert right >= 9, f"{right} of 10"
 
 
-def test_the_python_example_of_the_readme_prints_an_answer(small):
-    (example,) = [block for block in marked("README.md") if "pointalign.load(" in block.text]
+def test_what_the_examples_of_the_readme_compute(small):
     variables: dict = {}
+    asked, attached = [block for block in marked("README.md") if block.language == "python"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(example.text, variables)
+        exec(asked.text, variables)
     assert printed.getvalue().strip()
     assert variables["inputs"]["point_mask"].sum() == variables["processor"].num_query_tokens
+    model, batch, _ = make(attached.given)
+    variables = {"model": model, "batch": batch}
+    exec(attached.text, variables)
+    losses = variables["handle"].losses
+    assert variables["loss"] == losses["token_loss"] + 0.1 * losses["alignment_loss"]
+    assert all(parameter.grad.abs().sum() > 0 for parameter in variables["handle"].parameters())
