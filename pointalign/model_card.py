@@ -109,12 +109,14 @@ def _card(described: dict[str, Any], shipped: bool, results: str, opening: str) 
     model, data, alignment = (described[name] for name in ("model", "data", "alignment"))
     start = model["checkpoint"] or model["point_branch"]
     training = {"learning_rate": 1e-4, "per_device_train_batch_size": 8, "seed": 0} | described["training"]
+    mixture = [part["batch_size"] for part in data.get("mixture") or []]  # a part's batch is that of a step
+    sizes = sorted(set(mixture)) or [training["per_device_train_batch_size"]]
     llm = "SmolLM2-135M-Instruct" if model["llm"] == EMBEDDED_MODEL else _name(model["llm"])
     rows = [
         ("language model", llm + (", in 4 bits" if model["quantization"] != "none" else "")),
         ("started from", _name(start) if start else "the language model's folder"),
         ("parts trained", ", ".join(model["train"]) or "none"),
-        ("steps", f"{described['steps']} of {training['per_device_train_batch_size']} samples a device"),
+        ("steps", f"{described['steps']} of {' or '.join(map(str, sizes))} samples a device"),
         ("learning rate", f"{training['learning_rate']:g}"),
         ("alignment loss", f"weight {alignment['weight']:g}, target {alignment['target']}"),
         ("vertical axis of the files", data["up_axis"]),
