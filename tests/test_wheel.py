@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -46,7 +45,8 @@ def installed(built, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", folder)
     (site,) = folder.glob("lib/python*/site-packages")
-    (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")  # their own .pth files are not read
+    packages = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "packages.pth").write_text("\n".join(packages) + "\n")  # their own .pth files are not read
     (wheel,) = built.glob("*.whl")
     call(folder / "bin" / "pip", "install", "--no-deps", "--no-index", "--force-reinstall", wheel)
     return folder / "bin"
