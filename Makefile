@@ -14,8 +14,8 @@ TOOLS := build/tools
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-long chaos resume-matrix fuzz long-run audit lock check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check compare \
-  held-out-naming report clean
+.PHONY: train test test-long chaos resume-matrix fuzz long-run audit lock check docs dist setup assets benchmark \
+  gpu-rehearsal convert-benchmark alignment-check compare held-out-naming report clean
 
 train: assets
 	$(BIN)/python -m pointalign.train $(ARGS)
@@ -26,7 +26,8 @@ test: setup
 test-long: assets
 	POINTALIGN_LONG_TESTS=1 POINTALIGN_FUZZ_CASES=5000 $(BIN)/python -m pytest tests/test_build.py tests/test_native.py \
 	  tests/test_damaged_files.py tests/test_resume_demo.py tests/test_attach_training.py tests/test_public_names.py \
-	  tests/test_benchmarks.py tests/test_interruptions.py tests/test_annotate.py -rs -q
+	  tests/test_benchmarks.py tests/test_interruptions.py tests/test_code_blocks.py \
+	  tests/test_notebook.py tests/test_wheel.py -rs -q
 
 chaos: setup
 	$(BIN)/python benchmarks/chaos.py $(ARGS)
@@ -43,7 +44,7 @@ long-run: setup
 # Write the hashes of every package's files, as PyPI has them, to requirements-hashed.txt.
 lock: $(TOOLS)/bin/uv
 	{ sed -n '/^#/p;/^[^#]/q' requirements-hashed.txt; \
-	  $(TOOLS)/bin/uv pip compile pyproject.toml --extra dev --extra eval --extra cuda -c constraints.txt --universal \
+	  $(TOOLS)/bin/uv pip compile pyproject.toml --extra dev --extra eval --extra docs --extra cuda -c constraints.txt --universal \
 	    --python-version 3.11 --generate-hashes --no-header --no-annotate -q; } > requirements-hashed.new
 	mv requirements-hashed.new requirements-hashed.txt
 
@@ -60,6 +61,16 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The pages of docs/ as a site that opens from the disk, build/site/index.html; a broken link fails.
+docs: setup
+	$(BIN)/python docs/generate_options.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# A source archive, and a wheel with the point operations compiled for the CPU; CUDA is compiled from the archive.
+dist: setup
+	rm -rf dist
+	POINTALIGN_BUILD=cpu $(BIN)/python -m build --no-isolation --outdir dist
 
 convert-benchmark: setup
 	$(BIN)/python benchmarks/convert_full_size.py
@@ -95,8 +106,8 @@ $(VENV)/.complete: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	else \
 	  $(BIN)/pip install -q "$(CPU_TORCH)" || $(BIN)/pip install -q "$(CPU_TORCH)" --index-url $(CPU_INDEX); \
 	fi
-	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[dev,eval]"
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[dev,eval,docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu build *.egg-info
+	rm -rf $(VENV) .venv-gpu build dist *.egg-info

@@ -1,4 +1,5 @@
-"""Turn benchmarks/results/*.json into the tables and plots of README.md and of the pages in docs/ that have them.
+"""Turn benchmarks/results/*.json into the tables and plots of README.md and of the pages in docs/ that have them, and
+into the model card of the shipped checkpoints.
 
     python benchmarks/report.py
 
@@ -22,14 +23,18 @@ from tables import stamp, table
 from test_alignment_loss import Case
 from train_step_table import launches, parity, train_step
 
+from pointalign import model_card
 from pointalign.evaluation.statistics import minimum_detectable_effect
+from pointalign.storage import file_hash
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
+CHECKPOINTS = ROOT / "pointalign" / "checkpoints"
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "performance", "reliability")))
+SHIPPED = ("furniture", "furniture-stage1")
 COLUMNS = {
     "reference": "eager",
     "compile": "torch.compile",
@@ -344,8 +349,16 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
+def shipped_card() -> str:
+    """The model card of the shipped checkpoints, with the evaluation if it is of these weights."""
+    described, stage1 = (json.loads((CHECKPOINTS / f"{name}.json").read_text()) for name in SHIPPED)
+    evaluated = json.loads((RESULTS / "evaluation.json").read_text())
+    weights = file_hash(CHECKPOINTS / "furniture.safetensors")[:16]
+    return model_card.shipped_card(described, stage1, evaluated if evaluated["weights"] == weights else None)
+
+
 def render() -> dict[Path, str]:
-    """The documents with every section up to date.
+    """The documents with every section up to date, and the model card of the shipped checkpoints.
 
     Raises: ValueError: a section has no place, or two.
     """
@@ -362,12 +375,12 @@ def render() -> dict[Path, str]:
             print(f"{name}: {Path(missing.filename).name} is missing")
             content = "Not measured.\n"
         texts[places[0]] = marked.sub(lambda match, text=content: f"{match[1]}{text}{match[2]}", texts[places[0]])
-    return texts
+    return texts | {CHECKPOINTS / "README.md": shipped_card()}
 
 
 def main() -> None:
     for path, text in render().items():
-        if text != path.read_text():
+        if not path.exists() or text != path.read_text():
             path.write_text(text)
             print(f"updated: {path.name}")
 

@@ -16,21 +16,35 @@ from pointalign import command_line
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_line.Parser("check", description=(__doc__ or "").partition("\n\n")[2])
-    parser.add_argument("paths", nargs="+", help="an annotation file (with --clouds), or cloud files and folders")
-    parser.add_argument("--clouds", nargs="+", help="folders with {object_id}_8192.npy or other files per object")
-    parser.add_argument("--types", nargs="+", help="conversation types to keep (default: all)")
-    parser.add_argument("--up_axis", default="y", help="vertical axis of the clouds: x y z -x -y -z (default: y)")
     parser.add_argument(
-        "--missing_color", default="black", help="of points without a colour: black, grey or white (default: black)"
+        "paths", nargs="+", metavar="PATH", help="an annotation file (with --clouds), or cloud files and folders"
     )
-    parser.add_argument(
-        "--max_nonfinite", type=float, default=0.05, help="share of NaN points that is left out (default: 0.05)"
+    what = parser.add_argument_group("What is checked")
+    what.add_argument(
+        "--clouds", nargs="+", metavar="DIR", help="folders with {object_id}_8192.npy or other files per object"
     )
-    parser.add_argument(
-        "--parts", default="points", help="of files with points and surfaces: points, mesh or all (default: points)"
+    what.add_argument("--types", nargs="+", metavar="TYPE", help="conversation types to keep (default: all)")
+    what.add_argument(
+        "--num_groups", type=int, default=512, metavar="N",
+        help="least number of points: 512 for the published point encoder, 64 for the shipped one (default: 512)",
+    )  # fmt: skip
+    what.add_argument("--json", type=Path, metavar="FILE", help="write counts, ranges, duplicates and bad files")
+    reading = parser.add_argument_group("How files are read, as --data.* of a training")
+    reading.add_argument(
+        "--up_axis", default="y", metavar="AXIS", help="vertical axis of the clouds: x y z -x -y -z (default: y)"
     )
-    parser.add_argument("--num_groups", type=int, default=512, help="least number of points (default: 512)")
-    parser.add_argument("--json", type=Path, help="file for the counts, ranges, duplicates and bad files")
+    reading.add_argument(
+        "--missing_color", default="black", metavar="COLOUR",
+        help="of points without a colour: black, grey or white (default: black)",
+    )  # fmt: skip
+    reading.add_argument(
+        "--max_nonfinite", type=float, default=0.05, metavar="X",
+        help="share of NaN points that is left out, from 0 to below 1 (default: 0.05)",
+    )  # fmt: skip
+    reading.add_argument(
+        "--parts", default="points", metavar="PARTS",
+        help="of files with points and surfaces: points, mesh or all (default: points)",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.clouds is None and Path(options.paths[0]).suffix.lower() in (".json", ".jsonl"):
         parser.error("an annotation file needs --clouds, the folder of its clouds")

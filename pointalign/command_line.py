@@ -210,6 +210,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     if not near:  # without the section
         ends = {other.rpartition(".")[2]: other for other in known}
         near = [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=2, cutoff=0.7)]
+    near = near or difflib.get_close_matches(name, known, n=1)  # short names, such as --lmm, differ by a larger share
     return f"; did you mean {' or '.join(f'--{other}' for other in near[:3])}?" if near else ""
 
 

@@ -1,10 +1,12 @@
-"""The model card of a run: what it was trained from and on, what it is for, its licences and its results."""
+"""Model cards, of a run and of the shipped checkpoints: trained from and on what, for what, licences and results."""
 
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pointalign import storage
+from pointalign import assets, storage
 from pointalign.evaluation import markdown_table
 from pointalign.models import adapters
 
@@ -32,7 +34,7 @@ def write(run: Path, described: dict[str, Any], shipped: bool) -> None:
     for folder, opening in ((run / "model", _model_opening()), (run / "adapter", _adapter_opening())):
         if folder.is_dir():
             with storage.replacing(folder / "README.md") as temporary:
-                temporary.write_text(_card(described, shipped, accuracy, opening), encoding="utf-8")
+                temporary.write_text(_card(described, shipped, _results(accuracy), opening), encoding="utf-8")
 
 
 def _model_opening() -> str:
@@ -52,16 +54,69 @@ def _adapter_opening() -> str:
     )
 
 
-def _card(described: dict[str, Any], shipped: bool, accuracy: dict[str, Any] | None, opening: str) -> str:
+def shipped_card(described: dict[str, Any], stage1: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+    """The card beside the shipped checkpoints, which `benchmarks/report.py` writes.
+
+    Args:
+        described: `furniture.json`, the description of the model that answers.
+        stage1: `furniture-stage1.json`, of its point branch.
+        evaluation: `evaluation.json` of these weights, if they were evaluated.
+    """
+    opening = (
+        "# The shipped checkpoints\n\n`furniture` answers questions about coloured point clouds and meshes of "
+        "furniture and household objects: `pointalign chat CLOUD`, or `pointalign.load()`. It is a point branch and "
+        "LoRA adapters for a small language model, which `pointalign assets` fetches. `furniture-stage1` is the point "
+        "branch alone, from which `make train` starts.\n\n"
+        f"The point branch trained for {stage1['stage1']['encoder_steps']} steps (encoder) and "
+        f"{stage1['stage1']['query_steps']} steps (queries) of {stage1['stage1']['batch_size']} objects, "
+        f"`{stage1['command']}`; then `furniture`:"
+    )
+    results = _evaluated(evaluation) if evaluation else "These weights have not been evaluated."
+    return f"{_card(described, True, results, opening)}\n## Attribution\n\n{_attribution()}\n"
+
+
+def _attribution() -> str:
+    """Whose works the training data are, counted by licence."""
+    names = assets.FURNITURE_DATA / "ATTRIBUTION.md"
+    rows = re.findall(r"^\|(?:[^|\n]*\|){3} *(CC[\w.-]+) *\|$", names.read_text(encoding="utf-8"), re.MULTILINE)
+    works = ", ".join(f"{count} under {licence}" for licence, count in sorted(Counter(rows).items()))
+    return (
+        f"Training data: 3D models of the Sweet Home 3D furniture libraries, collected by Emmanuel Puybaret / eTeks "
+        f"({works}); and of homedecor_modpack by Vanessa Ezekowitz and contributors (CC-BY-SA-4.0, some WTFPL). "
+        f"Changes: sampled as coloured point clouds, centred and scaled. Every work, its creator and its licence: "
+        f"[ATTRIBUTION.md](../embedded/furniture_data/ATTRIBUTION.md). Whoever passes these checkpoints on passes this "
+        f"on with them."
+    )
+
+
+def _evaluated(evaluation: dict[str, Any]) -> str:
+    rows = [
+        (task, name, f"{100 * value['mean']:.1f}", f"{100 * value['low']:.1f} to {100 * value['high']:.1f}", str(count))
+        for task, content in evaluation["tasks"].items()
+        for name, value in content["metrics"].items()
+        if name in ("head noun", "closed-set accuracy", "accuracy")
+        for count in [value["count"]]
+    ]
+    table = markdown_table(["task", "right, %", "mean", "95 % interval", "questions"], rows, "llrrr")
+    where = ", ".join(str(evaluation["versions"][name]) for name in ("device", "torch", "transformers", "commit"))
+    return (
+        f"Held-out objects of the {evaluation['asked']['split']} part, which no training has seen; intervals are "
+        f"clustered by family of near-duplicates. `shuffled`: asked with another object's cloud.\n\n{table}\n\n{where}."
+    )
+
+
+def _card(described: dict[str, Any], shipped: bool, results: str, opening: str) -> str:
     model, data, alignment = (described[name] for name in ("model", "data", "alignment"))
     start = model["checkpoint"] or model["point_branch"]
     training = {"learning_rate": 1e-4, "per_device_train_batch_size": 8, "seed": 0} | described["training"]
+    mixture = [part["batch_size"] for part in data.get("mixture") or []]  # a part's batch is that of a step
+    sizes = sorted(set(mixture)) or [training["per_device_train_batch_size"]]
     llm = "SmolLM2-135M-Instruct" if model["llm"] == EMBEDDED_MODEL else _name(model["llm"])
     rows = [
         ("language model", llm + (", in 4 bits" if model["quantization"] != "none" else "")),
         ("started from", _name(start) if start else "the language model's folder"),
         ("parts trained", ", ".join(model["train"]) or "none"),
-        ("steps", f"{described['steps']} of {training['per_device_train_batch_size']} samples a device"),
+        ("steps", f"{described['steps']} of {' or '.join(map(str, sizes))} samples a device"),
         ("learning rate", f"{training['learning_rate']:g}"),
         ("alignment loss", f"weight {alignment['weight']:g}, target {alignment['target']}"),
         ("vertical axis of the files", data["up_axis"]),
@@ -84,7 +139,7 @@ def _card(described: dict[str, Any], shipped: bool, accuracy: dict[str, Any] | N
             "knows little else, states wrong names fluently, and its answers are no measurement. Clouds must be turned "
             "as in training; other kinds of scans need training of their own."
         ),
-        "Results": _results(accuracy),
+        "Results": results,
         "Licences": "\n".join(f"- {line}" for line in licences),
     }
     header = f"---\nlibrary_name: pointalign\nlicense: other\ntags: [3d, point-cloud, pointalign]\n---\n{opening}"

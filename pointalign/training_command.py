@@ -125,8 +125,8 @@ def recipe_file(recipe: str, line: Command) -> Path:
 
 
 def _no_recipe(recipe: str, line: Command) -> NoReturn:
-    near = suggestion(recipe, shipped_recipes()).replace("--", "")
-    line.error(f"no recipe {recipe!r}{near or ''}: expected a YAML file or one of {', '.join(shipped_recipes())}")
+    near = suggestion(recipe, shipped_recipes()).replace("--", "") or ";"
+    line.error(f"no recipe {recipe!r}{near} expected a YAML file or one of {', '.join(shipped_recipes())}")
 
 
 def resumed_recipe(arguments: Sequence[str]) -> Path | None:

@@ -1,7 +1,6 @@
 """Own clouds, from file names or a table to a model that is asked: the lines of the README."""
 
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -166,37 +165,3 @@ def test_another_language_model_behind_the_point_branch_of_a_stage(tmp_path, tok
     same = {name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])}
     branch = {name for name in before if ".language_model." not in name and ".modality_projector." not in name}
     assert branch <= same and not any(".modality_projector." in n and n.endswith("weight") for n in same)
-
-
-@pytest.mark.skipif(not os.environ.get("POINTALIGN_LONG_TESTS"), reason="needs the embedded model and minutes")
-def test_ten_objects_are_named_after_the_recipe(tmp_path, monkeypatch, capsys):
-    trimesh = pytest.importorskip("trimesh")
-    creation = trimesh.creation
-    shapes = {
-        "red_ball": creation.icosphere(), "blue_box": creation.box(), "green_cone": creation.cone(0.6, 1.5),
-        "yellow_tube": creation.annulus(0.3, 0.5, 2), "orange_ring": creation.torus(1, 0.25),
-        "pink_capsule": creation.capsule(2, 0.4), "white_plate": creation.cylinder(1, 0.1),
-        "black_pole": creation.cylinder(0.08, 2), "brown_board": creation.box((2, 0.1, 1)),
-        "purple_tower": creation.box((0.5, 2, 0.5)),
-    }  # fmt: skip
-    palette = {
-        "red": (200, 30, 30), "blue": (30, 60, 200), "green": (30, 150, 40), "yellow": (230, 210, 40),
-        "orange": (240, 130, 20), "pink": (250, 150, 190), "white": (240, 240, 240), "black": (20, 20, 20),
-        "brown": (120, 70, 30), "purple": (120, 40, 150),
-    }  # fmt: skip
-    folder = tmp_path / "my_clouds"
-    folder.mkdir()
-    for seed, (name, mesh) in enumerate(shapes.items()):
-        points, _ = trimesh.sample.sample_surface(mesh, 3000, seed=seed)
-        colours = np.tile(np.array(palette[name.partition("_")[0]]) / 255, (3000, 1))
-        np.save(folder / f"{name}.npy", np.hstack([points, colours]).astype(np.float32))
-    monkeypatch.chdir(tmp_path)
-    for line in readme_lines()[:2]:
-        assert door.main(line) == 0
-    capsys.readouterr()
-    right = 0
-    for name in shapes:
-        chat = ["chat", f"my_clouds/{name}.npy", "--model", "runs/finetune/model", "--question", "What is this?"]
-        assert door.main(chat) == 0
-        right += name.replace("_", " ") in capsys.readouterr().out.lower()
-    assert right >= 9, f"{right} of 10"

@@ -1,4 +1,4 @@
-"""README and docs name what exists: links, paths, modules, options, make targets; their Python runs."""
+"""README and docs name what exists: links, paths, modules, options, messages, make targets."""
 
 import ast
 import contextlib
@@ -10,8 +10,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import tiny_model
 
 from pointalign.__main__ import COMMANDS
 
@@ -126,32 +124,45 @@ def test_imports_of_examples_exist(document):
                 assert hasattr(importlib.import_module(module), name), f"{document}: {module} has no {name}"
 
 
-def test_the_loss_attaches_to_a_model_as_the_readme_says():
-    from made_multimodal import make
-
-    (example,) = [block for block in blocks("README.md", "python") if "pointalign.attach(" in block]
-    model, batch, _ = make("LLaVA")
-    variables = {"model": model, "batch": batch, "torch": torch}
-    exec(example, variables)
-    losses = variables["handle"].losses
-    assert variables["loss"] == losses["token_loss"] + 0.1 * losses["alignment_loss"]
-    assert all(parameter.grad.abs().sum() > 0 for parameter in variables["handle"].parameters())
-
-
-def test_the_python_example_of_the_readme_answers(processor, monkeypatch):
-    """The example as written, but with a small model in the place of the shipped one."""
-    import pointalign
-
-    (example,) = [block for block in blocks("README.md", "python") if "pointalign.load(" in block]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(pointalign, "load", lambda: (tiny_model().eval(), processor, "hash"), raising=False)
-    variables: dict = {}
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(example, variables)
-    assert len(ast.literal_eval(printed.getvalue())) == 1
-    assert variables["inputs"]["point_mask"].sum() == processor.num_query_tokens
-
-
 def test_the_readme_is_short():
     assert len(read("README.md").splitlines()) <= 200
+
+
+def test_the_options_page_is_that_of_the_dataclasses():
+    specification = importlib.util.spec_from_file_location("generate_options", ROOT / "docs" / "generate_options.py")
+    assert specification is not None and specification.loader is not None
+    generator = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(generator)
+    assert read("docs/options.md") == generator.page(), "run `python docs/generate_options.py`"
+
+
+def texts_of_the_sources() -> str:
+    """Every string in the sources without backticks, with `...` in the place of what is filled in."""
+    texts = []
+    for path in [ROOT / "setup.py", *(ROOT / "pointalign").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(v.value if isinstance(v, ast.Constant) else "..." for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts).replace("`", "")
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_sources():
+    sources = texts_of_the_sources()
+    rows = re.findall(r"^\| (.*?) \|", read("docs/troubleshooting.md"), re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r"`([^`]*[a-z] [^`]*)`", row)]
+    assert len(messages) > 30
+    foreign = {"contains custom code"}  # a message of transformers
+    missing = {
+        message
+        for message in set(messages) - foreign
+        if not all(part.strip() in sources for part in message.split("..."))
+    }
+    assert not missing
+
+
+def test_the_pages_are_in_the_navigation_once():
+    """Without mkdocs: `make docs` checks links and builds the site."""
+    named = re.findall(r"([\w]+\.md)$", read("mkdocs.yml"), re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))

@@ -21,20 +21,43 @@ def main(arguments: list[str] | None = None) -> int:
         description="Convert published weights into a folder for from_pretrained. Without --llm the parts are only\n"
         "translated, into parts.safetensors, which a later --checkpoint takes.",
     )
-    parser.add_argument("--llm", help="folder of Phi-2, in either format, or of any causal language model")
-    parser.add_argument("--qformer", help="BLIP-2 file, for the Q-Former")
-    parser.add_argument("--point_encoder", help="PointBERT file, of MiniGPT-3D or PointLLM")
-    parser.add_argument("--checkpoint", action="append", default=[], help="stage file; of several, the last one counts")
-    parser.add_argument("--output", help="folder to write")
-    parser.add_argument("--merge_adapters", action="store_true", help="fold LoRA into the weights, for inference")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="of the language model (as stored)")
-    parser.add_argument("--lora_alpha", type=int, help="of the language model's adapters (default: as published)")
-    parser.add_argument("--head_size", type=int, default=64, help="of Q-Former and point encoder (default: 64)")
-    parser.add_argument("--num_groups", type=int, default=512, help="groups of the point encoder (default: 512)")
-    parser.add_argument("--group_size", type=int, default=32, help="points per group (default: 32)")
-    parser.add_argument("--query_routing", default="sparse", help="sparse, soft or constant, with query experts")
-    parser.add_argument("--query_top_k", type=int, default=2, help="experts in use under sparse routing (default: 2)")
-    parser.add_argument("--check", metavar="DIR", help="run the self-test of a converted folder again and compare")
+    sources = parser.add_argument_group("What is converted")
+    sources.add_argument(
+        "--llm", metavar="DIR", help="folder of Phi-2, in either format, or of any causal language model"
+    )
+    sources.add_argument("--qformer", metavar="FILE", help="BLIP-2 file, for the Q-Former")
+    sources.add_argument("--point_encoder", metavar="FILE", help="PointBERT file, of MiniGPT-3D or PointLLM")
+    sources.add_argument(
+        "--checkpoint", action="append", default=[], metavar="FILE",
+        help="stage file of MiniGPT-3D or PointAlign; may be repeated: where two hold a tensor, the last one counts",
+    )  # fmt: skip
+    written = parser.add_argument_group("What is written")
+    written.add_argument("--output", metavar="DIR", help="folder to write")
+    written.add_argument("--merge_adapters", action="store_true", help="fold LoRA into the weights, for inference")
+    written.add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32"], help="of the language model (default: as stored)"
+    )
+    unstored = parser.add_argument_group("Values that no tensor holds")
+    unstored.add_argument(
+        "--lora_alpha", type=int, metavar="N", help="of the language model's adapters (default: as published)"
+    )
+    unstored.add_argument(
+        "--head_size", type=int, default=64, metavar="N", help="width of an attention head of the Q-Former and the "
+        "point encoder (default: 64)",
+    )  # fmt: skip
+    unstored.add_argument(
+        "--num_groups", type=int, default=512, metavar="N", help="groups of the point encoder (default: 512)"
+    )
+    unstored.add_argument("--group_size", type=int, default=32, metavar="N", help="points per group (default: 32)")
+    unstored.add_argument(
+        "--query_routing", default="sparse", metavar="KIND",
+        help="sparse, soft or constant, with query experts (default: sparse)",
+    )  # fmt: skip
+    unstored.add_argument(
+        "--query_top_k", type=int, default=2, metavar="N", help="experts in use under sparse routing (default: 2)"
+    )
+    again = parser.add_argument_group("Instead of a conversion")
+    again.add_argument("--check", metavar="DIR", help="run the self-test of a converted folder again and compare")
     options = parser.parse_args(arguments)
     if (options.output is None) == (options.check is None):
         parser.error("give either --output DIR or --check DIR")
