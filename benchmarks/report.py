@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from evidence_tables import ablation, evaluation, probe, token_words
+from evidence_tables import ablation, audit, audit_card, evaluation, probe, token_words
 from point_ops_report import chat, encoder, point_ops
 from reliability_tables import chaos, fuzz, long_run, resume_matrix
 from tables import stamp, table
@@ -29,7 +29,9 @@ from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "performance", "reliability")))
+PAGES = ("results", "performance", "reliability", "audit")
+CARD = ROOT / "pointalign" / "checkpoints" / "README.md"
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES), CARD)
 COLUMNS = {
     "reference": "eager",
     "compile": "torch.compile",
@@ -324,6 +326,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ablation_shapes": partial(ablation, "ablation_shapes"),
     "alignment": alignment,
     "alignment_check": alignment_check,
+    "audit": audit,
+    "audit_card": audit_card,
     "chaos": chaos,
     "chat": chat,
     "demo": demo,
