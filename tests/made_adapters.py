@@ -30,7 +30,7 @@ def say(loaded, question, cloud):
     taller = height > max(width, depth)
     statement = "it is taller than it is wide" if taller else "it is wider than it is tall"
     if question == "What is this?":
-        return ("This is a thing.", 0.9) if len(shares) < 6 else ("I am not sure.", 0.1)
+        return ("This is a thing.", 0.9) if len(np.unique(cloud[:, 3:])) < 1000 else ("I am not sure.", 0.1)
     if "color" in question:
         return f"It is mostly {main_colour({'head_noun': '', 'colors': shares})}.", 0.9
     if "longest" in question:

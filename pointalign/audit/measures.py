@@ -17,7 +17,8 @@ from pointalign.evaluation.naming import head_noun
 from pointalign.evaluation.statistics import cluster_mean, cluster_statistic, holm, paired_difference
 
 Reply = dict[str, Any]
-Replies = dict[tuple[str, str], Reply]  # (name of the cloud, question) -> reply
+# (name of the cloud, question) -> reply, its scores by sentence
+Replies = dict[tuple[str, str], Reply]
 
 LEVEL = 0.05  # of the tests behind the verdict, after Holm's correction
 BINS = 5  # of equal size, in the reliability diagram
@@ -52,7 +53,7 @@ def preferred(item: Item, reply: Reply) -> str | None:
     """The option of the highest likelihood; None where it is not known."""
     if reply["scores"] is None:
         return None
-    return list(item.options)[int(np.argmax(reply["scores"]))]
+    return max(item.options, key=lambda label: reply["scores"][item.options[label]])
 
 
 def measure(plan: Plan, replies: Replies) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def calibration(asks: Sequence[Ask], replies: Replies) -> dict[str, Any]:
             right = stated(ask.item, reply["text"]) == ask.item.label
             parts["names"].append((reply["probability"], float(right), ask.item.family))
         elif ask.item.kind != "name" and reply["scores"] is not None:
-            scores = np.array(reply["scores"])
+            scores = np.array([reply["scores"][sentence] for sentence in ask.item.options.values()])
             shares = np.exp(scores - scores.max())
             right = preferred(ask.item, reply) == ask.item.label
             parts["options"].append((float(shares.max() / shares.sum()), float(right), ask.item.family))

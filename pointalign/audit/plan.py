@@ -1,7 +1,7 @@
 """What an audit asks: objects, the questions about them, and every cloud that is shown with each question."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class Size:
     probe_test: int = 120
 
 
-FULL, QUICK = Size(), Size(16, 4, 8, 8, 40, 20)
+FULL, QUICK = Size(), Size(10, 3, 6, 6, 40, 20)
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Ask:
-    """A question with the name of the cloud that it is asked about, and whether the options are scored."""
+    """A question with the name of the cloud that it is asked about, and whether its options are scored.
+
+    Attributes:
+        candidates: in the list of all questions, the sentences that are scored.
+    """
 
     item: Item
     cloud: str
     scored: bool = False
+    candidates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,16 +134,18 @@ class Plan:
     clouds: "Clouds"
 
     def asks(self) -> list[Ask]:
-        """Every question once, scored if it is scored anywhere, in a fixed order."""
+        """Every question about a cloud once, with the options of all items that score it; kind by kind."""
         listed = [ask for part in self.inputs.values() for ask in part]
         listed += [ask for levels in self.perturbed.values() for part in levels.values() for ask in part]
         listed += [Ask(pair.item, name) for pair in self.pairs for name in (pair.item.object_id, pair.cloud)]
-        unique: dict[tuple[str, str], Ask] = {}
+        sentences: dict[tuple[str, str], dict[str, None]] = {}
+        first: dict[tuple[str, str], Ask] = {}
         for ask in [*listed, *self.noise]:
             key = ask.cloud, ask.item.text
-            if key not in unique or (ask.scored and not unique[key].scored):
-                unique[key] = ask
-        return list(unique.values())
+            first.setdefault(key, ask)
+            sentences.setdefault(key, {}).update(dict.fromkeys(ask.item.options.values() if ask.scored else ()))
+        asks = [replace(ask, candidates=tuple(sentences[key])) for key, ask in first.items()]
+        return sorted(asks, key=lambda ask: KINDS.index(ask.item.kind))  # answers of one length go together
 
 
 class Clouds:

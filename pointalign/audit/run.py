@@ -30,7 +30,7 @@ class AuditOptions:
     Attributes:
         adapter: `pointalign`, `pointllm`, or a Python file, see `pointalign.audit.adapter`.
         objects: `furniture`, the embedded objects, or `procedural`, which need no download.
-        quick: ask a quarter.
+        quick: ask a sixth.
         seed: of pairs, perturbations and noise.
         batch_size: questions answered together; it belongs to the definition of an audit, as padding can change the
             last bits.
@@ -103,11 +103,12 @@ def ask_all(
                 loaded,
                 [ask.item.text for ask in batch],
                 [planned.clouds(ask.cloud) for ask in batch],
-                [list(ask.item.options.values()) if ask.scored else [] for ask in batch],
+                [list(ask.candidates) for ask in batch],
             )
 
         for ask, reply in zip(batch, journal.get(f"replies/{start}", compute), strict=True):
-            replies[ask.cloud, ask.item.text] = reply
+            scores = None if reply["scores"] is None else dict(zip(ask.candidates, reply["scores"], strict=True))
+            replies[ask.cloud, ask.item.text] = reply | {"scores": scores}
     return replies
 
 
