@@ -40,7 +40,7 @@ def test_who_reads_the_cloud_is_grounded_and_flips_exactly_on_counterfactuals(or
             flipped = (edit, kind) in flips
             assert cell["same answer"]["mean"] == (0 if flipped else 1), (edit, kind)
             assert cell["right before and after"]["mean"] == (0 if kind == "name" else 1), (edit, kind)
-            assert cell["same answer"]["count"] >= 4
+            assert cell["same answer"]["count"] >= 3
     kinds = result["inputs"]["kinds"]
     for kind in ("colour", "taller or wider", "longest side", "taller, yes or no"):
         assert kinds[kind]["said"]["true"]["mean"] == 1 and kinds[kind]["likelihood"]["true"]["mean"] == 1

@@ -50,15 +50,15 @@ class Size:
         probe_train, probe_test: objects that probes are fitted on and scored on.
     """
 
-    objects: int = 60
-    perturbed: int = 20
-    pairs: int = 40
-    noise: int = 32
-    probe_train: int = 240
-    probe_test: int = 120
+    objects: int = 40
+    perturbed: int = 12
+    pairs: int = 24
+    noise: int = 24
+    probe_train: int = 160
+    probe_test: int = 80
 
 
-FULL, QUICK = Size(), Size(10, 3, 6, 6, 40, 20)
+FULL, QUICK = Size(), Size(10, 2, 6, 6, 40, 20)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class AuditOptions:
     Attributes:
         adapter: `pointalign`, `pointllm`, or a Python file, see `pointalign.audit.adapter`.
         objects: `furniture`, the embedded objects, or `procedural`, which need no download.
-        quick: ask a sixth.
+        quick: ask a quarter.
         seed: of pairs, perturbations and noise.
         batch_size: questions answered together; it belongs to the definition of an audit, as padding can change the
             last bits.
