@@ -43,7 +43,7 @@ def say(loaded, question, cloud):
 def states(loaded, clouds):
     boxes = np.array([np.log(np.ptp(cloud[:, :3], axis=0)) for cloud in clouds])
     colours = np.array([cloud[:, 3:].mean(axis=0) for cloud in clouds])
-    noise = np.random.default_rng(len(clouds)).normal(size=boxes.shape)
+    noise = np.array([np.random.default_rng(list(cloud.tobytes()[:64])).normal(size=3) for cloud in clouds])
     return {"0": np.hstack([boxes, colours]), "1": np.hstack([boxes, noise]), "2": noise}
 """
 IGNORANT = """

@@ -17,17 +17,18 @@ def percent(estimate: Estimate | None) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def bar(label: str, estimate: Estimate, tone: str = "own", mark: float | None = None) -> str:
+def bar(label: str, estimate: Estimate, tone: str = "own", mark: float | None = None, layout: str = "row") -> str:
     """A row: label, a bar from 0 to 100 with its interval, the figures.
 
     Args:
         tone: class of the bar's colour.
         mark: where a tick stands, such as what guessing scores.
+        layout: `row`, or `stack`: a long label above the bar.
     """
     low, high, mean = (100 * min(max(estimate[key], 0), 1) for key in ("low", "high", "mean"))
     tick = "" if mark is None else f"<u style='left:{100 * mark:.1f}%'></u>"
     return (
-        f"<div class=row><span>{html.escape(label)}</span><div class=track>"
+        f"<div class={layout}><span>{html.escape(label)}</span><div class=track>"
         f"<b class={tone} style='width:{mean:.1f}%'></b>"
         f"<i style='left:{low:.1f}%;width:{max(high - low, 0.6):.1f}%'></i>{tick}</div>"
         f"<span class=figure>{percent(estimate)}</span></div>"
@@ -100,8 +101,8 @@ def _y(value: float, span: tuple[float, float]) -> float:
 
 def _axis(span: tuple[float, float]) -> list[str]:
     parts = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        value = span[0] + share * (span[1] - span[0])
+    for quarter in range(round(4 * span[0]), round(4 * span[1]) + 1):
+        value = quarter / 4
         y = _y(value, span)
         parts.append(f"<path class=grid d='M{LEFT} {y:.1f}H{WIDTH - RIGHT}'/>")
         parts.append(f"<text x={LEFT - 6} y={y + 4:.1f} text-anchor=end>{round(100 * value)}</text>")

@@ -78,7 +78,7 @@ class PointLLM:
             text = text.split(end)[0] if end else text
         return {
             "text": text.strip(),
-            "probability": float(torch.stack(chosen).sum().exp()) if chosen else 0.0,
+            "probability": float(torch.stack(chosen).double().sum().exp()) if chosen else 0.0,
             "scores": scores or None,
         }
 

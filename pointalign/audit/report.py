@@ -18,6 +18,7 @@ MEANING = {
     "not grounded": "Nothing here shows that its answers depend on the cloud: what it gets right can be guessed from "
     "the question.",
 }
+MUST = {"flip": "right before and after", "stay": "same answer"}  # what shows it
 STYLE = """
 :root { --page: #fff; --ink: #1c2430; --soft: #5b6675; --line: #dde2e8; --panel: #f5f7f9;
   --own: #2368b0; --other: #a9b4c0; --a: #2368b0; --b: #b8560f; --c: #3d7d4a; --good: #1d7448; --bad: #ad332c;
@@ -38,6 +39,8 @@ h3 { font-size: 15px; margin: 0 0 6px; } p { margin: 4px 0 12px; max-width: 74ch
 .card { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; overflow: hidden; min-width: 0; }
 .row { display: grid; grid-template-columns: 82px minmax(60px, 1fr) 92px; gap: 8px; align-items: center;
   font-size: 14px; }
+.stack { display: grid; grid-template-columns: 1fr auto; gap: 2px 8px; font-size: 14px; margin-bottom: 8px; }
+.stack .track { grid-column: 1 / 3; grid-row: 2; }
 .figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: 13px; }
 .track { position: relative; height: 14px; background: var(--panel); border-radius: 3px; overflow: hidden; }
 .track b { position: absolute; inset: 0 auto 0 0; border-radius: 3px; } b.own { background: var(--own); }
@@ -46,7 +49,8 @@ b.other { background: var(--other); }
 .track u { position: absolute; top: 0; width: 2px; height: 14px; background: var(--b); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td + td, th + th { text-align: right; } figure { margin: 0; border: 1px solid var(--line); border-radius: 8px;
+td + td, th + th { text-align: right; }
+td.word, th.word { text-align: left; } figure { margin: 0; border: 1px solid var(--line); border-radius: 8px;
   padding: 10px 12px; min-width: 0; }
 figcaption { font-weight: 600; font-size: 14px; } 
 svg { width: 100%; max-width: 460px; display: block; margin: 4px auto 0; }
@@ -133,8 +137,16 @@ def _controls(kinds: dict[str, Any]) -> str:
 
 
 def _counterfactuals(cells: dict[str, Any]) -> str:
+    cards = []
+    for edit, kinds in cells.items():
+        rows = "".join(
+            bar(f"{kind} {'flips' if cell['must'] == 'flip' else 'stays'}", cell[MUST[cell["must"]]], layout="stack")
+            for kind, cell in kinds.items()
+        )
+        count = max(cell["same answer"]["count"] for cell in kinds.values())
+        cards.append(f"<div class=card><h3>{html.escape(edit)}, {count} objects</h3>{rows}</div>")
     rows = "".join(
-        f"<tr><td>{html.escape(edit)}: {html.escape(kind)}<td>{cell['must']}"
+        f"<tr><td>{html.escape(edit)}: {html.escape(kind)}<td class=word>{cell['must']}"
         f"<td>{percent(cell['right before and after'])}<td>{percent(cell['same answer'])}"
         f"<td>{cell['same answer']['count']}"
         for edit, kinds in cells.items()
@@ -143,8 +155,10 @@ def _counterfactuals(cells: dict[str, Any]) -> str:
     return (
         "<h2>Does an answer flip, and only then?</h2><p class=soft>One factor of a cloud is edited: it is stretched so "
         "that what was taller than wide becomes wider than tall (or back), or takes another colour. The answer about "
-        "that factor must flip, the others must stay. In %.</p><div class=scroll><table><tr><th>edit: question"
-        f"<th>the answer must<th>right before and after<th>same answer<th>pairs{rows}</table></div>"
+        "that factor must flip: right before and right after. The others must stay: the same before and after. In %."
+        f"</p><div class=grid>{''.join(cards)}</div><details><summary>Both measures of every question</summary>"
+        "<div class=scroll><table><tr><th>edit: question<th class=word>must<th>right before and after<th>same answer"
+        f"<th>pairs{rows}</table></div></details>"
     )
 
 
