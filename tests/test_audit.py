@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import lively, tiny_model
 
-from pointalign.audit import adapter, measures, plan
+from pointalign.audit import adapter, measures, plan, summary
 from pointalign.audit.__main__ import main
 from pointalign.evaluation import answering
 
@@ -95,6 +95,16 @@ def test_a_stopped_audit_goes_on_and_gives_the_same(oracle, tmp_path, monkeypatc
     assert result == expected
     assert main([*arguments, "--seed", "1"]) == 1
     assert "belongs to another run (asked differ)" in capsys.readouterr().err
+
+
+def test_the_card_says_what_is_good_and_what_is_bad(oracle):
+    _, result = oracle
+    good, bad = summary.good_and_bad(result).split("Bad:")
+    assert good.startswith("**grounded**") and "- colour flips when the cloud is recoloured: 100 [100, 100]" in good
+    assert "- name: 0 [0, 0] right with its cloud, 0 [0, 0] with another's" in bad
+    assert "- hedges or refuses on noise: 100 [100, 100], on objects: 0 [0, 0]" in good
+    assert "- confidence less accuracy, names: 90 [90, 90]" in bad
+    assert "| stretched: taller or wider | flip | 100 [100, 100] | 0 [0, 0] |" in summary.summary(result)
 
 
 class Tags(HTMLParser):
