@@ -3,6 +3,7 @@
 pointalign evaluate                    writes evaluation.json, to be copied to results/
 python -m experiments.ablation objects           writes results/ablation_objects/, and so on
 pointalign probe --output benchmarks/results/probe
+pointalign audit furniture             writes audit.json, to be copied to results/
 python -m experiments.token_words --output benchmarks/results/token_words.json
 """
 
@@ -14,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
 from experiments import token_words as words
 from experiments.ablation import comparison, conclusion
 from experiments.ablation.train_arm import Arm
+from pointalign.audit import summary as auditing
 from pointalign.evaluation import probe as probing
 from pointalign.evaluation import results, statistics
 
@@ -51,6 +53,30 @@ def token_words() -> str:
     content = json.loads((RESULTS / "token_words.json").read_text())
     note = f"{content['checkpoint']} on the {content['split']} objects; {_stamp(content['provenance'])}."
     return f"{note} Intervals are clustered by family.\n\n{words.table(content)}\n"
+
+
+def audit() -> str:
+    """The certificate of the shipped model."""
+    content = json.loads((RESULTS / "audit.json").read_text())
+    return f"{auditing.summary(content)}\n\n{_origin_of_audit(content)}\n"
+
+
+def audit_card(weights: str) -> str | None:
+    """The same in short, for the card of the shipped model: what it looks for, and what speaks against it; None where
+    no audit of these weights is on record.
+    """
+    path = RESULTS / "audit.json"
+    if not path.exists() or (content := json.loads(path.read_text()))["weights"] != weights:
+        return None
+    return f"{auditing.good_and_bad(content)}\n\n{_origin_of_audit(content)}"
+
+
+def _origin_of_audit(content: dict) -> str:
+    seconds = content["seconds"]
+    return (
+        f"{content['questions']} questions in {seconds['wall']:.0f} s, {seconds['cpu']:.0f} s of CPU time; weights "
+        f"{content['weights']}; {_stamp(content['provenance'])}. In %, with 95 % intervals over families."
+    )
 
 
 def _is_shown(kind: str, metric: str) -> bool:

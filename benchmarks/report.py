@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from evidence_tables import ablation, evaluation, probe, token_words
+from evidence_tables import ablation, audit, audit_card, evaluation, probe, token_words
 from point_ops_report import chat, encoder, point_ops
 from reliability_tables import chaos, fuzz, long_run, resume_matrix
 from tables import stamp, table
@@ -33,7 +33,8 @@ from matplotlib import pyplot
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "pointalign" / "checkpoints"
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "performance", "reliability")))
+PAGES = ("results", "performance", "reliability", "audit")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES))
 SHIPPED = ("furniture", "furniture-stage1")
 COLUMNS = {
     "reference": "eager",
@@ -329,6 +330,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ablation_shapes": partial(ablation, "ablation_shapes"),
     "alignment": alignment,
     "alignment_check": alignment_check,
+    "audit": audit,
     "chaos": chaos,
     "chat": chat,
     "demo": demo,
@@ -350,11 +352,12 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def shipped_card() -> str:
-    """The model card of the shipped checkpoints, with the evaluation if it is of these weights."""
+    """The model card of the shipped checkpoints, with the evaluation and the audit if they are of these weights."""
     described, stage1 = (json.loads((CHECKPOINTS / f"{name}.json").read_text()) for name in SHIPPED)
     evaluated = json.loads((RESULTS / "evaluation.json").read_text())
     weights = file_hash(CHECKPOINTS / "furniture.safetensors")[:16]
-    return model_card.shipped_card(described, stage1, evaluated if evaluated["weights"] == weights else None)
+    audited = audit_card(weights)
+    return model_card.shipped_card(described, stage1, evaluated if evaluated["weights"] == weights else None, audited)
 
 
 def render() -> dict[Path, str]:

@@ -14,7 +14,9 @@ COMMANDS = {  # name -> module and what it does, in the order of a first day
     "evaluate": ("pointalign.evaluate", "ask held-out questions, with metrics and intervals"),
     "compare": ("pointalign.compare", "paired differences of two evaluations"),
     "probe": ("pointalign.probe", "what can be read about a cloud from each layer of the language model"),
+    "audit": ("pointalign.audit.__main__", "does a model look at the cloud, or guess from the question?"),
     "features": ("pointalign.features", "compute the frozen point features of a data set once"),
+    "export": ("pointalign.export", "write the merged language model and the point branch apart, to serve them"),
     "convert": ("pointalign.convert.__main__", "turn published weights into a folder for from_pretrained"),
 }
 

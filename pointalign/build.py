@@ -17,6 +17,7 @@ from pointalign.models import (
     PointAlignForConditionalGeneration,
     PointAlignProcessor,
     adapters,
+    split_folder,
 )
 from pointalign.models.configuration import PointBertConfig
 from pointalign.models.modeling import LOADING_PROBLEMS
@@ -165,6 +166,17 @@ def load_converted(folder: Path, options: ModelOptions) -> PointAlignForConditio
     if stored_adapters:
         model.config.adapters = stored_adapters
         adapters.load(model, folder)
+    return model
+
+
+def load_split(folder: Path, quantization_name: str | None) -> PointAlignForConditionalGeneration:
+    """The model of a folder that `pointalign export` wrote, its language model in 4 bits or as stored."""
+    if quantization_name is None:
+        return split_folder.load(folder, dtype="auto")
+    dtype = resolve_dtype("auto")
+    four_bits = quantization.quantization_config(quantization_name, dtype)
+    model = split_folder.load(folder, dtype=dtype, quantization_config=four_bits)
+    quantization.keep_layout(model)
     return model
 
 
@@ -335,7 +347,7 @@ def load(
     """Model in evaluation mode, processor, and a hash of the files that the weights were read from.
 
     Args:
-        name: a folder for `from_pretrained`, a run's folder of `pointalign.train`, a stage file, or the name of a
+        name: a folder for `from_pretrained` or of `pointalign export`, a run's folder, a stage file, or the name of a
             shipped checkpoint; by default that of `default_model`. A stage file is put on the language model it was
             trained with.
         up_axis: vertical axis of the clouds, in place of the processor's.
@@ -350,12 +362,14 @@ def load(
     source = find_model(name or default_model())
     rounded = quantization is not None
     if source.is_dir():
-        if quantization is None:
+        if split := split_folder.is_split(source):
+            model = load_split(source, quantization)
+        elif quantization is None:
             model = PointAlignForConditionalGeneration.from_pretrained(source, dtype="auto")
         else:
             model = load_converted(source, ModelOptions(quantization=quantization))
         processor = PointAlignProcessor.from_pretrained(source, trust_remote_code=False)
-        files = sorted(source.glob("*.safetensors"))
+        files = sorted(source.glob("**/*.safetensors" if split else "*.safetensors"))
     else:
         options, data = stage_file.trained_options(source)
         rounded &= options.quantization != quantization

@@ -54,13 +54,16 @@ def _adapter_opening() -> str:
     )
 
 
-def shipped_card(described: dict[str, Any], stage1: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+def shipped_card(
+    described: dict[str, Any], stage1: dict[str, Any], evaluation: dict[str, Any] | None, audit: str | None = None
+) -> str:
     """The card beside the shipped checkpoints, which `benchmarks/report.py` writes.
 
     Args:
         described: `furniture.json`, the description of the model that answers.
         stage1: `furniture-stage1.json`, of its point branch.
         evaluation: `evaluation.json` of these weights, if they were evaluated.
+        audit: what an audit of these weights says in short, if there was one.
     """
     opening = (
         "# The shipped checkpoints\n\n`furniture` answers questions about coloured point clouds and meshes of "
@@ -72,7 +75,8 @@ def shipped_card(described: dict[str, Any], stage1: dict[str, Any], evaluation: 
         f"`{stage1['command']}`; then `furniture`:"
     )
     results = _evaluated(evaluation) if evaluation else "These weights have not been evaluated."
-    return f"{_card(described, True, results, opening)}\n## Attribution\n\n{_attribution()}\n"
+    audited = f"\n## Audit\n\n{audit}\n" if audit else ""
+    return f"{_card(described, True, results, opening)}{audited}\n## Attribution\n\n{_attribution()}\n"
 
 
 def _attribution() -> str:

@@ -173,7 +173,10 @@ def test_the_console_script_leads_to_the_door():
     for name, (module, _) in door.COMMANDS.items():
         assert callable(import_module(module).main), name
         runs_as = f"pointalign.{name}"
-        assert import_module(f"{runs_as}.__main__" if name == "convert" else runs_as).main is import_module(module).main
+        assert (
+            import_module(f"{runs_as}.__main__" if name in ("audit", "convert") else runs_as).main
+            is import_module(module).main
+        )
 
 
 def test_letters_that_the_locale_lacks_are_printed_as_escapes(monkeypatch):

@@ -110,3 +110,18 @@ def test_runs_that_agree_leave_the_interval_of_one_and_one_run_shows_nothing():
     assert (estimate.low, estimate.high) == pytest.approx((alone.low, alone.high), abs=0.03) and p == 1.0
     assert crossed_difference(np.zeros((3, 4)), names(4))[1] == 1.0
     assert crossed_difference(np.ones((3, 4)), names(4))[:2] == (Estimate(1.0, 1.0, 1.0, 4), 0.0)
+
+
+def test_a_statistic_that_is_no_mean_gets_an_interval_over_clusters():
+    """Of the mean it is `cluster_mean`'s; near-duplicates widen it."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=120)
+    alone = [str(i) for i in range(120)]
+    of_mean = statistics.cluster_statistic(lambda rows: float(rows.mean()), values[:, None], alone)
+    known = statistics.cluster_mean(values, alone)
+    assert of_mean.mean == pytest.approx(known.mean) and of_mean.count == 120
+    assert [of_mean.low, of_mean.high] == pytest.approx([known.low, known.high], abs=0.02)
+    copied, clusters = np.repeat(values[:30], 4)[:, None], np.repeat(alone[:30], 4).tolist()
+    spread = statistics.cluster_statistic(lambda rows: float(rows.std()), copied, clusters)
+    narrow = statistics.cluster_statistic(lambda rows: float(rows.std()), copied, alone)
+    assert spread.high - spread.low > 1.5 * (narrow.high - narrow.low) and spread.low < spread.mean < spread.high

@@ -79,12 +79,21 @@ def ridge_probe(
 ) -> float:
     """How well a linear map reads a property: accuracy on `test` for categories, else R^2.
 
-    Ridge regression (on one-hot targets for categories) of standardised features; its strength is chosen by
-    leave-one-out error on the training rows alone.
-
     Args:
         train, test: features `[N, F]` and `[M, F]`.
         train_values, test_values: the property of each row.
+    """
+    predicted = ridge_predictions(train, train_values, test, categorical)
+    if categorical:
+        return float(np.mean([name == truth for name, truth in zip(predicted, test_values, strict=True)]))
+    return explained_variance(np.array([predicted, test_values], dtype=float).T)
+
+
+def ridge_predictions(train: np.ndarray, train_values: Sequence, test: np.ndarray, categorical: bool) -> list:
+    """The property of every row of `test [M, F]`, read by a linear map that is fitted to `train [N, F]`.
+
+    Ridge regression (on one-hot targets for categories) of standardised features; its strength is chosen by
+    leave-one-out error on the training rows alone.
     """
     centre, scale = train.mean(axis=0), train.std(axis=0) + 1e-6
     x, z = (train - centre) / scale, (test - centre) / scale
@@ -104,11 +113,13 @@ def ridge_probe(
         errors.append(float((((y - mean - fitted) / (1 - np.minimum(leverage, 0.999))[:, None]) ** 2).mean()))
     strength = RIDGE[int(np.argmin(errors))]
     predicted = z @ (vt.T @ ((s / (s**2 + strength))[:, None] * uy)) + mean
-    if categorical:
-        named = [classes[best] for best in predicted.argmax(axis=1)]
-        return float(np.mean([name == truth for name, truth in zip(named, test_values, strict=True)]))
-    target = np.asarray(test_values, dtype=float)
-    return float(1 - ((target - predicted[:, 0]) ** 2).sum() / ((target - target.mean()) ** 2).sum())
+    return [classes[best] for best in predicted.argmax(axis=1)] if categorical else predicted[:, 0].tolist()
+
+
+def explained_variance(rows: np.ndarray) -> float:
+    """R^2 of predictions and true values, the columns of `rows [M, 2]`."""
+    predicted, target = rows.T
+    return float(1 - ((target - predicted) ** 2).sum() / ((target - target.mean()) ** 2).sum())
 
 
 def fit_projector(hidden: Tensor, target: Tensor, seed: int = 0) -> AlignmentProjector:

@@ -6,43 +6,20 @@ Q-Former; H width of the language model.
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pointalign.models import adapters, saved_folder
+from pointalign.models import adapters, saved_folder, serving
 from pointalign.models.configuration import PointAlignConfig
+from pointalign.models.outputs import PointAlignOutput, PointFeatures
 from pointalign.models.point_encoder import QueryExperts
 
 LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 POINT_INPUTS = ("point_values", "point_lengths", "point_mask", "query_features", "encoder_tokens")
-
-
-@dataclass
-class PointFeatures:
-    """The clouds' tokens after each stage of the point branch.
-
-    Attributes:
-        encoder: `[C, T', D]` tokens of the point encoder; None where Q-Former features were given in their place.
-        qformer: `[C, Q, Dq]` tokens of the Q-Former, the default target of the alignment loss.
-        projected: `[C, Q, H]` tokens in the language model's space.
-    """
-
-    encoder: Tensor | None
-    qformer: Tensor
-    projected: Tensor
-
-
-@dataclass
-class PointAlignOutput(CausalLMOutputWithPast):
-    """A causal language model's output and the point features that it read."""
-
-    point_features: PointFeatures | None = None
 
 
 class PointAlignPreTrainedModel(PreTrainedModel):
@@ -313,6 +290,16 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
     def get_qformer_features(self, point_values: Tensor, point_lengths: Tensor | None = None) -> Tensor:
         """Q-Former tokens `[C, Q, Dq]` of clouds `[C, N, 3 + F]`."""
         return self.model.query(self.model.get_encoder_tokens(point_values, point_lengths))
+
+    def prompt_embeddings(self, inputs: Any, processor: Any = None) -> list[Tensor]:
+        """What engines that take prompt embeddings read: `[T, H]` for each prompt, clouds included, without padding.
+
+        Args:
+            inputs: the processor's tensors; or chat messages, a conversation or several, and the processor.
+
+        Raises: ValueError: messages without a processor.
+        """
+        return serving.prompt_embeddings(self, inputs, processor)
 
     def forward(
         self,
