@@ -14,11 +14,18 @@ TOOLS := build/tools
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-long chaos resume-matrix fuzz long-run audit lock check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check compare \
+.PHONY: train demo screenshots test test-long chaos resume-matrix fuzz long-run audit lock check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check compare \
   held-out-naming report clean
 
 train: assets
 	$(BIN)/python -m pointalign.train $(ARGS)
+
+demo: assets
+	$(BIN)/python -m pointalign.demo $(ARGS)
+
+# Pictures of the page for the README, by Chromium.
+screenshots: assets
+	$(BIN)/python docs/images/page.py
 
 test: setup
 	$(BIN)/python -m pytest tests -rs -q -n 2 --dist loadfile $(ARGS)

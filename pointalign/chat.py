@@ -1,11 +1,17 @@
 """`pointalign chat FILE [FILE ...]`: talk about one or several clouds in the terminal."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pointalign import command_line
+
+if TYPE_CHECKING:
+    from pointalign.conversation import Conversation, Decoding
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,6 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--up_axis", help="vertical axis of the files: x y z -x -y -z (default: as the model was trained)"
     )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens (default: 64)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 gives the most probable words; above, words are drawn"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw: the same seed gives the same answer")
     parser.add_argument("--quantization", choices=["nf4"], help="keep the language model in 4 bits (less memory)")
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,7 +44,7 @@ def chat(options: argparse.Namespace) -> int:
 
     clouds = [load_point_cloud(path, up_axis=options.up_axis or "y") for path in options.files]
     from pointalign.build import load
-    from pointalign.certainty import generate_answers
+    from pointalign.conversation import Conversation, Decoding
 
     model, processor, _ = load(options.model, up_axis=options.up_axis, quantization=options.quantization)
     extractor = processor.feature_extractor
@@ -46,20 +56,12 @@ def chat(options: argparse.Namespace) -> int:
         except PointCloudError as error:
             raise PointCloudError(f"{path}: {error}") from error
         print(f"{Path(path).name}: {len(cloud)} points")
-    messages: list[dict] = []
-    opening: list[dict] = [{"type": "point", "point": cloud} for cloud in clouds]
-
-    def ask(question: str) -> str:
-        messages.append({"role": "user", "content": [*opening, {"type": "text", "text": question}]})
-        opening.clear()  # the clouds come before the first question only
-        batch = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True).to(model.device)
-        (answer,) = generate_answers(model, processor, batch, max_new_tokens=options.max_new_tokens, do_sample=False)
-        messages.append({"role": "assistant", "content": answer.text})
-        return answer.text
-
+    conversation = Conversation(model, processor, clouds)
+    decoding = Decoding(options.max_new_tokens, options.temperature, options.seed)
     if options.question:
         for question in options.question:
-            print(f"> {question}\n{ask(question)}")
+            print(f"> {question}")
+            print_answer(conversation, question, decoding)
         return 0
     print("Ask away; an empty line or Ctrl-D ends the conversation.")
     while True:
@@ -70,7 +72,21 @@ def chat(options: argparse.Namespace) -> int:
             return 0
         if not question:
             return 0
-        print(ask(question))
+        print_answer(conversation, question, decoding)
+
+
+def print_answer(conversation: Conversation, question: str, decoding: Decoding) -> None:
+    """Print the answer: to a terminal word by word, else at once."""
+    printed = ""
+
+    def grow(text: str) -> None:
+        nonlocal printed
+        print(text[len(printed) :], end="", flush=True)
+        printed = text
+
+    answer = conversation.ask(question, decoding, grow if sys.stdout.isatty() else None).text
+    # a tokenizer that tidies its text may yet change what is on the screen
+    print(answer[len(printed) :] if answer.startswith(printed) else f"\n{answer}")
 
 
 if __name__ == "__main__":
