@@ -14,8 +14,8 @@ PACKAGES = ("gradio", "plotly")
 def main(arguments: list[str] | None = None) -> int:
     parser = command_line.Parser(
         "demo",
-        description="Open a web page on this computer: drop a cloud or mesh, ask about it, compare two, see where the\n"
-        "model looks. Only this computer reaches the page; from another, forward the port: ssh -L 7860:localhost:7860 HOST.",
+        description="Serve a web page on this computer: drop a cloud or mesh, ask about it, compare two, see where\n"
+        "the model looks. No other computer reaches it but through a forwarded port: ssh -L 7860:localhost:7860 HOST.",
     )
     parser.add_argument(
         "model",

@@ -13,8 +13,8 @@ CHROMIUM = Path("/usr/bin/chromium")
 if not CHROMIUM.exists():
     pytest.skip(f"{CHROMIUM} is not there: apt-get install chromium", allow_module_level=True)
 
-from pointalign.page import serving
-from pointalign.page.intake import Item
+from pointalign.page import serving  # noqa: E402
+from pointalign.page.intake import Item  # noqa: E402
 
 expect = playwright.expect
 expect.set_options(timeout=60_000)  # milliseconds; other programs may use the same cores

@@ -10,9 +10,9 @@ from pointalign.page.intake import Item
 
 EXAMPLES = (
     "blend-swap-cc-0-armchair", "scopia-coconuttree", "kator-legaz-concept-sedan-01v1", "blend-swap-cc-0-desklamp",
-    "kator-legaz-mid-century-bench-sofa", "blend-swap-cc-0-horse2", "scopia-office-chair", "blend-swap-cc-by-lettocloud",
-    "blend-swap-cc-0-table-football", "kator-legaz-exterior-door-01", "blend-swap-cc-0-motorbike",
-    "blend-swap-cc-by-tulips",
+    "kator-legaz-mid-century-bench-sofa", "blend-swap-cc-0-horse2", "scopia-office-chair",
+    "blend-swap-cc-by-lettocloud", "blend-swap-cc-0-table-football", "kator-legaz-exterior-door-01",
+    "blend-swap-cc-0-motorbike", "blend-swap-cc-by-tulips",
 )  # fmt: skip
 THUMBNAIL = 144  # pixels
 

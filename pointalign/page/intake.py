@@ -31,8 +31,8 @@ class Item:
 def read_upload(path: str | Path, extractor: PointAlignFeatureExtractor, up_axis: str) -> Item:
     """An uploaded file as an object to ask about; the file is removed, whether it can be read or not.
 
-    Raises: PointCloudError: the file is too large or has too many points, or the model cannot read it. The message names
-        the file without its folder.
+    Raises: PointCloudError: the file is too large or has too many points, or the model cannot read it. The message
+        names the file without its folder.
     """
     path = Path(path)
     try:

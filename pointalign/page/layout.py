@@ -86,7 +86,8 @@ class Page:
                 label="A file of your own", show_label=False, height=96, type="filepath", elem_id="upload", scale=3,
             )  # fmt: skip
             self.up_axis = gr.Dropdown(
-                list(UP_AXES), value=self.processor.feature_extractor.up_axis, label="Its up axis", scale=1, min_width=100,
+                list(UP_AXES), value=self.processor.feature_extractor.up_axis, label="Its up axis", scale=1,
+                min_width=100,
             )  # fmt: skip
         self.remove = gr.Button("Remove the second object", size="sm", visible=False)
 
@@ -109,7 +110,8 @@ class Page:
         with gr.Accordion("Settings", open=False):
             extractor = self.processor.feature_extractor
             self.points = gr.Slider(
-                extractor.min_points, extractor.num_points, extractor.num_points, step=1, label="Points the model reads",
+                extractor.min_points, extractor.num_points, extractor.num_points, step=1,
+                label="Points the model reads",
             )  # fmt: skip
             self.temperature = gr.Slider(
                 0, 1.5, 0, step=0.1, label="Temperature", info="0: the most probable words; above, words are drawn"
@@ -192,15 +194,14 @@ class Page:
             )
         points = subsample(item.points, views.MAX_SHOWN)
         if view == GAZE:
-            gaze = insight.gaze(
-                self.model, self.processor, item.points, num_points, points, query - 1 if query else None
-            )
+            chosen = query - 1 if query else None
+            gaze = insight.gaze(self.model, self.processor, item.points, num_points, points, chosen)
             return views.attention_figure(points, gaze.values, camera), (
-                f"Cross-attention of the Q-Former over {gaze.patches} patches of the cloud, the mean over its heads and "
-                f"layers; every point has the colour of its nearest patch."
+                f"Cross-attention of the Q-Former over {gaze.patches} patches of the cloud, the mean over its heads "
+                f"and layers; every point has the colour of its nearest patch."
             )
-        notes = "; ".join([f"{len(item.points):,} points, of which the model reads {min(num_points, len(item.points)):,}",
-                           *item.notes])  # fmt: skip
+        count = len(item.points)
+        notes = "; ".join([f"{count:,} points, of which the model reads {min(num_points, count):,}", *item.notes])
         return views.cloud_figure(points, camera), f"<strong>{escape(item.name)}</strong>: {escape(short(notes))}"
 
     def _changed(self, talk: Talk, slot: int, *shown: Any) -> dict:
