@@ -139,12 +139,14 @@ def test_a_request_that_fails_leaves_the_talk_usable(visitor, monkeypatch):
 class Slow(Conversation):
     """Says a word after the other until it is stopped."""
 
+    pause = 0.02  # seconds
+
     def ask(self, question, decoding=None, on_text=None, stop=None):
         text = ""
         while not stop.is_set():
             text += "on "
             on_text(text)
-            time.sleep(0.01)
+            time.sleep(self.pause)
         self.turns.append((question, text))
         return type("Answer", (), {"text": text.strip()})()
 

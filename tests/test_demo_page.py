@@ -67,6 +67,7 @@ def is_local(url: str, address: str) -> bool:
 def page(opened):
     """With the first example, an empty conversation and the view of the object."""
     opened.set_viewport_size(SIZE)
+    choose(opened, "Object")
     second = opened.get_by_role("button", name="Remove the second object")
     if second.is_visible():
         second.click()
@@ -86,7 +87,7 @@ def answers(page):
 
 
 def choose(page, name: str) -> None:
-    page.get_by_role("radio", name=name).check()
+    page.get_by_role("radio", name=name, exact=True).check()
 
 
 def test_it_opens_on_this_computer_alone(address):
@@ -116,6 +117,7 @@ def test_an_answer_grows_and_is_stopped(page, monkeypatch):
 
     from pointalign.page import talk
 
+    monkeypatch.setattr(Slow, "pause", 0.5)
     monkeypatch.setattr(talk, "Conversation", Slow)
     page.get_by_role("button", name="Thumbnail 2 of 3").click()
     expect(page.locator("#caption")).to_contain_text("example 1")
@@ -148,7 +150,7 @@ def test_where_it_looked_and_what_each_layer_knows(page):
     choose(page, "Where it looked")
     expect(page.locator("#caption")).to_contain_text("over 8 patches")
     expect(page.locator("#view .cbtitle")).to_contain_text("× the average patch")
-    page.get_by_role("listbox", name="Attention of").click()
+    page.get_by_label("Attention of").click()
     page.get_by_role("option", name="query 3").click()
     expect(page.locator("#view canvas").first).to_be_visible()
     choose(page, "What each layer still knows")

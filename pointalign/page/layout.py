@@ -124,13 +124,14 @@ class Page:
         seen = [self.plot, self.caption, self.query, self.camera]
         changed = [self.slot, self.chat, self.notice, self.remove, *self.suggestions, *seen]
         talked = [self.chat, self.question, self.notice, self.send, self.stop]
-        blocks.load(self.open, [self.talk, *shown], changed, **MODEL_QUEUE)
-        self.gallery.select(self.pick, [self.talk, *shown], changed, **MODEL_QUEUE)
-        self.file.upload(self.take, [self.talk, self.file, self.up_axis, *shown], [*changed, self.file], **MODEL_QUEUE)
-        self.remove.click(self.remove_second, [self.talk, *shown], changed, **MODEL_QUEUE)
+        turning: dict = {"show_progress_on": self.plot, **MODEL_QUEUE}
+        blocks.load(self.open, [self.talk, *shown], changed, **turning)
+        self.gallery.select(self.pick, [self.talk, *shown], changed, **turning)
+        self.file.upload(self.take, [self.talk, self.file, self.up_axis, *shown], [*changed, self.file], **turning)
+        self.remove.click(self.remove_second, [self.talk, *shown], changed, **turning)
         for part in (self.slot, self.view, self.camera, self.query):
-            part.input(self.look, [self.talk, *shown], [*seen, self.notice], **MODEL_QUEUE)
-        self.points.release(self.look, [self.talk, *shown], [*seen, self.notice], **MODEL_QUEUE)
+            part.input(self.look, [self.talk, *shown], [*seen, self.notice], **turning)
+        self.points.release(self.look, [self.talk, *shown], [*seen, self.notice], **turning)
         drawing = [self.points, self.temperature, self.length, self.seed]
         asking = {"outputs": talked, "show_progress": "hidden", **MODEL_QUEUE}
         gr.on([self.send.click, self.question.submit], self.answer, [self.talk, self.question, *drawing], **asking)
@@ -248,8 +249,9 @@ def _slots(items: dict[int, Item]) -> list[tuple[str, int]]:
 
 
 def _messages(turns: list[tuple[str, str]]) -> list[dict]:
-    roles = ("user", "assistant")
-    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+    """gradio's chat messages; it shows their text as HTML, even without Markdown."""
+    pairs = [pair for turn in turns for pair in zip(("user", "assistant"), turn, strict=True)]
+    return [{"role": role, "content": escape(text, quote=False)} for role, text in pairs]
 
 
 def _alert(error: BaseException) -> str:

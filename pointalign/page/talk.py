@@ -12,7 +12,7 @@ from pointalign.data.point_cloud import subsample
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.page.intake import Item
 
-SLOTS = 2  # objects that are compared in one prompt
+PAUSE = 0.05  # seconds between two replies at least: a fast model writes faster than a browser draws
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Talk:
 def grow(
     conversation: Conversation, question: str, decoding: Decoding, stop: threading.Event | None = None
 ) -> Iterator[Reply]:
-    """Ask in a thread, and yield a reply for each new word and for the answer. An error of the answer is raised here.
+    """Ask in a thread, and yield replies as words come, and the answer. An error of the answer is raised here.
 
     A consumer that ends early ends the answer too.
     """
@@ -114,7 +114,9 @@ def grow(
             while (text := texts.get()) is not None:
                 seconds = time.perf_counter() - began
                 first = seconds if first is None else first
-                yield Reply(text, first, seconds)
+                if texts.empty():  # else a longer text, or the end, is there already
+                    yield Reply(text, first, seconds)
+                    time.sleep(PAUSE)
             answer = future.result()
         finally:
             stopped = stop.is_set()
