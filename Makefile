@@ -14,11 +14,18 @@ TOOLS := build/tools
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-long chaos resume-matrix fuzz long-run audit lock check docs dist setup assets benchmark \
-  gpu-rehearsal convert-benchmark alignment-check compare held-out-naming report clean
+.PHONY: train demo screenshots test test-long chaos resume-matrix fuzz long-run audit lock check docs dist setup assets \
+  benchmark gpu-rehearsal convert-benchmark alignment-check compare held-out-naming report clean
 
 train: assets
 	$(BIN)/python -m pointalign.train $(ARGS)
+
+demo: assets
+	$(BIN)/python -m pointalign.demo $(ARGS)
+
+# Pictures of the page for the README, by Chromium.
+screenshots: assets
+	$(BIN)/python docs/images/page.py
 
 test: setup
 	$(BIN)/python -m pytest tests -rs -q -n 2 --dist loadfile $(ARGS)
@@ -44,8 +51,8 @@ long-run: setup
 # Write the hashes of every package's files, as PyPI has them, to requirements-hashed.txt.
 lock: $(TOOLS)/bin/uv
 	{ sed -n '/^#/p;/^[^#]/q' requirements-hashed.txt; \
-	  $(TOOLS)/bin/uv pip compile pyproject.toml --extra dev --extra eval --extra docs --extra cuda -c constraints.txt --universal \
-	    --python-version 3.11 --generate-hashes --no-header --no-annotate -q; } > requirements-hashed.new
+	  $(TOOLS)/bin/uv pip compile pyproject.toml --extra dev --extra eval --extra docs --extra cuda -c constraints.txt \
+	    --universal --python-version 3.11 --generate-hashes --no-header --no-annotate -q; } > requirements-hashed.new
 	mv requirements-hashed.new requirements-hashed.txt
 
 # Asks the database of known weaknesses about every package there; without an answer this fails, and proves nothing.

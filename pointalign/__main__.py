@@ -8,6 +8,7 @@ from pointalign.command_line import entry, suggestion
 COMMANDS = {  # name -> module and what it does, in the order of a first day
     "assets": ("pointalign.assets", "fetch the small language model and the embedded objects, once"),
     "chat": ("pointalign.chat", "ask about a point cloud or mesh in the terminal"),
+    "demo": ("pointalign.demo", "the same on a web page of this computer, with a view of where the model looks"),
     "annotate": ("pointalign.annotate", "write the annotation file of your clouds, from file names or a table"),
     "check": ("pointalign.check", "check clouds and annotations before training"),
     "train": ("pointalign.train", "train from a recipe: finetune on your own clouds, or the paper's stages"),

@@ -315,7 +315,7 @@ def default_model() -> str:
     trained = [path.parent for path in Path("runs").glob("demo*/model/config.json")]
     name = str(max(trained, key=lambda folder: folder.stat().st_mtime)) if trained else SHIPPED_CHECKPOINT
     source = "which `make train` made" if trained else "which is shipped"
-    print(f"model: {name}, {source}; --model names another", file=sys.stderr)
+    print(f"model: {name}, {source}; name another to take its place", file=sys.stderr)
     return name
 
 

@@ -62,6 +62,12 @@ def hedge(text: str) -> str:
     return text
 
 
+def may_be_hedged(text: str) -> bool:
+    """Whether an answer that goes on growing may become a text that `hedge` changes."""
+    begins = any(text.startswith(opening) or opening.startswith(text) for opening in HEDGES)
+    return begins and text.count(".") <= 1 and len(text.split()) <= LONGEST_NAME
+
+
 def is_hedged(text: str) -> bool:
     return text.startswith(tuple(HEDGES.values()))
 

@@ -1,13 +1,18 @@
 """`pointalign chat FILE [FILE ...]`: talk about one or several clouds in the terminal."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pointalign import command_line
+
+if TYPE_CHECKING:
+    from pointalign.conversation import Conversation, Decoding
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens (default: 64)")
     parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 gives the most probable words; above, words are drawn"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw: the same seed gives the same answer")
+    parser.add_argument(
         "--compile", action="store_true", help="compile the decoding step first: some minutes, then faster answers"
     )
     parser.add_argument("--quantization", choices=["nf4"], help="keep the language model in 4 bits (less memory)")
@@ -39,7 +48,7 @@ def chat(options: argparse.Namespace) -> int:
 
     clouds = [load_point_cloud(path, up_axis=options.up_axis or "y") for path in options.files]
     from pointalign.build import load
-    from pointalign.certainty import generate_answers
+    from pointalign.conversation import Conversation, Decoding
     from pointalign.models.serving import compiled_generation
 
     model, processor, _ = load(options.model, up_axis=options.up_axis, quantization=options.quantization)
@@ -52,25 +61,14 @@ def chat(options: argparse.Namespace) -> int:
         except PointCloudError as error:
             raise PointCloudError(f"{path}: {error}") from error
         print(f"{Path(path).name}: {len(cloud)} points")
-    messages: list[dict] = []
-    opening: list[dict] = [{"type": "point", "point": cloud} for cloud in clouds]
-
-    generation: dict = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+    decoding = Decoding(options.max_new_tokens, options.temperature, options.seed)
+    conversation = Conversation(model, processor, clouds, compiled_generation() if options.compile else None)
     if options.compile:
-        generation |= compiled_generation()
-        compile_step(model, processor, opening, generation)
-
-    def ask(question: str) -> str:
-        messages.append({"role": "user", "content": [*opening, {"type": "text", "text": question}]})
-        opening.clear()  # the clouds come before the first question only
-        batch = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True).to(model.device)
-        (answer,) = generate_answers(model, processor, batch, **generation)
-        messages.append({"role": "assistant", "content": answer.text})
-        return answer.text
-
+        compile_step(conversation)
     if options.question:
         for question in options.question:
-            print(f"> {question}\n{ask(question)}")
+            print(f"> {question}")
+            print_answer(conversation, question, decoding)
         return 0
     print("Ask away; an empty line or Ctrl-D ends the conversation.")
     while True:
@@ -81,18 +79,29 @@ def chat(options: argparse.Namespace) -> int:
             return 0
         if not question:
             return 0
-        print(ask(question))
+        print_answer(conversation, question, decoding)
 
 
-def compile_step(model: Any, processor: Any, opening: list[dict], generation: dict) -> None:
+def print_answer(conversation: Conversation, question: str, decoding: Decoding) -> None:
+    """Print the answer: to a terminal word by word, else at once."""
+    printed = ""
+
+    def grow(text: str) -> None:
+        nonlocal printed
+        print(text[len(printed) :], end="", flush=True)
+        printed = text
+
+    answer = conversation.ask(question, decoding, grow if sys.stdout.isatty() else None).text
+    # a tokenizer that tidies its text may yet change what is on the screen
+    print(answer[len(printed) :] if answer.startswith(printed) else f"\n{answer}")
+
+
+def compile_step(conversation: Conversation) -> None:
     """Answer once, so that what follows is compiled; prints how long that took and what a token takes now."""
-    content = [*opening, {"type": "text", "text": "What is this?"}]
-    messages = [{"role": "user", "content": content}]
-    batch = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True).to(model.device)
     seconds = []
     for _ in range(2):  # the first compiles
         began = time.perf_counter()
-        model.generate(**batch, **generation | {"max_new_tokens": 4, "min_new_tokens": 4})
+        conversation.generate("What is this?", max_new_tokens=4, min_new_tokens=4)
         seconds.append(time.perf_counter() - began)
     print(f"compiled in {seconds[0] - seconds[1]:.0f} s; an answer of 4 tokens takes {seconds[1]:.2f} s now")
 

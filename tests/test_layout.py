@@ -53,8 +53,13 @@ LAYERS = [
     ["pointalign.convert", "pointalign.language_model"],
     ["pointalign.stage_file"],
     ["pointalign.build"],
-    ["pointalign.feature_cache", "pointalign.trainer", "pointalign.certainty"],
+    ["pointalign.feature_cache", "pointalign.trainer", "pointalign.certainty", "pointalign.attention_maps"],
+    ["pointalign.conversation"],
     ["pointalign.evaluation"],
+    [f"pointalign.page.{name}" for name in ("insight", "intake", "views")],
+    ["pointalign.page.examples", "pointalign.page.talk"],
+    ["pointalign.page.layout"],
+    ["pointalign.page"],
     ["pointalign.held_out_losses", "pointalign.run_folder", "pointalign.model_card"],
     [f"pointalign.audit.{part}" for part in ("adapter", "charts", "perturbations", "pointllm_adapter")],
     ["pointalign.audit.own_adapter", "pointalign.audit.plan"],
@@ -64,7 +69,10 @@ LAYERS = [
     ["pointalign.audit.run"],
     ["pointalign.audit"],
     [
-        *(f"pointalign.{name}" for name in ("train", "chat", "evaluate", "check", "annotate", "features", "export")),
+        *(
+            f"pointalign.{name}"
+            for name in ("train", "chat", "demo", "evaluate", "check", "annotate", "features", "export")
+        ),
         "pointalign.embedded.stage1",
     ],
     ["pointalign.compare", "pointalign.probe"],

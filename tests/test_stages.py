@@ -280,7 +280,7 @@ def test_the_newest_run_answers_where_no_model_is_named(tmp_path, monkeypatch, c
     assert build.default_model() == "runs/demo/model"
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == "model: runs/demo/model, which `make train` made; --model names another\n"
+    assert printed.err == "model: runs/demo/model, which `make train` made; name another to take its place\n"
     os.utime(tmp_path / "runs" / "demo-2" / "model", (9, 9))
     assert build.default_model() == "runs/demo-2/model"
 

@@ -1,0 +1,1 @@
+"""The web page of `pointalign demo`: ask about clouds, and see where the model looks."""
