@@ -24,7 +24,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         blocks = serving.serve(model, processor, examples, assets.SHIPPED_CHECKPOINT, Path(folder), wait=False)
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1280, "height": 1010})
+        page = browser.new_page(viewport={"width": 1280, "height": 1080})
         page.set_default_timeout(PATIENCE)
         page.goto(blocks.local_url)
         expect(page.locator("#view canvas").first).to_be_visible()
@@ -43,12 +43,13 @@ def compare(page: Page) -> None:
     pick(page, "sedan car")
     page.get_by_role("radio", name="2 · compare with").check()
     pick(page, "horse")
-    for question in ("Are these two the same kind of object?", "Which object is taller for its width"):
-        page.get_by_role("button", name=question).click()
-        expect(page.locator("#notice")).to_contain_text("answer after")
-        page.locator("#notice p").evaluate("notice => notice.remove()")  # so that the next answer is waited for
     page.get_by_role("radio", name="Where it looked").check()
     expect(page.locator("#view .cbtitle")).to_be_visible()
+    questions = ("Are these two the same kind of object?", "Which object is taller for its width")
+    for number, question in enumerate(questions):
+        page.get_by_role("button", name=question).click()
+        expect(page.locator("#chat .message.bot")).to_have_count(number + 1)
+        expect(page.locator("#notice")).to_contain_text("answer after")
 
 
 def look(page: Page) -> None:
@@ -63,12 +64,12 @@ def pick(page: Page, name: str) -> None:
 
 
 def save(page: Page, path: Path) -> None:
-    """What the window shows, in 128 colours to stay small."""
+    """What the window shows, as a small file."""
     page.mouse.move(0, 0)
     page.evaluate("window.scrollTo(0, 0)")
     page.wait_for_timeout(2000)  # the cloud is drawn after its figure
     page.screenshot(path=path)
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(path).convert("RGB").save(path, optimize=True)
 
 
 if __name__ == "__main__":

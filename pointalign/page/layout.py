@@ -61,7 +61,7 @@ class Page:
         return blocks
 
     def _add_objects(self) -> None:
-        self.slot = gr.Radio(_slots({}), value=0, label="Object", show_label=False, elem_classes="segments")
+        self.slot = gr.Radio(_slots({}), value=0, label="Object", show_label=False, elem_id="slot", elem_classes="segments")
         self.view = gr.Radio(
             [CLOUD, GAZE, LAYERS], value=CLOUD, label="View", show_label=False, elem_classes="segments"
         )

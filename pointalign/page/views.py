@@ -13,10 +13,10 @@ MARKER = 2.4  # size of a point, in pixels
 MAX_POWER = 3  # colours end at 8 times the average and at an eighth of it
 CORNER = "from a corner"
 CAMERAS = {  # where the eye is, in units of the cloud's box; y is up
-    CORNER: {"x": 1.0, "y": 0.6, "z": 1.25},
-    "front": {"x": 0, "y": 0.2, "z": 1.8},
-    "side": {"x": 1.8, "y": 0.2, "z": 0},
-    "above": {"x": 0, "y": 1.9, "z": 0.2},
+    CORNER: {"x": 1.25, "y": 0.75, "z": 1.55},
+    "front": {"x": 0, "y": 0.2, "z": 2.1},
+    "side": {"x": 2.1, "y": 0.2, "z": 0},
+    "above": {"x": 0, "y": 2.2, "z": 0.2},
 }
 
 
@@ -44,16 +44,17 @@ def attention_figure(points: np.ndarray, values: np.ndarray, camera: str = CORNE
         "tickvals": ticks, "ticktext": [f"1/{2**-t}" if t < 0 else str(2**t) for t in ticks],
     }  # fmt: skip
     marker = {"color": powers, "colorscale": "Plasma", "cmin": -limit, "cmax": limit, "size": MARKER, "colorbar": bar}
-    return _scene(points, marker, camera)
+    return _scene(points, marker, camera, bottom=0.16)
 
 
-def _scene(points: np.ndarray, marker: dict, camera: str) -> go.Figure:
+def _scene(points: np.ndarray, marker: dict, camera: str, bottom: float = 0.0) -> go.Figure:
+    """A share `bottom` of the height is left free under the cloud."""
     x, y, z = points[:, :3].T
     cloud = go.Scatter3d(x=x, y=y, z=z, mode="markers", marker=marker | {"line": {"width": 0}}, hoverinfo="skip")
     axis = {"visible": False, "showspikes": False}
     scene = {
         "xaxis": axis, "yaxis": axis, "zaxis": axis, "aspectmode": "data", "dragmode": "orbit",
-        "camera": {"up": {"x": 0, "y": 1, "z": 0}, "eye": CAMERAS[camera]}, "bgcolor": "rgba(0,0,0,0)",
+        "camera": {"up": {"x": 0, "y": 1, "z": 0}, "eye": CAMERAS[camera]}, "bgcolor": "rgba(0,0,0,0)", "domain": {"x": [0, 1], "y": [bottom, 1]},
     }  # fmt: skip
     edges = {"l": 0, "r": 0, "t": 0, "b": 0}
     return _figure(
@@ -70,7 +71,7 @@ def layer_figure(similarity: dict[int, float]) -> go.Figure:
     axis = {"gridcolor": "rgba(123,134,148,0.25)", "zeroline": False, "automargin": True}
     return _figure(
         line,
-        xaxis=axis | {"title": {"text": "layer of the language model (0: its input)"}},
+        xaxis=axis | {"title": {"text": "layer (0: the input)"}},
         yaxis=axis | {"title": {"text": "similarity to the Q-Former (CKA)"}, "range": [0, 1.02]},
         dragmode=False,
         margin={"l": 12, "r": 20, "t": 20, "b": 12},
