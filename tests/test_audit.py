@@ -103,6 +103,7 @@ def test_the_card_says_what_is_good_and_what_is_bad(oracle):
     assert good.startswith("**grounded**") and "- colour flips when the cloud is recoloured: 100 [100, 100]" in good
     assert "- name: 0 [0, 0] right with its cloud, 0 [0, 0] with another's" in bad
     assert "- hedges or refuses on noise: 100 [100, 100], on objects: 0 [0, 0]" in good
+    assert "- probe of height over width, R², at the input and after the last layer: 100 [100, 100]" in bad
     assert "- confidence less accuracy, names: 90 [90, 90]" in bad
     assert "| stretched: taller or wider | flip | 100 [100, 100] | 0 [0, 0] |" in summary.summary(result)
 

@@ -50,7 +50,8 @@ b.other { background: var(--other); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td + td, th + th { text-align: right; }
-td.word, th.word { text-align: left; } figure { margin: 0; border: 1px solid var(--line); border-radius: 8px;
+td.word, th.word { text-align: left; }
+.card td, .card th { white-space: normal; } figure { margin: 0; border: 1px solid var(--line); border-radius: 8px;
   padding: 10px 12px; min-width: 0; }
 figcaption { font-weight: 600; font-size: 14px; } 
 svg { width: 100%; max-width: 460px; display: block; margin: 4px auto 0; }

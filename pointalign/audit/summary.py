@@ -102,6 +102,11 @@ def good_and_bad(result: dict[str, Any]) -> str:
             sure = content["confidence less accuracy"]
             told = f"confidence less accuracy, {calibrated[part]}: {percent(sure)}"
             (good if sure["low"] <= 0 <= sure["high"] else bad).append(told)
+    for name, places in (result["retention"] or {"probes": {}})["probes"].items():
+        first, *_, last = [places[place] for place in places if place != QFORMER]
+        kind = {"accuracy": "accuracy", "R2": "R²"}[result["retention"]["kinds"][name]]
+        told = f"probe of {name}, {kind}, at the input and after the last layer: {percent(first)}, {percent(last)}"
+        (bad if last["high"] < first["low"] else good).append(told)
     lists = [(f"**{result['verdict']}**. Good:", good), ("Bad:", bad)]
     return "\n\n".join(
         f"{title}\n\n" + ("\n".join(f"- {line}" for line in lines) or "- none") for title, lines in lists
