@@ -506,3 +506,26 @@ def test_an_annotation_file_is_asked_its_questions_and_a_second_task_gets_a_fold
     assert list(written["tasks"]) == ["classification-prompt0"]
     assert evaluate.main([str(saved), *own]) == 0, "the same again continues in its folder"
     assert sorted(path.name for path in Path("runs").iterdir()) == ["evaluation", "evaluation-2"]
+
+
+@pytest.mark.parametrize("given", [None, "x"])
+def test_clouds_of_an_annotation_file_are_read_as_the_model_was_trained(given, model, processor, tmp_path, monkeypatch):
+    """Unless --up_axis says otherwise; a model that was trained with z up would see them lying."""
+    from pointalign.evaluation import tasks
+    from pointalign.models import PointAlignFeatureExtractor, PointAlignProcessor
+
+    extractor = PointAlignFeatureExtractor(256, 8, up_axis="z", reading={"missing_color": "grey"})
+    model.save_pretrained(tmp_path / "model")
+    PointAlignProcessor(extractor, processor.tokenizer, num_query_tokens=4).save_pretrained(tmp_path / "model")
+    read, load = set(), tasks.load_point_cloud
+
+    def noted(path, up_axis="y", **reading):
+        read.add((up_axis, reading.get("missing_color")))
+        return load(path, up_axis, **reading)
+
+    monkeypatch.setattr(tasks, "load_point_cloud", noted)
+    given_axis = ["--up_axis", given] if given else []
+    own = ["--data", str(CLOUDS / "annotations.json"), "--clouds", str(CLOUDS), "--sentence_models", "none"]
+    own += ["--limit", "1", "--generation.max_new_tokens", "2", "--output", str(tmp_path / "out"), *given_axis]
+    assert evaluate.main([str(tmp_path / "model"), *own]) == 0
+    assert read == {(given or "z", "grey")}

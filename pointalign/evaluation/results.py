@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class EvaluationOptions:
         protocol: how answers are generated and processed: `greedy` (ours), `pointllm` (sampling at temperature 1), or
             `minigpt3d` (its release: sampling with 2 beams, lower case).
         limit: ask about at most this many objects, evenly spaced.
-        up_axis: vertical axis of the clouds of an annotation file.
+        up_axis: vertical axis of the clouds of an annotation file; by default as the model was trained.
         sentence_models: NAME=FOLDER of sentence encoders; by default MiniLM of the assets; `none` leaves them out. The
             names `sbert` (all-mpnet-base-v2) and `simcse` (sup-simcse-roberta-large) give PointLLM's metrics.
         device: by default CUDA where there is one.
@@ -52,7 +52,7 @@ class EvaluationOptions:
     inputs: list[str] = field(default_factory=lambda: ["true", "shuffled"])
     protocol: str = "greedy"
     limit: int | None = None
-    up_axis: str = "y"
+    up_axis: str | None = None
     sentence_models: list[str] = field(default_factory=list)
     device: str | None = None
     quantization: str | None = None
@@ -93,7 +93,7 @@ def load_objects(options: EvaluationOptions) -> tasks.ObjectSet:
         objects = tasks.modelnet_objects(Path(options.data))
     else:
         assert options.clouds is not None
-        objects = tasks.annotated_objects(Path(options.data), Path(options.clouds), options.up_axis)
+        objects = tasks.annotated_objects(Path(options.data), Path(options.clouds))
     return objects.first(options.limit)
 
 
@@ -134,11 +134,17 @@ def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> d
     asked_options = {k: v for k, v in asdict(options).items() if k not in ("output", "device", "sentence_models")}
     if options.quantization is None:  # earlier results do not name it
         del asked_options["quantization"]
+    if options.clouds is None:  # earlier results name the axis of the embedded objects
+        asked_options["up_axis"] = "y"
     content = {"model": Path(name).name, "asked": asked_options, "generation": asdict(generation)}
     if options.output is not None:
         require_same_run(Path(options.output) / JOURNAL, content)
     model, processor, digest = build.load(name, device=options.device, quantization=options.quantization)
     content = {"model": content["model"], "weights": digest, **content}
+    if options.clouds is not None and "modelnet40" not in options.task:
+        extractor = processor.feature_extractor
+        axis = options.up_axis or extractor.up_axis
+        objects = replace(objects, cloud=tasks.reader(Path(options.clouds), axis, **extractor.reading))
     options.output = options.output or free_output(content)
     folder = Path(options.output)
     journal = Journal(folder / JOURNAL, content)

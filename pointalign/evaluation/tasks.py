@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,15 +98,18 @@ def closed_set(names: Iterable[str]) -> dict[str, str]:
     return {name: name_sentence(parts.phrase, parts.plural) for name, parts in read.items()}
 
 
-def annotated_objects(annotations: Path, clouds: Path, up_axis: str = "y") -> ObjectSet:
+def reader(clouds: Path, up_axis: str = "y", **reading: Any) -> Callable[[str], np.ndarray]:
+    """Reads the cloud `[N, 6]` of an object's id, with the further options of `load_point_cloud`."""
+    return lambda name: load_point_cloud(find_cloud(clouds, name), up_axis, **reading)
+
+
+def annotated_objects(annotations: Path, clouds: Path) -> ObjectSet:
     """Objects of a file in the PointLLM schema (such as Objaverse's val_200_GT): the first answer is the truth."""
     truths: dict[str, str] = {}
     for conversation in load_conversations(annotations):
         if len(conversation.object_ids) == 1:
             truths.setdefault(conversation.object_ids[0], conversation.turns[1][1])
-    return ObjectSet(
-        list(truths), lambda name: load_point_cloud(find_cloud(clouds, name), up_axis), list(truths.values())
-    )
+    return ObjectSet(list(truths), reader(clouds), list(truths.values()))
 
 
 def modelnet_objects(path: Path) -> ObjectSet:
