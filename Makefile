@@ -14,7 +14,7 @@ TOOLS := build/tools
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-long chaos resume-matrix fuzz long-run audit lock check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check compare \
+.PHONY: train test test-long chaos resume-matrix fuzz long-run audit lock check setup assets benchmark gpu-rehearsal convert-benchmark alignment-check fading compare \
   held-out-naming report clean
 
 train: assets
@@ -72,6 +72,10 @@ gpu-rehearsal:
 
 alignment-check: assets
 	$(BIN)/python -m experiments.alignment_check $(ARGS)
+
+# Gate, grid and report; an interrupted grid continues. Several of these at once share the cells among them.
+fading: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.fading $(ARGS)
 
 compare: assets
 	$(BIN)/python -m experiments.compare $(ARGS)

@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from evidence_tables import ablation, evaluation, probe, token_words
+from fading_tables import fading, fading_answer
 from point_ops_report import chat, encoder, point_ops
 from reliability_tables import chaos, fuzz, long_run, resume_matrix
 from tables import stamp, table
@@ -329,6 +330,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "encoder": encoder,
     "evaluation": evaluation,
+    "fading": fading,
+    "fading_answer": fading_answer,
     "fuzz": fuzz,
     "held_out_naming": held_out_naming,
     "long_run": long_run,
