@@ -60,13 +60,13 @@ def test_captions_name_set_a_alone_and_every_text_is_in_the_vocabulary():
     thing = draw(np.random.default_rng(0))
     other = replace(thing, **{name: 1 - getattr(thing, name) for name in FACTORS_B})
     assert thing.caption() == other.caption() and thing.colour in thing.caption() and thing.shape in thing.caption()
-    examples = encode([(NAMING[0], thing.caption(), 7), (QUESTIONS["height"], YES, 3)], 8)
-    assert examples.mask.sum(dim=1).tolist() == [8, 8] and examples.rows.tolist() == [7, 3]
+    examples = encode([(NAMING[0], thing.caption(), 7), (QUESTIONS["height"], YES, 3)], gate.QUERIES)
+    assert examples.mask.sum(dim=1).tolist() == [gate.QUERIES] * 2 and examples.rows.tolist() == [7, 3]
     answer = [IDS[word] for word in thing.caption().split()] + [IDS[END]]
     assert examples.labels[0][examples.labels[0] != -100].tolist() == answer
     assert examples.ids[0, -len(answer) :].tolist() == answer or (examples.ids[0] == 0).any()
     with pytest.raises(KeyError):
-        encode([("unheard ?", "", 0)], 8)
+        encode([("unheard ?", "", 0)], gate.QUERIES)
 
 
 def test_a_thing_depends_on_its_number_alone_and_held_out_things_fill_every_combination():
@@ -75,12 +75,12 @@ def test_a_thing_depends_on_its_number_alone_and_held_out_things_fill_every_comb
     assert thing == again and np.array_equal(cloud, sample(again, other_rng))
     assert cloud.shape == (POINTS, 6) and np.linalg.norm(cloud[:, :3], axis=1).max() == pytest.approx(1, abs=1e-5)
     captions = [thing.caption() for thing, _ in held_out_things(2)]
-    assert len(captions) == 72 and {captions.count(caption) for caption in captions} == {2}
+    assert len(captions) == 48 and {captions.count(caption) for caption in captions} == {2}
 
 
 @pytest.mark.parametrize("factor", FACTORS_B)
 def test_every_factor_of_b_changes_the_cloud(factor):
-    thing = draw(np.random.default_rng(1), "cylinder", "red")
+    thing = draw(np.random.default_rng(1), "cone", "red")
     low, high = (sample(replace(thing, **{factor: value}), np.random.default_rng(5)) for value in (0.0, 1.0))
     assert np.abs(low - high).mean() > 0.01
 
@@ -228,7 +228,7 @@ def test_retrieval_looks_among_objects_of_equal_captions_only(objects):
 def test_the_plan_has_every_arm_and_seed_once_and_the_decisive_arms_first():
     cells = plan(5)
     assert sorted(cells) == sorted((arm, seed) for arm in ARMS for seed in range(5)) and len(set(cells)) == len(cells)
-    assert {arm for arm, _ in cells[:30]} == set(TIERS[0]) >= {BASELINE, METHOD, *WRONG_TARGETS}
+    assert {arm for arm, _ in cells[:20]} == set(TIERS[0]) == {BASELINE, METHOD, *WRONG_TARGETS}
     assert all(arm.baseline in ARMS for arm in ARMS.values())
 
 

@@ -210,7 +210,7 @@ def optimise(
     model = aligned.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     projector = [] if aligned.alignment is None else list(aligned.alignment.parameters())
-    optimizer = torch.optim.AdamW([*trained, *projector], lr=schedule.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([*trained, *projector], lr=schedule.learning_rate, weight_decay=0.0, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, schedule.learning_rate, total_steps=schedule.steps, pct_start=0.1, cycle_momentum=False
     )

@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.report:
             return report(options.output, options.seeds)
-        return run(options.output, options.seeds, Sizes(), (50_000, 4096, 20))
+        return run(options.output, options.seeds, Sizes(), (25_600, 4096, 15))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import OPTConfig
 
-from experiments.ablation.ablation import with_decoder
+from experiments.ablation.ablation import behind
 from experiments.ablation.train_arm import (
     Arm,
     Schedule,
@@ -22,7 +23,7 @@ from experiments.ablation.train_arm import (
 )
 from experiments.fading.grid import ARMS, LAYERS, Decoder, Sizes
 from experiments.fading.things import FACTORS_B
-from experiments.fading.words import END, IDS, NAMING, NO, QUESTIONS, YES, Examples, encode
+from experiments.fading.words import END, IDS, NAMING, NO, PAD, QUESTIONS, YES, Examples, encode
 from pointalign.alignment import LayerTap
 from pointalign.evaluation.probe import QFORMER, fit_projector, probe_property
 from pointalign.evaluation.tasks import EncodedObjects
@@ -38,9 +39,12 @@ def new_decoder(
     Args:
         features: `[C, Q, D]`, over which the norm of the tokens is averaged.
     """
-    sizes = {"hidden_size": decoder.width, "intermediate_size": 4 * decoder.width, "num_hidden_layers": LAYERS,
-             "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
-    model = with_decoder(point_model, sizes, seed)
+    text = OPTConfig(
+        hidden_size=decoder.width, ffn_dim=2 * decoder.width, num_hidden_layers=LAYERS, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=decoder.width, dropout=0.0, vocab_size=len(IDS),
+        pad_token_id=IDS[PAD], eos_token_id=IDS[END], bos_token_id=None, tie_word_embeddings=True
+    )  # fmt: skip
+    model = behind(point_model, text, seed)
     projector = model.model.modality_projector
     with torch.no_grad():
         tokens = projector(features).norm(dim=-1).mean()
@@ -191,7 +195,6 @@ def measure_states(
     """Probes of every factor by layer, probes of B on all tokens side by side, retrieval at equal A."""
     fitted = train_objects.subset(range(min(rows, len(train_objects.ids))))
     states, held_states = point_states(model, fitted), point_states(model, held_out)
-    middle = (LAYERS - 1) // 2  # the layer that is aligned by default
     probes: dict[str, dict[str, float]] = {}
     joint: dict[str, dict[str, float]] = {}
     for name, values in fitted.properties.items():
@@ -205,10 +208,10 @@ def measure_states(
         if name.startswith("B: "):
             joint[name] = {
                 str(layer): probe_property(states[layer].flatten(1), values, held_states[layer].flatten(1), truth)
-                for layer in (0, middle, LAYERS)
+                for layer in (0, LAYERS)
             }
-    found = {str(layer): retrieval(states[layer], held_states[layer], fitted, held_out) for layer in (middle, LAYERS)}
-    return {"probes": probes, "probes on all tokens": joint, "retrieval at equal A": found}
+    found = retrieval(states[LAYERS], held_states[LAYERS], fitted, held_out)
+    return {"probes": probes, "probes on all tokens": joint, "retrieval at equal A": {str(LAYERS): found}}
 
 
 def run_cell(

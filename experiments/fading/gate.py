@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Blip2QFormerConfig, LlamaConfig
 
-from experiments.fading.things import FACTORS_A, FACTORS_B, Thing, held_out_things, sample, training_things
+from experiments.fading.things import FACTORS_A, FACTORS_B, POINTS, Thing, held_out_things, sample, training_things
 from experiments.fading.words import END, IDS, NAMING, PAD, POINT, VOCABULARY
 from pointalign import storage
 from pointalign.alignment import pool_tokens
@@ -24,7 +24,7 @@ from pointalign.models import PointAlignConfig, PointAlignForConditionalGenerati
 from pointalign.models.configuration import PointBertConfig
 
 LEAST = 0.85  # R2 of each factor of B, accuracy of each factor of A
-QUERIES, WIDTH = 8, 64  # Q-Former tokens of a cloud and their width
+QUERIES, WIDTH = 6, 64  # Q-Former tokens of a cloud and their width
 GATE_FILE, TOKEN_FILE = "gate.json", "features/tokens.safetensors"  # git ignores folders named features
 
 Things = list[tuple[Thing, np.random.Generator]]  # each with what samples its cloud
@@ -35,8 +35,9 @@ def point_model(seed: int = 0) -> PointAlignForConditionalGeneration:
     text = LlamaConfig(vocab_size=len(VOCABULARY), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                        num_attention_heads=1, pad_token_id=IDS[PAD], eos_token_id=IDS[END], bos_token_id=None,
                        tie_word_embeddings=True)  # fmt: skip
-    point = PointBertConfig(num_points=256, num_groups=16, group_size=32, group_dim=WIDTH, hidden_size=WIDTH,
-                            num_hidden_layers=2, num_attention_heads=4, intermediate_size=2 * WIDTH)  # fmt: skip
+    point = PointBertConfig(num_points=POINTS, num_groups=16, group_size=16, group_dim=WIDTH, pointnet_width=32,
+                            hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4,
+                            intermediate_size=2 * WIDTH)  # fmt: skip
     qformer = Blip2QFormerConfig(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4,
                                  intermediate_size=2 * WIDTH, encoder_hidden_size=WIDTH, cross_attention_frequency=1,
                                  hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,

@@ -10,7 +10,7 @@ import numpy as np
 
 from pointalign.data.point_cloud import normalise
 
-SHAPES = ("barrel", "box", "cone", "cylinder", "hourglass", "prism")
+SHAPES = ("cone", "funnel", "hourglass", "spindle")
 COLOURS = {
     "red": (0.80, 0.12, 0.10),
     "green": (0.15, 0.60, 0.20),
@@ -44,7 +44,7 @@ class Thing:
 
     def caption(self) -> str:
         """Set A in words."""
-        return f"a {self.colour} {self.shape} ."
+        return f"{self.colour} {self.shape} ."
 
 
 def draw(rng: np.random.Generator, shape: str | None = None, colour: str | None = None) -> Thing:
@@ -58,7 +58,7 @@ def sample(thing: Thing, rng: np.random.Generator) -> np.ndarray:
     """A cloud `[POINTS, 6]` float32 of a thing: y up, in the unit sphere, rgb in 0..1."""
     height = 0.8 + 1.4 * thing.height
     up, angle = rng.random(POINTS), rng.uniform(0, 2 * np.pi, POINTS)
-    radius = _radius(thing.shape, up, angle)
+    radius = _radius(thing.shape, up)
     axis = 0.7 * thing.bend * height * up**2  # the body's axis bends towards +x
     xyz = np.stack([axis + radius * np.cos(angle), height * up, radius * np.sin(angle)], axis=1)
     dark = np.abs(up - (0.15 + 0.7 * thing.band)) < 0.08
@@ -74,17 +74,13 @@ def sample(thing: Thing, rng: np.random.Generator) -> np.ndarray:
     return normalise(cloud[rng.permutation(POINTS)])
 
 
-def _radius(shape: str, up: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """Distance of the body's surface from its axis, at heights `up [N]` (0 to 1) and angles `[N]`."""
-    if shape in ("box", "prism"):
-        corners = 4 if shape == "box" else 3
-        sector = np.pi / corners
-        return 0.5 * np.cos(sector) / np.cos(np.mod(angle, 2 * sector) - sector)
+def _radius(shape: str, up: np.ndarray) -> np.ndarray:
+    """Distance of the body's surface from its axis, at heights `up [N]` (0 to 1)."""
     profiles = {
-        "barrel": 0.25 + 0.25 * np.sin(np.pi * up),
-        "cone": 0.5 - 0.42 * up,
-        "cylinder": np.full_like(up, 0.4),
-        "hourglass": 0.5 - 0.35 * np.sin(np.pi * up),
+        "cone": 0.5 - 0.45 * up,
+        "funnel": 0.05 + 0.45 * up,
+        "hourglass": 0.5 - 0.45 * np.sin(np.pi * up),
+        "spindle": 0.05 + 0.45 * np.sin(np.pi * up),
     }
     return profiles[shape]
 

@@ -19,7 +19,7 @@ YES, NO = "yes .", "no ."
 PAD, POINT, START, END = "<pad>", "<point>", "<start>", "<end>"
 VOCABULARY = (
     PAD, POINT, START, END,
-    *sorted({*" ".join([*NAMING, *QUESTIONS.values(), YES, NO, "a", *COLOURS, *SHAPES]).split()}),
+    *sorted({*" ".join([*NAMING, *QUESTIONS.values(), YES, NO, *COLOURS, *SHAPES]).split()}),
 )  # fmt: skip
 IDS = {word: number for number, word in enumerate(VOCABULARY)}
 
