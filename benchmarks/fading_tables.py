@@ -28,7 +28,7 @@ def fading_answer() -> str:
     difference = conclusion.by_name(content).get(METHOD, {}).get("difference")
     measured = ""
     if difference:
-        measured = f" Few-shot answers with {METHOD}: {conclusion.points(difference['few-shot'])} points."
+        measured = f" Few-shot accuracy with {METHOD}: {conclusion.points(difference['few-shot'])} points."
     return (
         "- Does what captions never mention fade in a small decoder, and does the alignment loss keep it usable? "
         f"{conclusion.ANSWERS[conclusion.verdict(content)]}{measured}\n"
@@ -56,7 +56,7 @@ def fading() -> str:
     parts += missing_runs([name.rpartition(", seed ")[0] for name in content["missing"]])
     if unsettled:
         parts.append(f"The next-token loss still fell at the end in: {', '.join(unsettled)}.")
-    parts.append("![B by layer, and few-shot answers about B](../benchmarks/results/fading.png)")
+    parts.append("![B by layer, and few-shot accuracy on B](../benchmarks/results/fading.png)")
     parts.append(_arms(rows))
     parts.append(_differences(rows))
     return "\n\n".join(parts) + "\n"
@@ -98,7 +98,7 @@ def _differences(rows: list[dict]) -> str:
                 cells += [""] * 3
         if any(cells):
             lines.append([row["arm"], *cells])
-    header = ["few-shot answers, points", f"less {BASELINE}", "p (Holm)", "detectable", f"less {METHOD}", "p (Holm)",
+    header = ["few-shot accuracy, points", f"less {BASELINE}", "p (Holm)", "detectable", f"less {METHOD}", "p (Holm)",
               "detectable"]  # fmt: skip
     table = markdown_table(header, lines)
     return f"<details><summary>Differences of every arm</summary>\n\n{table}\n\n</details>"

@@ -17,7 +17,7 @@ from experiments.fading import __main__ as command
 from experiments.fading import cell, conclusion, figure, gate, summary
 from experiments.fading.grid import ARMS, BASELINE, LAYERS, METHOD, TIERS, WRONG_TARGETS, Sizes, plan
 from experiments.fading.things import COLOURS, FACTORS_B, POINTS, SHAPES, draw, held_out_things, sample, training_things
-from experiments.fading.words import END, IDS, NAMING, NO, QUESTIONS, YES, encode
+from experiments.fading.words import B_WORDS, END, IDS, MORE, NAMING, encode, tell
 from pointalign.evaluation import probe
 from pointalign.trainer import AlignedModel
 
@@ -60,11 +60,13 @@ def test_captions_name_set_a_alone_and_every_text_is_in_the_vocabulary():
     thing = draw(np.random.default_rng(0))
     other = replace(thing, **{name: 1 - getattr(thing, name) for name in FACTORS_B})
     assert thing.caption() == other.caption() and thing.colour in thing.caption() and thing.shape in thing.caption()
-    examples = encode([(NAMING[0], thing.caption(), 7), (QUESTIONS["height"], YES, 3)], gate.QUERIES)
+    low, high = (tell(dict.fromkeys(FACTORS_B, value)) for value in (0.1, 0.9))
+    assert (low, high) == ("short straight small low .", "tall bent big high .")
+    examples = encode([(NAMING[0], thing.caption(), 7), (MORE, high, 3)], gate.QUERIES)
     assert examples.mask.sum(dim=1).tolist() == [gate.QUERIES] * 2 and examples.rows.tolist() == [7, 3]
     answer = [IDS[word] for word in thing.caption().split()] + [IDS[END]]
     assert examples.labels[0][examples.labels[0] != -100].tolist() == answer
-    assert examples.ids[0, -len(answer) :].tolist() == answer or (examples.ids[0] == 0).any()
+    assert examples.ids[0][examples.labels[0] != -100].tolist() == answer
     with pytest.raises(KeyError):
         encode([("unheard ?", "", 0)], gate.QUERIES)
 
@@ -192,7 +194,7 @@ def test_states_by_layer_are_those_of_a_forward_pass_with_text(objects, point_mo
         torch.testing.assert_close(states[layer].flatten(0, 1), hidden[layer][examples.mask])
 
 
-def test_captions_and_answers_count_only_where_every_token_is_right(objects, point_model, monkeypatch):
+def test_captions_count_where_every_token_is_right_and_b_word_by_word(objects, point_model, monkeypatch):
     few = objects[1].subset(range(3))
     model = cell.new_decoder(point_model, ARMS[BASELINE], few.features, seed=0)
     examples = cell.caption_examples(few, gate.QUERIES)
@@ -202,16 +204,18 @@ def test_captions_and_answers_count_only_where_every_token_is_right(objects, poi
     assert cell.captions_right(model, few).tolist() == [2, 2, 2]
     last = int((examples.labels[0] != -100).nonzero().max())
     perfect[0, last - 1] = 0
-    perfect[0, last - 1, IDS["yes"]] = 1
+    perfect[0, last - 1, IDS["tall"]] = 1
     assert cell.captions_right(model, few).tolist() == [1, 2, 2]
 
-    asked = cell.question_examples(few, range(3), gate.QUERIES)
-    scores = torch.zeros(*asked.ids.shape, len(IDS))
-    scores[..., IDS[YES.split()[0]]] = 1
+    told = cell.b_examples(few, range(3), gate.QUERIES)
+    scores = torch.zeros(*told.ids.shape, len(IDS))
+    scores[..., [IDS[above] for _, above in B_WORDS.values()]] = 1
     monkeypatch.setattr(cell, "logits", lambda model, examples, objects: scores)
     truth = np.array([[few.properties[f"B: {name}"][row] > 0.5 for name in FACTORS_B] for row in range(3)])
-    assert cell.answers_right(model, few).tolist() == truth.tolist()
-    assert {YES, NO} == {"yes .", "no ."}
+    assert cell.b_right(model, few).tolist() == truth.tolist() and truth.any() and not truth.all()
+    perfect = torch.nn.functional.one_hot(told.ids.roll(-1, dims=1), len(IDS)).float()
+    monkeypatch.setattr(cell, "logits", lambda model, examples, objects: perfect)
+    assert cell.b_right(model, few).all()
 
 
 def test_retrieval_looks_among_objects_of_equal_captions_only(objects):
@@ -284,7 +288,7 @@ def test_finished_cells_are_skipped_and_a_report_lacks_what_is_missing(tiny_grid
 
 
 def made_cell(right: float, lost: float, captioned: float, seed: int) -> dict:
-    """A cell of 60 objects with these shares of right answers and captions, and B lost over the layers."""
+    """A cell of 60 objects with these shares of right words and captions, and B lost over the layers."""
     rng = np.random.default_rng([seed, 9])
     jitter = 0.004 * rng.normal()
     places = [probe.QFORMER, *map(str, range(LAYERS + 1))]
@@ -306,7 +310,7 @@ def made_cell(right: float, lost: float, captioned: float, seed: int) -> dict:
 
 
 def content_of(right: dict[str, float], lost: float = 0.3, captioned: float = 1.0, seeds: int = 5) -> dict:
-    """Arms with these shares of right answers, the method with this share of exact captions."""
+    """Arms with these shares of right words, the method with this share of exact captions."""
     cells = {
         arm: {
             seed: made_cell(share, lost, captioned if arm == METHOD else 1.0, seed) | {"seed": seed}

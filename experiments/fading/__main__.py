@@ -21,7 +21,7 @@ import torch
 from experiments.fading import conclusion, figure, gate
 from experiments.fading.cell import run_cell
 from experiments.fading.grid import TIERS, Sizes, plan
-from experiments.fading.summary import Cells, answers, cell_file, read_cells, summarise
+from experiments.fading.summary import Cells, cell_file, read_cells, summarise, words_right
 from pointalign import storage
 from pointalign.allocator import keep_freed_memory
 from pointalign.evaluation.results import versions
@@ -57,7 +57,7 @@ def run(folder: Path, seeds: int, sizes: Sizes, gate_sizes: tuple[int, int, int]
             result |= {"seconds": times[-1], "versions": versions() | {"date": date.today().isoformat()}}
             storage.write_json(path, result)
         left = (len(missing) - number - 1) * float(np.mean(times)) / 60
-        print(f"{number + 1}/{len(missing)} {arm}, seed {seed}: few-shot {100 * answers(result).mean():.1f} %, "
+        print(f"{number + 1}/{len(missing)} {arm}, seed {seed}: few-shot {100 * words_right(result).mean():.1f} %, "
               f"{times[-1]:.0f} s, about {left:.0f} min left", flush=True)  # fmt: skip
     return report(folder, seeds)
 

@@ -23,7 +23,7 @@ from experiments.ablation.train_arm import (
 )
 from experiments.fading.grid import ARMS, LAYERS, Decoder, Sizes
 from experiments.fading.things import FACTORS_B
-from experiments.fading.words import END, IDS, NAMING, NO, PAD, QUESTIONS, YES, Examples, encode
+from experiments.fading.words import B_WORDS, END, IDS, MORE, NAMING, PAD, Examples, encode, tell
 from pointalign.alignment import LayerTap
 from pointalign.evaluation.probe import QFORMER, fit_projector, probe_property
 from pointalign.evaluation.tasks import EncodedObjects
@@ -61,10 +61,9 @@ def caption_examples(objects: EncodedObjects, num_query_tokens: int) -> Examples
     return encode(texts, num_query_tokens)
 
 
-def question_examples(objects: EncodedObjects, rows: Sequence[int], num_query_tokens: int) -> Examples:
-    """The four questions about B with their answers, for the objects in `rows`, object by object."""
-    texts = [(QUESTIONS[name], YES if objects.properties[f"B: {name}"][row] > 0.5 else NO, row)
-             for row in rows for name in FACTORS_B]  # fmt: skip
+def b_examples(objects: EncodedObjects, rows: Sequence[int], num_query_tokens: int) -> Examples:
+    """The sentences that tell set B of the objects in `rows`."""
+    texts = [(MORE, tell({name: objects.properties[f"B: {name}"][row] for name in FACTORS_B}), row) for row in rows]
     return encode(texts, num_query_tokens)
 
 
@@ -122,15 +121,17 @@ def captions_right(model: PointAlignForConditionalGeneration, objects: EncodedOb
     return right.view(-1, len(NAMING)).sum(dim=1).numpy()
 
 
-def answers_right(model: PointAlignForConditionalGeneration, objects: EncodedObjects) -> np.ndarray:
-    """`[C, number of questions]` bool: whether the right one of yes and no is the more likely answer."""
-    examples = question_examples(objects, range(len(objects.ids)), model.config.num_query_tokens)
+def b_right(model: PointAlignForConditionalGeneration, objects: EncodedObjects) -> np.ndarray:
+    """`[C, factors of B]` bool: whether the right word of the two is the likelier, after the true words before it."""
+    examples = b_examples(objects, range(len(objects.ids)), model.config.num_query_tokens)
     scores = logits(model, examples, objects)
-    first = (examples.labels != -100).int().argmax(dim=1)  # the answer's first token
-    rows = torch.arange(len(examples))
-    choices = scores[rows, first - 1][:, [IDS[NO.split()[0]], IDS[YES.split()[0]]]]
-    truth = examples.ids[rows, first] == IDS[YES.split()[0]]
-    return (choices.argmax(dim=1).bool() == truth).view(-1, len(FACTORS_B)).numpy()
+    first = int((examples.labels[0] != -100).int().argmax())  # the same in all rows: they are of one length
+    right = []
+    for place, words in enumerate(B_WORDS.values(), start=first):
+        ids = torch.tensor([IDS[word] for word in words])
+        above = scores[:, place - 1, ids].argmax(dim=1)
+        right.append(ids[above] == examples.ids[:, place])
+    return torch.stack(right, dim=1).numpy()
 
 
 def few_shot(
@@ -140,16 +141,16 @@ def few_shot(
     sizes: Sizes,
     seed: int,
 ) -> dict[int, np.ndarray]:
-    """k -> `answers_right` after fine-tuning on k objects; the weights are restored afterwards."""
+    """k -> `b_right` after fine-tuning on k objects; the weights are restored afterwards."""
     start = trainable_state(model)
     order = np.random.default_rng([seed, 2]).permutation(len(train_objects.ids))
     right = {}
     for count, steps in sizes.few_shot_steps.items():
-        examples = question_examples(train_objects, [int(row) for row in order[:count]], model.config.num_query_tokens)
+        examples = b_examples(train_objects, [int(row) for row in order[:count]], model.config.num_query_tokens)
         plain = aligned_model(model, Arm(weight=0.0), 0.0, seed)
         schedule = replace(sizes.few_shot, steps=steps)
         train(plain, examples, train_objects, schedule, seed, f"few-shot, {count}")
-        right[count] = answers_right(model, held_out)
+        right[count] = b_right(model, held_out)
         restore(model, start)
     return right
 
@@ -222,7 +223,7 @@ def run_cell(
     held_out: EncodedObjects,
     sizes: Sizes,
 ) -> dict[str, Any]:
-    """Train one arm and measure it. Per held-out object, the result has a digit: how many answers are right."""
+    """Train one arm and measure it. Per held-out object, the result has a digit: how many texts or words are right."""
     decoder = ARMS[name]
     model = new_decoder(point_model, decoder, train_objects.features, seed)
     aligned = aligned_model(model, decoder.arm, decoder.arm.weight or 0.0, seed, decoder.layer_weights)
@@ -239,9 +240,9 @@ def run_cell(
         result["layer weights"] = dict(zip(map(str, aligned.alignment.layers), weights, strict=True))
     result |= measure_states(model, train_objects, held_out, sizes.probe_rows)
     right = few_shot(model, train_objects, held_out, sizes, seed)
-    result["few-shot"] = {str(count): _digits(answers.sum(axis=1)) for count, answers in right.items()}
+    result["few-shot"] = {str(count): _digits(words.sum(axis=1)) for count, words in right.items()}
     result["few-shot by factor"] = {
-        str(count): dict(zip(FACTORS_B, answers.mean(axis=0).tolist(), strict=True)) for count, answers in right.items()
+        str(count): dict(zip(FACTORS_B, words.mean(axis=0).tolist(), strict=True)) for count, words in right.items()
     }
     return result
 

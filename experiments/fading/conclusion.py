@@ -21,7 +21,7 @@ ANSWERS = {
     "price": "At a price: alignment helps, and more than wrong targets, but captions are not shown to stay as exact.",
     "not the target": "Not by its target: alignment helps, but is not shown to help more than wrong targets.",
     "no": "No gain is shown.",
-    "worse": "No: alignment is shown to make few-shot answers worse.",
+    "worse": "No: alignment is shown to lower few-shot accuracy.",
 }
 
 
@@ -93,7 +93,7 @@ def _primary(rows: dict[str, Row]) -> str:
             texts.append(f"{arm} {points(estimate)} (p = {estimate['p_holm']:.3f}, {len(difference['seeds'])} seeds)")
     detectable = rows[METHOD]["difference"]["few-shot"]["detectable"]
     return (
-        f"Few-shot answers about B, points more right than without alignment: {'; '.join(texts)}. For {METHOD}, a true "
+        f"Few-shot accuracy on B, less no alignment, in points: {'; '.join(texts)}. For {METHOD}, a true "
         f"difference of {100 * detectable:.1f} points is detected with 80 % power."
     )
 
@@ -146,7 +146,7 @@ def _other_arms(rows: dict[str, Row]) -> str:
         against = row.get("difference from the method")
         if against and name not in (*PRIMARY_ARMS, *WRONG_TARGETS):
             texts.append(f"{name} {points(against['few-shot'])} ({words[shown(against)]})")
-    return f"Other arms at lambda 1 less {METHOD}, few-shot answers: {'; '.join(texts)}." if texts else ""
+    return f"Other arms at lambda 1 less {METHOD}, few-shot accuracy: {'; '.join(texts)}." if texts else ""
 
 
 def _recommendation(content: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The picture of the study: what stays readable of B over the layers, and what it is worth in few-shot answers."""
+"""The picture of the study: what stays readable of B over the layers, and what few examples make of it."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     by_count.axhline(0.5, color="black", linewidth=0.9, linestyle=":", label="guessing")
     by_count.set_xscale("log", base=2)
     by_count.set_xticks([int(count) for count in counts], counts)
-    by_count.set(xlabel="objects of the fine-tuning (k)", ylabel="right answers about B", ylim=(0.45, 1))
+    by_count.set(xlabel="objects of the fine-tuning (k)", ylabel="right words about B", ylim=(0.45, 1))
     by_count.set_title("What is left of it for few-shot learning", fontsize=11)
     for axis in (by_layer, by_count):
         axis.grid(alpha=0.3)

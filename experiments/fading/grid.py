@@ -7,10 +7,10 @@ a frozen, randomly drawn modality projector, at the size of word embeddings. The
 (shape, colour) and never set B (height, bend, knob, band). Every seed draws its projector, decoder, order of the data
 and few-shot examples; arms of one seed share them.
 
-Primary measure: few-shot accuracy on B. The trained decoder is fine-tuned with the next-token loss alone on k objects,
-each with the four yes-or-no questions about B, for k of 16, 128 and 1,024, from the same trained weights each time.
-The measure is the share of right answers to the four questions about 360 held-out objects, averaged over the three k.
-Guessing is right in half of the cases.
+Primary measure: few-shot accuracy on B. The trained decoder is fine-tuned with the next-token loss alone on sentences
+that tell all of B (tall or short, bent or straight, big or small, high or low) of k objects, for k of 16, 128 and
+1,024, from the same trained weights each time. The measure is the share of the four words that are right for 360
+held-out objects, a choice between two words each, averaged over the three k. Guessing is right in half of the cases.
 
 Primary comparisons: alignment with the object's Q-Former tokens at the default layer, lambda 0.1, 0.3 and 1, less no
 alignment, at width 48; paired over seeds; seeds and objects are resampled; corrected by Holm over the three. The answer
@@ -105,9 +105,9 @@ class Sizes:
         probe_rows: training objects that probes are fitted on.
     """
 
-    captions: Schedule = field(default_factory=lambda: Schedule(steps=600, batch_size=16, learning_rate=2e-3))
-    few_shot: Schedule = field(default_factory=lambda: Schedule(steps=0, batch_size=16, learning_rate=1e-3))
-    few_shot_steps: dict[int, int] = field(default_factory=lambda: {16: 20, 128: 40, 1024: 80})
+    captions: Schedule = field(default_factory=lambda: Schedule(steps=400, batch_size=16, learning_rate=2e-3))
+    few_shot: Schedule = field(default_factory=lambda: Schedule(steps=0, batch_size=16, learning_rate=2e-3))
+    few_shot_steps: dict[int, int] = field(default_factory=lambda: {16: 30, 128: 100, 1024: 170})
     probe_rows: int = 1024
 
 

@@ -35,8 +35,8 @@ def read_cells(folder: Path, seeds: int) -> dict[str, Cells]:
     return cells
 
 
-def answers(cell: dict[str, Any]) -> np.ndarray:
-    """The primary measure of every held-out object `[C]`: share of right answers over all questions and k."""
+def words_right(cell: dict[str, Any]) -> np.ndarray:
+    """The primary measure of every held-out object `[C]`: share of right words over all factors of B and k."""
     counts = np.array([[int(digit) for digit in digits] for digits in cell["few-shot"].values()])
     return counts.mean(axis=0) / len(FACTORS_B)
 
@@ -95,7 +95,7 @@ def figures(name: str, results: Cells) -> Row:
             count: over_seeds(lambda cell, count=count: _accuracy(cell["few-shot"][count]))
             for count in cells[0]["few-shot"]
         },
-        "few-shot, mean over k": over_seeds(lambda cell: float(answers(cell).mean())),
+        "few-shot, mean over k": over_seeds(lambda cell: float(words_right(cell).mean())),
         "few-shot by factor": {
             factor: float(np.mean([k[factor] for cell in cells for k in cell["few-shot by factor"].values()]))
             for factor in FACTORS_B
@@ -145,7 +145,7 @@ def differences(ours: Cells, theirs: Cells) -> dict[str, Any] | None:
     if not seeds:
         return None
     result: dict[str, Any] = {"seeds": seeds}
-    for name, read in (("few-shot", answers), ("captions", captions)):
+    for name, read in (("few-shot", words_right), ("captions", captions)):
         values = np.array([read(ours[seed]) - read(theirs[seed]) for seed in seeds])
         estimate, p, error = statistics.crossed_difference(values, [str(number) for number in range(values.shape[1])])
         result[name] = estimate.as_dict() | {

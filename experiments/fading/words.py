@@ -1,4 +1,4 @@
-"""The vocabulary of the decoder, and its training texts: captions that name set A, questions about set B."""
+"""The vocabulary of the decoder, and its training texts: captions that name set A, sentences that tell set B."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,19 +9,24 @@ from torch import Tensor
 from experiments.fading.things import COLOURS, SHAPES
 
 NAMING = ("what is this ?", "describe it .")
-QUESTIONS = {  # factor of B -> question whose answer is yes above the median of the factor
-    "height": "is it tall ?",
-    "bend": "is it much bent ?",
-    "knob": "is its knob big ?",
-    "band": "is its band high up ?",
+MORE = "tell more ."
+B_WORDS = {  # factor of B -> words below and above its median
+    "height": ("short", "tall"),
+    "bend": ("straight", "bent"),
+    "knob": ("small", "big"),
+    "band": ("low", "high"),
 }
-YES, NO = "yes .", "no ."
 PAD, POINT, START, END = "<pad>", "<point>", "<start>", "<end>"
 VOCABULARY = (
     PAD, POINT, START, END,
-    *sorted({*" ".join([*NAMING, *QUESTIONS.values(), YES, NO, *COLOURS, *SHAPES]).split()}),
+    *sorted({*" ".join([*NAMING, MORE, *map(" ".join, B_WORDS.values()), *COLOURS, *SHAPES]).split()}),
 )  # fmt: skip
 IDS = {word: number for number, word in enumerate(VOCABULARY)}
+
+
+def tell(values: dict[str, float]) -> str:
+    """Set B in words, from the values of its factors."""
+    return " ".join(B_WORDS[name][value > 0.5] for name, value in values.items()) + " ."
 
 
 @dataclass
