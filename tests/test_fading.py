@@ -22,7 +22,7 @@ from pointalign.evaluation import probe
 from pointalign.trainer import AlignedModel
 
 TINY = Sizes(
-    captions=Schedule(steps=10, batch_size=4, learning_rate=1e-3),
+    captions=Schedule(steps=12, batch_size=4, learning_rate=1e-3),
     few_shot=Schedule(steps=0, batch_size=4, learning_rate=1e-3),
     few_shot_steps={2: 1, 4: 1},
     probe_rows=64,
@@ -132,7 +132,7 @@ def test_tokens_enter_at_the_size_of_words_through_a_frozen_projector(objects, p
         model = cell.new_decoder(point_model, ARMS[name], features, seed=0)
         projector = model.model.modality_projector
         words = model.get_input_embeddings().weight[4:].norm(dim=-1).mean()
-        sizes[name] = float(projector(features).norm(dim=-1).mean() / words)
+        sizes[name] = (projector(features).norm(dim=-1).mean() / words).item()
         trains = {parameter.requires_grad for parameter in projector.parameters()}
         assert trains == {name.startswith("trained")}
         assert all(parameter.requires_grad for parameter in model.model.language_model.parameters())
@@ -190,8 +190,10 @@ def test_states_by_layer_are_those_of_a_forward_pass_with_text(objects, point_mo
     with torch.inference_mode():
         hidden = model(**cell.inputs(examples, few), output_hidden_states=True).hidden_states
     assert sorted(states) == list(range(LAYERS + 1))
-    for layer in (0, 3, LAYERS - 1):  # the last entry of hidden_states has passed the final norm
+    for layer in (3, LAYERS - 1):  # the last entry of hidden_states has passed the final norm
         torch.testing.assert_close(states[layer].flatten(0, 1), hidden[layer][examples.mask])
+    positions = hidden[0][examples.mask].view(states[0].shape) - states[0]  # which the decoder adds, equal in all rows
+    torch.testing.assert_close(positions, positions[:1].expand_as(positions))
 
 
 def test_captions_count_where_every_token_is_right_and_b_word_by_word(objects, point_model, monkeypatch):
