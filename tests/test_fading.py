@@ -342,6 +342,7 @@ OTHER, RANDOM = WRONG_TARGETS
         ({METHOD: 0.4, OTHER: 0.6, RANDOM: 0.6}, {}, "worse"),
         ({METHOD: 0.8, OTHER: 0.6, RANDOM: 0.6}, {"lost": 0.0}, "untested"),
         ({METHOD: 0.8, OTHER: 0.6, RANDOM: 0.6}, {"seeds": 4}, "unfinished"),
+        ({METHOD: 0.8, OTHER: 0.6, RANDOM: 0.6}, {"seeds": 1}, "unfinished"),
         ({}, {}, "unfinished"),
     ],
 )
