@@ -334,7 +334,7 @@ def test_a_rerun_gives_the_same_numbers(processor, monkeypatch):
 
 
 def test_shipped_recipes_are_readable():
-    for name in ("objects", "shapes", "full"):
+    for name in ("objects", "shapes", "full", "language_model"):
         recipe = ablation.read_recipe(name)
         assert recipe.arms["alignment"] == Arm() and recipe.arms["no alignment"].weight == 0
     plan = ablation.read_recipe("objects").plan()

@@ -44,6 +44,7 @@ def run(folder: Path, seeds: int, sizes: Sizes, gate_sizes: tuple[int, int, int]
         return CANNOT_TEST
     missing = [(arm, seed) for arm, seed in plan(seeds) if not cell_file(folder, arm, seed).exists()]
     print(f"{len(missing)} of {len(plan(seeds))} cells to run", flush=True)
+    environment = versions() | {"date": date.today().isoformat()}  # of the code that runs, whatever is committed since
     times: list[float] = []
     for number, (arm, seed) in enumerate(missing):
         path = cell_file(folder, arm, seed)
@@ -54,7 +55,7 @@ def run(folder: Path, seeds: int, sizes: Sizes, gate_sizes: tuple[int, int, int]
             began = time.monotonic()
             result = run_cell(point_model, arm, seed, train, held_out, sizes)
             times.append(time.monotonic() - began)
-            result |= {"seconds": times[-1], "versions": versions() | {"date": date.today().isoformat()}}
+            result |= {"seconds": times[-1], "versions": environment}
             storage.write_json(path, result)
         left = (len(missing) - number - 1) * float(np.mean(times)) / 60
         print(f"{number + 1}/{len(missing)} {arm}, seed {seed}: few-shot {100 * words_right(result).mean():.1f} %, "
