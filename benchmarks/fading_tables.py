@@ -25,13 +25,14 @@ def _content() -> dict:
 def fading_answer() -> str:
     """The answer as an item of a list."""
     content = _content()
-    difference = conclusion.by_name(content).get(METHOD, {}).get("difference")
+    verdict = conclusion.verdict(content)
     measured = ""
-    if difference:
+    if verdict != "unfinished":
+        difference = conclusion.by_name(content)[METHOD]["difference"]
         measured = f" Few-shot accuracy with {METHOD}: {conclusion.points(difference['few-shot'])} points."
     return (
         "- Does what captions never mention fade in a small decoder, and does the alignment loss keep it usable? "
-        f"{conclusion.ANSWERS[conclusion.verdict(content)]}{measured}\n"
+        f"{conclusion.ANSWERS[verdict]}{measured}\n"
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from experiments.ablation.conclusion import direction
+from experiments.ablation.conclusion import FEWEST, direction
 from experiments.fading.grid import BASELINE, LAYERS, MARGIN, METHOD, PRIMARY_ARMS, WRONG_TARGETS
 from pointalign.evaluation.probe import QFORMER
 
@@ -50,13 +50,15 @@ def beaten(content: dict[str, Any]) -> list[str]:
 
 
 def not_inferior(row: Row) -> bool:
-    return row["difference"]["captions"]["low"] > -MARGIN
+    """Whether captions are shown to be at most `MARGIN` less exact."""
+    difference = row["difference"]
+    return len(difference["seeds"]) >= FEWEST and difference["captions"]["low"] > -MARGIN
 
 
 def verdict(content: dict[str, Any]) -> str:
     """A key of `ANSWERS`."""
     rows = by_name(content)
-    if "difference" not in rows.get(METHOD, {}) or len(rows[METHOD]["difference"]["seeds"]) < 5:
+    if "difference" not in rows.get(METHOD, {}) or len(rows[METHOD]["difference"]["seeds"]) < FEWEST:
         return "unfinished"
     if not fades(rows[BASELINE]):
         return "untested"
@@ -75,8 +77,12 @@ def paragraphs(content: dict[str, Any]) -> list[str]:
     parts = [f"**{ANSWERS[key]}**"]
     if "difference" in rows.get(METHOD, {}):
         parts[0] += f" {_primary(rows)}"
-        parts += [_fading(rows), _wrong_targets(rows), _captions(rows[METHOD])]
-    parts += [_other_arms(rows), _recommendation(content)]
+        parts.append(_fading(rows))
+    if key == "unfinished":
+        return [*parts, f"With fewer than {FEWEST} seeds nothing counts as shown, and nothing is recommended."]
+    detectable = rows[METHOD]["difference"]["few-shot"]["detectable"]
+    parts[0] += f" For {METHOD}, a true difference of {100 * detectable:.1f} points is detected with 80 % power."
+    parts += [_wrong_targets(rows), _captions(rows[METHOD]), _other_arms(rows), _recommendation(content)]
     return [part for part in parts if part]
 
 
@@ -90,12 +96,10 @@ def _primary(rows: dict[str, Row]) -> str:
     for arm in PRIMARY_ARMS:
         if difference := rows.get(arm, {}).get("difference"):
             estimate = difference["few-shot"]
-            texts.append(f"{arm} {points(estimate)} (p = {estimate['p_holm']:.3f}, {len(difference['seeds'])} seeds)")
-    detectable = rows[METHOD]["difference"]["few-shot"]["detectable"]
-    return (
-        f"Few-shot accuracy on B, less no alignment, in points: {'; '.join(texts)}. For {METHOD}, a true "
-        f"difference of {100 * detectable:.1f} points is detected with 80 % power."
-    )
+            seeds = len(difference["seeds"])
+            number = f"{seeds} seed{'s' if seeds > 1 else ''}"
+            texts.append(f"{arm} {points(estimate)} (p = {estimate['p_holm']:.3f}, {number})")
+    return f"Few-shot accuracy on B, less no alignment, in points: {'; '.join(texts)}."
 
 
 def _fading(rows: dict[str, Row]) -> str:

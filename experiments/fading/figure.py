@@ -26,9 +26,11 @@ def draw(content: dict[str, Any], path: Path) -> None:
     for arm, colour in DRAWN.items():
         if arm not in rows:
             continue
+        count = len(rows[arm]["seeds"])
+        label = f"{arm} ({count} seed{'s' if count > 1 else ''})"
         layers = [rows[arm]["B by layer"][str(layer)] for layer in range(LAYERS + 1)]
-        _curve(by_layer, range(LAYERS + 1), layers, arm, colour)
-        _curve(by_count, [int(count) for count in counts], [rows[arm]["few-shot"][k] for k in counts], arm, colour)
+        _curve(by_layer, range(LAYERS + 1), layers, label, colour)
+        _curve(by_count, [int(count) for count in counts], [rows[arm]["few-shot"][k] for k in counts], label, colour)
     level = rows[BASELINE]["B by layer"][QFORMER]["mean"]
     by_layer.axhline(level, color="black", linewidth=0.9, linestyle=":", label=QFORMER)
     by_layer.set(xlabel="layer of the decoder (0: its input)", ylabel="R² of a linear probe, mean over B", ylim=(0, 1))
