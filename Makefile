@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: train demo screenshots test test-long chaos resume-matrix fuzz long-run audit lock check docs dist setup assets \
-  benchmark gpu-rehearsal convert-benchmark alignment-check compare held-out-naming report clean
+  benchmark gpu-rehearsal convert-benchmark alignment-check fading compare held-out-naming report clean
 
 train: assets
 	$(BIN)/python -m pointalign.train $(ARGS)
@@ -90,6 +90,10 @@ gpu-rehearsal:
 
 alignment-check: assets
 	$(BIN)/python -m experiments.alignment_check $(ARGS)
+
+# Gate, grid and report; an interrupted grid continues. Several of these at once share the cells among them.
+fading: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.fading $(ARGS)
 
 compare: assets
 	$(BIN)/python -m experiments.compare $(ARGS)

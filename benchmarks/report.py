@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from evidence_tables import ablation, audit, audit_card, evaluation, probe, token_words
+from fading_tables import fading, fading_answer
 from point_ops_report import chat, encoder, point_ops
 from reliability_tables import chaos, fuzz, long_run, resume_matrix
 from tables import stamp, table
@@ -336,6 +337,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "encoder": encoder,
     "evaluation": evaluation,
+    "fading": fading,
+    "fading_answer": fading_answer,
     "fuzz": fuzz,
     "held_out_naming": held_out_naming,
     "launches": launches,

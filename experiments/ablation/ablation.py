@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from experiments import shapes
 from experiments.ablation.comparison import run_file, summarise
@@ -136,24 +137,31 @@ def starting_model(recipe: Recipe) -> tuple[PointAlignForConditionalGeneration, 
 def with_decoder(
     model: PointAlignForConditionalGeneration, sizes: dict[str, int], seed: int
 ) -> PointAlignForConditionalGeneration:
-    """The model's frozen point branch in front of a new decoder of `sizes` (of `LlamaConfig`).
+    """The model's frozen point branch in front of a new decoder of `sizes` (of `LlamaConfig`), see `behind`."""
+    from transformers import LlamaConfig
+
+    text = model.config.text_config
+    tokens = {name: getattr(text, name) for name in ("vocab_size", "pad_token_id", "eos_token_id")}
+    return behind(model, LlamaConfig(**sizes, **tokens, bos_token_id=None, tie_word_embeddings=True), seed)
+
+
+def behind(
+    model: PointAlignForConditionalGeneration, text_config: PreTrainedConfig, seed: int
+) -> PointAlignForConditionalGeneration:
+    """The model's frozen point branch in front of a new decoder of `text_config`.
 
     The decoder and the modality projector are drawn from `seed` and all their parameters train.
 
     Raises:
         ValueError: the weights of the point branch do not fit.
     """
-    from transformers import LlamaConfig
-
     new_parts = (".language_model.", ".modality_projector.")
 
     def is_new(name: str) -> bool:
         return any(part in name for part in new_parts)
 
     config = copy.deepcopy(model.config)
-    text = model.config.text_config
-    tokens = {name: getattr(text, name) for name in ("vocab_size", "pad_token_id", "eos_token_id")}
-    config.text_config = LlamaConfig(**sizes, **tokens, bos_token_id=None, tie_word_embeddings=True)
+    config.text_config = text_config
     torch.manual_seed(seed)
     fresh = PointAlignForConditionalGeneration(config)
     point_branch = {name: tensor for name, tensor in model.state_dict().items() if not is_new(name)}

@@ -3,6 +3,7 @@
 All arms of a seed have the same start, steps, data order and dropout; they differ in the alignment loss alone.
 """
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,9 +117,14 @@ def release_span(labels: Tensor, num_query_tokens: int) -> Tensor:
     return mask
 
 
-def aligned_model(model: PointAlignForConditionalGeneration, arm: Arm, weight: float, seed: int) -> AlignedModel:
-    """The training form of an arm; `weight` is lambda. The arm that is the paper's method is an `AlignedModel`."""
-    config = AlignmentConfig(weight=weight, layer=arm.layer, target=arm.target, seed=seed)
+def aligned_model(
+    model: PointAlignForConditionalGeneration, arm: Arm, weight: float, seed: int, layer_weights: str = "uniform"
+) -> AlignedModel:
+    """The training form of an arm; `weight` is lambda, `layer_weights` those of several layers (`AlignmentConfig`).
+
+    The arm that is the paper's method is an `AlignedModel`.
+    """
+    config = AlignmentConfig(weight=weight, layer=arm.layer, target=arm.target, layer_weights=layer_weights, seed=seed)
     brings_targets = weight > 0 and (arm.source != "own" or arm.target == "encoder")
     aligned = (TargetFromBatch if brings_targets else AlignedModel)(model, config)
     if aligned.alignment is not None:
@@ -176,22 +182,41 @@ def train_arm(
     used = rng.permutation(len(train.labels))[: max(schedule.batch_size, round(arm.captions * len(train.labels)))]
     aligned = aligned_model(model, arm, weight, seed)
     targets = target_table(arm, train, seed) if isinstance(aligned, TargetFromBatch) else None
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        order = np.array([], dtype=int)
+        for _ in range(schedule.steps):
+            while len(order) < schedule.batch_size:
+                order = np.concatenate([order, rng.permutation(used)])
+            rows, order = order[: schedule.batch_size], order[schedule.batch_size :]
+            batch = training_batch(processor, train, rows, rng, schedule.max_length, arm.blind)
+            if targets is not None:
+                batch["target_tokens"] = targets[np.roll(rows, 1) if arm.source == "other" else rows]
+            yield batch
+
+    return optimise(aligned, batches(), schedule, description)
+
+
+def optimise(
+    aligned: AlignedModel, batches: Iterable[dict[str, Tensor]], schedule: Schedule, description: str
+) -> dict[str, list[float]]:
+    """Train the parameters of the model that require gradients, and the alignment projector, a step for each batch.
+
+    Args:
+        batches: `schedule.steps` of them, with the inputs of `aligned`.
+
+    Returns, raises: as `train_arm`.
+    """
+    model = aligned.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     projector = [] if aligned.alignment is None else list(aligned.alignment.parameters())
-    optimizer = torch.optim.AdamW([*trained, *projector], lr=schedule.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([*trained, *projector], lr=schedule.learning_rate, weight_decay=0.0, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, schedule.learning_rate, total_steps=schedule.steps, pct_start=0.1, cycle_momentum=False
     )
     aligned.train()
     history: dict[str, list[float]] = {"ntp": [], "alignment": []}
-    order = np.array([], dtype=int)
-    for _ in tqdm(range(schedule.steps), desc=description, unit="step", leave=False):
-        while len(order) < schedule.batch_size:
-            order = np.concatenate([order, rng.permutation(used)])
-        rows, order = order[: schedule.batch_size], order[schedule.batch_size :]
-        batch = training_batch(processor, train, rows, rng, schedule.max_length, arm.blind)
-        if targets is not None:
-            batch["target_tokens"] = targets[np.roll(rows, 1) if arm.source == "other" else rows]
+    for batch in tqdm(batches, total=schedule.steps, desc=description, unit="step", leave=False, disable=None):
         losses = aligned(**{name: tensor.to(model.device) for name, tensor in batch.items()})
         if not torch.isfinite(losses["loss"]):
             raise FloatingPointError(f"{description}: the loss is {losses['loss'].item()}")

@@ -1,0 +1,105 @@
+"""Sections of docs/results.md about what captions never mention, from results/fading.json alone.
+
+python -m experiments.fading                     writes results/fading.json and results/fading.png
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
+from experiments.ablation.comparison import seed_text
+from experiments.ablation.conclusion import missing_runs
+from experiments.fading import conclusion
+from experiments.fading.grid import BASELINE, LAYERS, METHOD
+from pointalign.evaluation import markdown_table
+
+RESULTS = Path(__file__).parent / "results"
+MIDDLE = str((LAYERS - 1) // 2)  # the layer that is aligned by default
+
+
+def _content() -> dict:
+    return json.loads((RESULTS / "fading.json").read_text())
+
+
+def fading_answer() -> str:
+    """The answer as an item of a list."""
+    content = _content()
+    verdict = conclusion.verdict(content)
+    measured = ""
+    if verdict != "unfinished":
+        difference = conclusion.by_name(content)[METHOD]["difference"]
+        measured = f" Few-shot accuracy with {METHOD}: {conclusion.points(difference['few-shot'])} points."
+    return (
+        "- Does what captions never mention fade in a small decoder, and does the alignment loss keep it usable? "
+        f"{conclusion.ANSWERS[verdict]}{measured}\n"
+    )
+
+
+def fading() -> str:
+    """The conclusion, the figure and the tables of the study.
+
+    The conclusion is drawn here and not read from the file, so that the rules are in one place.
+    """
+    content = _content()
+    rows = content["arms"]
+    read = ", ".join(f"{name} {value:.3f}" for name, value in content["gate"]["read"].items())
+    origin = content["versions"]
+    schedule = content["definition"]["sizes"]["captions"]
+    note = (
+        f"{schedule['steps']} steps of {schedule['batch_size']} captions; {origin['device']}, torch {origin['torch']}, "
+        f"transformers {origin['transformers']}, commit {origin['commit']}, {origin['date']}. The gate, read linearly "
+        f"from the mean Q-Former token: {read}. Intervals (95 %) of differences are over seeds and objects, all "
+        "others over seeds."
+    )
+    unsettled = [row["arm"] for row in rows if not row["next-token loss"]["converged"]]
+    parts = [note, *conclusion.paragraphs(content)]
+    parts += missing_runs([name.rpartition(", seed ")[0] for name in content["missing"]])
+    if unsettled:
+        parts.append(f"The next-token loss still fell at the end in: {', '.join(unsettled)}.")
+    parts.append("![B by layer, and few-shot accuracy on B](../benchmarks/results/fading.png)")
+    parts.append(_arms(rows))
+    parts.append(_differences(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _arms(rows: list[dict]) -> str:
+    counts = list(rows[0]["few-shot"])
+    header = ["arm", "seeds", *(f"few-shot, k = {count}, %" for count in counts), "captions, %", "B at layer 0",
+              MIDDLE, str(LAYERS), f"all tokens, {LAYERS}", f"retrieval, {LAYERS}"]  # fmt: skip
+    lines = [
+        [
+            row["arm"],
+            seed_text(row["seeds"]),
+            *(f"{100 * row['few-shot'][count]['mean']:.1f}" for count in counts),
+            f"{100 * row['captions']['mean']:.1f}",
+            *(f"{row['B by layer'][layer]['mean']:.2f}" for layer in ("0", MIDDLE, str(LAYERS))),
+            f"{row['B on all tokens'][str(LAYERS)]['mean']:.2f}",
+            f"{row['retrieval at equal A'][str(LAYERS)]['mean']:.2f}",
+        ]
+        for row in rows
+    ]
+    return markdown_table(header, lines)
+
+
+def _differences(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        cells = []
+        for key in ("difference", "difference from the method"):
+            difference = row.get(key)
+            if difference:
+                estimate = difference["few-shot"]
+                cells += [
+                    conclusion.points(estimate),
+                    f"{estimate['p_holm']:.3f}",
+                    f"{100 * estimate['detectable']:.1f}",
+                ]
+            else:
+                cells += [""] * 3
+        if any(cells):
+            lines.append([row["arm"], *cells])
+    header = ["few-shot accuracy, points", f"less {BASELINE}", "p (Holm)", "detectable", f"less {METHOD}", "p (Holm)",
+              "detectable"]  # fmt: skip
+    table = markdown_table(header, lines)
+    return f"<details><summary>Differences of every arm</summary>\n\n{table}\n\n</details>"
