@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer, in tokens (default: 64)")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the decoding step first: some minutes, then faster answers"
+        "--compile", action="store_true", help="compile the decoding step first (on a CPU many minutes)"
     )
     parser.add_argument("--quantization", choices=["nf4"], help="keep the language model in 4 bits (less memory)")
     options = parser.parse_args(arguments)
