@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw: the same seed gives the same answer")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the decoding step first: some minutes, then faster answers"
+        "--compile", action="store_true", help="compile the decoding step first (on a CPU many minutes)"
     )
     parser.add_argument("--quantization", choices=["nf4"], help="keep the language model in 4 bits (less memory)")
     options = parser.parse_args(arguments)
