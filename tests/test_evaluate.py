@@ -528,4 +528,4 @@ def test_clouds_of_an_annotation_file_are_read_as_the_model_was_trained(given, m
     own = ["--data", str(CLOUDS / "annotations.json"), "--clouds", str(CLOUDS), "--sentence_models", "none"]
     own += ["--limit", "1", "--generation.max_new_tokens", "2", "--output", str(tmp_path / "out"), *given_axis]
     assert evaluate.main([str(tmp_path / "model"), *own]) == 0
-    assert read == {(given or "z", "grey")}
+    assert (given or "z", "grey") in read  # the report draws its pictures without the model

@@ -93,7 +93,7 @@ def load_objects(options: EvaluationOptions) -> tasks.ObjectSet:
         objects = tasks.modelnet_objects(Path(options.data))
     else:
         assert options.clouds is not None
-        objects = tasks.annotated_objects(Path(options.data), Path(options.clouds))
+        objects = tasks.annotated_objects(Path(options.data), Path(options.clouds), options.up_axis or "y")
     return objects.first(options.limit)
 
 

@@ -103,13 +103,13 @@ def reader(clouds: Path, up_axis: str = "y", **reading: Any) -> Callable[[str], 
     return lambda name: load_point_cloud(find_cloud(clouds, name), up_axis, **reading)
 
 
-def annotated_objects(annotations: Path, clouds: Path) -> ObjectSet:
+def annotated_objects(annotations: Path, clouds: Path, up_axis: str = "y") -> ObjectSet:
     """Objects of a file in the PointLLM schema (such as Objaverse's val_200_GT): the first answer is the truth."""
     truths: dict[str, str] = {}
     for conversation in load_conversations(annotations):
         if len(conversation.object_ids) == 1:
             truths.setdefault(conversation.object_ids[0], conversation.turns[1][1])
-    return ObjectSet(list(truths), reader(clouds), list(truths.values()))
+    return ObjectSet(list(truths), reader(clouds, up_axis), list(truths.values()))
 
 
 def modelnet_objects(path: Path) -> ObjectSet:
