@@ -50,7 +50,7 @@ def serve(
         footer_links=[],
         quiet=True,
         prevent_thread_lock=True,
-        # no second look whether the page answers: it gives a busy computer 3 seconds, and then asks for a public tunnel
+        # no second look whether the page answers: it gives a busy computer 3 seconds, then asks for a public tunnel
         _frontend=False,
     )
     print(f"the page is open: {blocks.local_url}  (Ctrl-C ends it)", flush=True)
