@@ -1,5 +1,6 @@
 """What the page does, without a browser: files, talks, figures, and what it computes about an object."""
 
+import copy
 import json
 import threading
 import time
@@ -121,6 +122,11 @@ def test_objects_take_their_slots_and_begin_a_new_conversation(visitor, clouds):
     empty = talk.Talk(visitor.model, visitor.processor)
     empty.put(1, intake.Item("only", clouds[1][:300]))
     assert list(empty.items) == [0], "the only object is the first"
+
+
+def test_every_visitor_has_a_talk_and_all_share_the_model(visitor):
+    other = copy.deepcopy(visitor)
+    assert other.items == {} and other.model is visitor.model and other.conversation is not visitor.conversation
 
 
 def test_a_request_that_fails_leaves_the_talk_usable(visitor, monkeypatch):

@@ -90,8 +90,9 @@ def choose(page, name: str) -> None:
     page.get_by_role("radio", name=name, exact=True).check()
 
 
-def test_it_opens_on_this_computer_alone(address):
+def test_it_opens_on_this_computer_alone(address, page):
     assert address[0].startswith("http://127.0.0.1:")
+    expect(page.locator("#heading")).to_contain_text("Answers come from tiny on this computer")
 
 
 def test_questions_and_answers_in_turn(page):

@@ -46,7 +46,7 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         with gr.Blocks(title="pointalign", analytics_enabled=False) as blocks:
-            self.talk = gr.State(lambda: Talk(self.model, self.processor))
+            self.talk = gr.State(Talk(self.model, self.processor))
             gr.HTML(
                 f"<h1>Ask about a 3D object</h1><p>Pick an object or drop a file, then ask. "
                 f"Answers come from <code>{escape(self.name)}</code> on this computer.</p>",
@@ -61,7 +61,9 @@ class Page:
         return blocks
 
     def _add_objects(self) -> None:
-        self.slot = gr.Radio(_slots({}), value=0, label="Object", show_label=False, elem_id="slot", elem_classes="segments")
+        self.slot = gr.Radio(
+            _slots({}), value=0, label="Object", show_label=False, elem_id="slot", elem_classes="segments"
+        )
         self.view = gr.Radio(
             [CLOUD, GAZE, LAYERS], value=CLOUD, label="View", show_label=False, elem_classes="segments"
         )

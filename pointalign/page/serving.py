@@ -30,8 +30,8 @@ def serve(
     """
     # read by gradio: no statistics are sent, uploads lie in one folder, and this computer is reached without a proxy
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
-    for name in ("NO_PROXY", "no_proxy"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
+    for variable in ("NO_PROXY", "no_proxy"):
+        os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1", "localhost"]))
     import gradio as gr
 
     from pointalign.page.layout import CSS, Page
@@ -50,7 +50,7 @@ def serve(
         footer_links=[],
         quiet=True,
         prevent_thread_lock=True,
-        # no second look whether the page answers: it gives a busy computer 3 seconds, and then asks for a public tunnel
+        # no second look whether the page answers: it gives a busy computer 3 seconds, then asks for a public tunnel
         _frontend=False,
     )
     print(f"the page is open: {blocks.local_url}  (Ctrl-C ends it)", flush=True)

@@ -51,6 +51,10 @@ class Talk:
         self.busy = False
         self._stop = threading.Event()
 
+    def __deepcopy__(self, _memo: dict) -> "Talk":
+        """An empty talk with the same model: gradio copies the page's for every visitor."""
+        return Talk(self.model, self.processor)
+
     def put(self, slot: int, item: Item) -> None:
         """Place an object; without a first object, the second becomes the first."""
         self.items[slot if self.items else 0] = item

@@ -54,12 +54,12 @@ def _scene(points: np.ndarray, marker: dict, camera: str, bottom: float = 0.0) -
     axis = {"visible": False, "showspikes": False}
     scene = {
         "xaxis": axis, "yaxis": axis, "zaxis": axis, "aspectmode": "data", "dragmode": "orbit",
-        "camera": {"up": {"x": 0, "y": 1, "z": 0}, "eye": CAMERAS[camera]}, "bgcolor": "rgba(0,0,0,0)", "domain": {"x": [0, 1], "y": [bottom, 1]},
+        "camera": {"up": {"x": 0, "y": 1, "z": 0}, "eye": CAMERAS[camera]},
+        "bgcolor": "rgba(0,0,0,0)", "domain": {"x": [0, 1], "y": [bottom, 1]},
     }  # fmt: skip
     edges = {"l": 0, "r": 0, "t": 0, "b": 0}
-    return _figure(
-        cloud, scene=scene, margin=edges, uirevision=camera
-    )  # a view that was turned by hand stays until another is chosen
+    # with a revision of its own, a view that was turned by hand stays until another camera is chosen
+    return _figure(cloud, scene=scene, margin=edges, uirevision=camera)
 
 
 def layer_figure(similarity: dict[int, float]) -> go.Figure:
