@@ -27,8 +27,10 @@ def fading_answer() -> str:
     verdict = conclusion.verdict(content)
     measured = ""
     if verdict != "unfinished":
-        difference = conclusion.by_name(content)[METHOD]["difference"]
+        rows = conclusion.by_name(content)
+        difference = rows[METHOD]["difference"]
         measured = f" Few-shot accuracy with {METHOD}: {conclusion.points(difference['few-shot'])} points."
+        measured += conclusion.floor_warning(rows)
     return (
         "- Does what captions never mention fade in a small decoder, and does the alignment loss keep it usable? "
         f"{conclusion.ANSWERS[verdict]}{measured}\n"
