@@ -9,7 +9,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
 from experiments.ablation.comparison import seed_text
-from experiments.ablation.conclusion import missing_runs
 from experiments.fading import conclusion
 from experiments.fading.grid import BASELINE, LAYERS, METHOD
 from pointalign.evaluation import markdown_table
@@ -28,8 +27,10 @@ def fading_answer() -> str:
     verdict = conclusion.verdict(content)
     measured = ""
     if verdict != "unfinished":
-        difference = conclusion.by_name(content)[METHOD]["difference"]
+        rows = conclusion.by_name(content)
+        difference = rows[METHOD]["difference"]
         measured = f" Few-shot accuracy with {METHOD}: {conclusion.points(difference['few-shot'])} points."
+        measured += conclusion.floor_warning(rows)
     return (
         "- Does what captions never mention fade in a small decoder, and does the alignment loss keep it usable? "
         f"{conclusion.ANSWERS[verdict]}{measured}\n"
@@ -54,7 +55,9 @@ def fading() -> str:
     )
     unsettled = [row["arm"] for row in rows if not row["next-token loss"]["converged"]]
     parts = [note, *conclusion.paragraphs(content)]
-    parts += missing_runs([name.rpartition(", seed ")[0] for name in content["missing"]])
+    if missing := content["missing"]:
+        arms = dict.fromkeys(name.rpartition(", seed ")[0] for name in missing)
+        parts.append(f"{len(missing)} runs of the plan are missing (`make fading` continues): {'; '.join(arms)}.")
     if unsettled:
         parts.append(f"The next-token loss still fell at the end in: {', '.join(unsettled)}.")
     parts.append("![B by layer, and few-shot accuracy on B](../benchmarks/results/fading.png)")
@@ -90,11 +93,8 @@ def _differences(rows: list[dict]) -> str:
             difference = row.get(key)
             if difference:
                 estimate = difference["few-shot"]
-                cells += [
-                    conclusion.points(estimate),
-                    f"{estimate['p_holm']:.3f}",
-                    f"{100 * estimate['detectable']:.1f}",
-                ]
+                detectable = f"{100 * estimate['detectable']:.1f}" if len(difference["seeds"]) > 1 else ""
+                cells += [conclusion.points(estimate), f"{estimate['p_holm']:.3f}", detectable]
             else:
                 cells += [""] * 3
         if any(cells):

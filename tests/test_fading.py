@@ -353,7 +353,13 @@ def test_the_answer_follows_the_rules_that_were_fixed_in_advance(right, more, ex
     assert text.startswith(f"**{conclusion.ANSWERS[expected]}**")
     assert ("most of all alignment 1" in text) == (expected in ("yes", "not the target", "price", "untested"))
     assert ("none of those tried is shown to help" in text) == (expected in ("no", "worse"))
+    assert expected != "yes" or "says little" not in text
     assert ("nothing is recommended" in text) == (expected == "unfinished") == ("margin of" not in text)
+
+
+def test_a_measure_near_its_floor_is_called_insensitive():
+    text = "\n".join(conclusion.paragraphs(content_of({BASELINE: 0.52, METHOD: 0.55, OTHER: 0.52, RANDOM: 0.52})))
+    assert "the best arm, alignment 1, tells 5" in text and "says little for or against" in text
 
 
 def test_lambdas_are_corrected_together_and_differences_are_paired():
@@ -373,7 +379,8 @@ def test_the_section_shows_the_answer_the_figure_and_what_is_missing(tmp_path, m
     monkeypatch.setattr(fading_tables, "RESULTS", tmp_path)
     text = fading_tables.fading()
     assert conclusion.ANSWERS["yes"] in text and "](../benchmarks/results/fading.png)" in text
-    assert "2 runs of the plan are missing: release span." in text and "commit abc, 2026-01-01" in text
+    assert "2 runs of the plan are missing (`make fading` continues): release span." in text
+    assert "commit abc, 2026-01-01" in text
     assert conclusion.ANSWERS["yes"] in fading_tables.fading_answer()
     figure.draw(content, tmp_path / "fading.png")
     assert (tmp_path / "fading.png").stat().st_size > 10_000

@@ -6,6 +6,7 @@ from experiments.ablation.conclusion import FEWEST, direction
 from experiments.fading.grid import BASELINE, LAYERS, MARGIN, METHOD, PRIMARY_ARMS, WRONG_TARGETS
 from pointalign.evaluation.probe import QFORMER
 
+FLOOR = 0.6  # few-shot accuracy of the best arm below which the primary measure is called insensitive; set afterwards
 Row = dict[str, Any]  # an arm in `summary.summarise`
 
 SETTINGS = {  # arm without alignment -> the setting in words
@@ -82,7 +83,9 @@ def paragraphs(content: dict[str, Any]) -> list[str]:
         return [*parts, f"With fewer than {FEWEST} seeds nothing counts as shown, and nothing is recommended."]
     detectable = rows[METHOD]["difference"]["few-shot"]["detectable"]
     parts[0] += f" For {METHOD}, a true difference of {100 * detectable:.1f} points is detected with 80 % power."
-    parts += [_wrong_targets(rows), _captions(rows[METHOD]), _other_arms(rows), _recommendation(content)]
+    parts[0] += floor_warning(rows)
+    parts += [_states(rows[METHOD]), _wrong_targets(rows), _captions(rows[METHOD]), _other_arms(rows)]
+    parts.append(_recommendation(content))
     return [part for part in parts if part]
 
 
@@ -100,6 +103,29 @@ def _primary(rows: dict[str, Row]) -> str:
             number = f"{seeds} seed{'s' if seeds > 1 else ''}"
             texts.append(f"{arm} {points(estimate)} (p = {estimate['p_holm']:.3f}, {number})")
     return f"Few-shot accuracy on B, less no alignment, in points: {'; '.join(texts)}."
+
+
+def floor_warning(rows: dict[str, Row]) -> str:
+    """A warning where few-shot learning hardly works in any arm, so that no difference could be large."""
+    best = max(rows.values(), key=lambda row: row["few-shot, mean over k"]["mean"])
+    accuracy = best["few-shot, mean over k"]["mean"]
+    if accuracy >= FLOOR:
+        return ""
+    return (
+        f" But few-shot learning hardly works here: the best arm, {best['arm']}, tells {100 * accuracy:.1f} % of the "
+        "words right, and guessing 50 %. So near its floor the primary measure says little for or against the method."
+    )
+
+
+def _states(row: Row) -> str:
+    """The secondary measures that show what alignment does to the hidden states."""
+    difference, digits = row["difference"], "{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return (
+        f"Secondary, without correction: {row['arm']} changes what a linear probe reads of B at layer {LAYERS} by "
+        f"{digits.format(**difference['B at the last layer'])} in R2, and retrieval of an object among those of equal "
+        f"A by {digits.format(**difference['retrieval at equal A'])}. Alignment asks for just that, at its layer; "
+        "whether it is of use is the primary question."
+    )
 
 
 def _fading(rows: dict[str, Row]) -> str:
