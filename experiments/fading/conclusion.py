@@ -84,7 +84,7 @@ def paragraphs(content: dict[str, Any]) -> list[str]:
     detectable = rows[METHOD]["difference"]["few-shot"]["detectable"]
     parts[0] += f" For {METHOD}, a true difference of {100 * detectable:.1f} points is detected with 80 % power."
     parts[0] += floor_warning(rows)
-    parts += [_states(rows[METHOD]), _wrong_targets(rows), _captions(rows[METHOD]), _other_arms(rows)]
+    parts += [_states(rows), _wrong_targets(rows), _captions(rows[METHOD]), _other_arms(rows)]
     parts.append(_recommendation(content))
     return [part for part in parts if part]
 
@@ -117,14 +117,18 @@ def floor_warning(rows: dict[str, Row]) -> str:
     )
 
 
-def _states(row: Row) -> str:
+def _states(rows: dict[str, Row]) -> str:
     """The secondary measures that show what alignment does to the hidden states."""
-    difference, digits = row["difference"], "{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    digits = "{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    texts = []
+    for arm in (METHOD, *WRONG_TARGETS):
+        difference = rows.get(arm, {}).get("difference", {})
+        if "B at the last layer" in difference:
+            read, found = (digits.format(**difference[key]) for key in ("B at the last layer", "retrieval at equal A"))
+            texts.append(f"{arm} {read} and {found}")
     return (
-        f"Secondary, without correction: {row['arm']} changes what a linear probe reads of B at layer {LAYERS} by "
-        f"{digits.format(**difference['B at the last layer'])} in R2, and retrieval of an object among those of equal "
-        f"A by {digits.format(**difference['retrieval at equal A'])}. Alignment asks for just that, at its layer; "
-        "whether it is of use is the primary question."
+        f"Secondary, without correction, changes from {BASELINE} in what a linear probe reads of B at layer {LAYERS} "
+        f"(R2), and in retrieval of an object among those of equal A: {'; '.join(texts)}."
     )
 
 
