@@ -5,6 +5,7 @@ patches), N points, D width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ def query_attention(model: PointAlignForConditionalGeneration, tokens: Tensor) -
     return torch.einsum("ckqt,ck->cqt", weights, routing / routing.sum(dim=1, keepdim=True))
 
 
-def _softmax(module: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
+def _softmax(module: Any, queries: Tensor, keys: Tensor) -> Tensor:
     """`[C, Q, T']`, the mean over heads; queries `[C, Q, D]`, keys `[C, T', D]`."""
     heads = module.num_attention_heads
     queries, keys = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (queries, keys))
