@@ -357,7 +357,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
 def shipped_card() -> str:
     """The model card of the shipped checkpoints, with the evaluation and the audit if they are of these weights."""
     described, stage1 = (json.loads((CHECKPOINTS / f"{name}.json").read_text()) for name in SHIPPED)
-    evaluated = json.loads((RESULTS / "evaluation.json").read_text())
+    path = RESULTS / "evaluation.json"
+    evaluated = json.loads(path.read_text()) if path.exists() else {"weights": None}
     weights = file_hash(CHECKPOINTS / "furniture.safetensors")[:16]
     audited = audit_card(weights)
     return model_card.shipped_card(described, stage1, evaluated if evaluated["weights"] == weights else None, audited)

@@ -177,10 +177,15 @@ def test_without_files_nothing_is_claimed(results, tmp_path, monkeypatch, capsys
     import report
 
     sections = {name: report.SECTIONS[name] for name in ("evaluation", "ablation_shapes", "probe")}
-    documents = (tmp_path / "README.md", tmp_path / "results.md", tmp_path / "performance.md")
+    (tmp_path / "docs").mkdir()
+    documents = tuple(tmp_path / "docs" / name for name in ("README.md", "results.md", "performance.md"))
     monkeypatch.setattr(report, "SECTIONS", sections)
     monkeypatch.setattr(report, "RESULTS", results)
     monkeypatch.setattr(report, "DOCUMENTS", documents)
+    for name in report.SHIPPED:
+        shutil.copy(report.CHECKPOINTS / f"{name}.json", tmp_path)
+    (tmp_path / "furniture.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(report, "CHECKPOINTS", tmp_path)
     marked = [f"before\n<!-- {name}:begin -->\nold figures\n<!-- {name}:end -->\nafter\n" for name in sections]
     for document, text in zip(documents, marked, strict=True):
         document.write_text(text)

@@ -120,10 +120,12 @@ def evaluate(name: str, options: EvaluationOptions, generation: Generation) -> d
     set where it was left open.
 
     Raises:
+        FileNotFoundError: there is no model of this name.
         ValueError: options, questions or the output folder do not fit, or a package is missing.
         PointCloudError: an object has no cloud.
     """
     metrics.require_packages(options.task)
+    build.find_model(name)  # before objects are read, which the first time are downloaded
     encoders = sentence_models(options.sentence_models)
     objects = load_objects(options)
     asked = [(kind, task) for kind in options.task for task in _tasks(kind, objects, options)]
