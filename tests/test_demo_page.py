@@ -64,17 +64,12 @@ def is_local(url: str, address: str) -> bool:
 
 
 @pytest.fixture
-def page(opened):
-    """With the first example, an empty conversation and the view of the object."""
+def page(opened, address):
+    """Opened anew: with the first example, an empty conversation and the view of the object."""
     opened.set_viewport_size(SIZE)
-    choose(opened, "Object")
-    second = opened.get_by_role("button", name="Remove the second object")
-    if second.is_visible():
-        second.click()
-        expect(second).not_to_be_visible()
-    for number in (1, 0):  # by way of another example, so that the caption tells when the page is done
-        opened.get_by_role("button", name=f"Thumbnail {number + 1} of 3").click()
-        expect(opened.locator("#caption")).to_contain_text(f"example {number}")
+    opened.goto(address[0])
+    expect(opened.locator("#caption")).to_contain_text("example 0")
+    expect(opened.locator("#view canvas").first).to_be_visible()
     return opened
 
 

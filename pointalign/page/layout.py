@@ -129,7 +129,7 @@ class Page:
         turning: dict = {"show_progress_on": self.plot, **MODEL_QUEUE}
         blocks.load(self.open, [self.talk, *shown], changed, **turning)
         # of quick clicks the last one counts; by default gradio drops those that come while the first is under way
-        self.gallery.select(self.pick, [self.talk, *shown], changed, trigger_mode="always_last", **turning)
+        self.gallery.select(self.pick, [self.talk, *shown], changed, trigger_mode="multiple", **turning)
         self.file.upload(self.take, [self.talk, self.file, self.up_axis, *shown], [*changed, self.file], **turning)
         self.remove.click(self.remove_second, [self.talk, *shown], changed, **turning)
         for part in (self.slot, self.view, self.camera, self.query):
