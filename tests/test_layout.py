@@ -238,3 +238,12 @@ def test_text_is_utf_8_in_every_locale():
     assert [f"{m}:{call.lineno}" for m, found in calls.items() for call in found if names_no_encoding(call)] == []
     (call,) = (node for node in ast.walk(ast.parse("path.open('a')")) if isinstance(node, ast.Call))
     assert names_no_encoding(call), "the test can fail"
+
+
+def test_no_module_is_longer_than_a_reader_holds():
+    lengths = {
+        path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines())
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert len(lengths) > 100 and {path: n for path, n in lengths.items() if n > MAX_LINES} == {}

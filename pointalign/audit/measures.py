@@ -98,13 +98,15 @@ def controls(plan: Plan, replies: Replies) -> dict[str, Any]:
     families = [item.family for item in items]
     table: dict[str, Any] = {}
     for kind, rows in (kinds | {"all": list(range(len(items)))}).items():
-        own = [families[row] for row in rows]
+        row_families = [families[row] for row in rows]
         labels = Counter(items[row].label for row in rows)
         entry: dict[str, Any] = {"guess": None if kind in ("all", "name") else max(labels.values()) / len(rows)}
-        entry["said"] = {name: cluster_mean(values[rows], own).as_dict() for name, values in said.items()}
+        entry["said"] = {name: cluster_mean(values[rows], row_families).as_dict() for name, values in said.items()}
         if not np.isnan(likely["true"]).any():
-            entry["likelihood"] = {name: cluster_mean(values[rows], own).as_dict() for name, values in likely.items()}
-        difference, p = paired_difference(said["true"][rows], said["shuffled"][rows], own)
+            entry["likelihood"] = {
+                name: cluster_mean(values[rows], row_families).as_dict() for name, values in likely.items()
+            }
+        difference, p = paired_difference(said["true"][rows], said["shuffled"][rows], row_families)
         entry["owed to the cloud"] = difference.as_dict() | {"p": p}
         table[kind] = entry
     single = [kind for kind in table if kind != "all"]
@@ -149,17 +151,19 @@ def counterfactuals(pairs: Sequence[Pair], replies: Replies) -> dict[str, Any]:
                 [stated(pair.item, replies[name, pair.item.text]["text"]) for name in (pair.item.object_id, pair.cloud)]
                 for pair in rows
             ]
-            own = [pair.item.family for pair in rows]
+            pair_families = [pair.item.family for pair in rows]
             both = [state == [pair.item.label, pair.after] for pair, state in zip(rows, states, strict=True)]
             cells.setdefault(edit, {})[kind] = {
                 "must": "flip" if rows[0].flips else "stay",
-                "right before and after": cluster_mean(np.array(both, dtype=float), own).as_dict(),
-                "same answer": cluster_mean([float(before == after) for before, after in states], own).as_dict(),
+                "right before and after": cluster_mean(np.array(both, dtype=float), pair_families).as_dict(),
+                "same answer": cluster_mean(
+                    [float(before == after) for before, after in states], pair_families
+                ).as_dict(),
             }
             if rows[0].flips:
                 moved["after"] += [float(after == pair.after) for pair, (_, after) in zip(rows, states, strict=True)]
                 moved["before"] += [float(before == pair.after) for pair, (before, _) in zip(rows, states, strict=True)]
-                families += own
+                families += pair_families
     if not families:
         return {"cells": cells, "tests": {}}
     difference, p = paired_difference(moved["after"], moved["before"], families)
@@ -260,10 +264,10 @@ def noise(plan: Plan, replies: Replies) -> dict[str, Any]:
     rows, families = [], []
     for title, asks in (("noise", plan.noise), ("objects", named)):
         found = [replies[ask.cloud, ask.item.text] for ask in asks]
-        own = [ask.item.family for ask in asks]
-        table[title] = cluster_mean([float(abstains(reply["text"])) for reply in found], own).as_dict()
+        question_families = [ask.item.family for ask in asks]
+        table[title] = cluster_mean([float(abstains(reply["text"])) for reply in found], question_families).as_dict()
         rows += [(reply["probability"], float(title == "objects")) for reply in found]
-        families += own
+        families += question_families
     known = all(value is not None for value, _ in rows)
     table["told apart"] = cluster_statistic(auroc, np.array(rows), families).as_dict() if known else None
     table["examples"] = Counter(replies[ask.cloud, ask.item.text]["text"] for ask in plan.noise).most_common(3)

@@ -224,8 +224,8 @@ def items_of(record: dict, nouns: Sequence[str]) -> list[Item]:
     if (taller := is_taller(record)) is not None:
         fact = PROPERTIES["taller_than_wide"]
         texts = {"taller": f"{fact.yes.capitalize()}.", "wider": f"{fact.no.capitalize()}."}
-        asked = pick(OFFERED["taller_than_wide"], record, "audit")
-        rows.append(("taller or wider", asked, "taller" if taller else "wider", texts))
+        question = pick(OFFERED["taller_than_wide"], record, "audit")
+        rows.append(("taller or wider", question, "taller" if taller else "wider", texts))
         concluding = {"yes": concluded(fact.yes, True), "no": concluded(fact.no, False)}
         rows.append(("taller, yes or no", fact.texts[0], YES_NO[not taller], concluding))
     return [Item(record["object_id"], record["family"], *row) for row in rows]
@@ -241,10 +241,10 @@ def is_taller(record: dict) -> bool | None:
 
 def names(record: dict, nouns: Sequence[str]) -> dict[str, str]:
     """The object's noun and others that it could not be called, with the sentences that name it so."""
-    own = record["head_noun"]
-    wrong = [noun for noun in nouns if noun != own and not could_be(record["name"], own, noun)]
+    head_noun = record["head_noun"]
+    wrong = [noun for noun in nouns if noun != head_noun and not could_be(record["name"], head_noun, noun)]
     wrong.sort(key=lambda noun: questions.draw(record, f"audit/{noun}"))
-    offered = sorted([own, *wrong[: OFFERED_NAMES - 1]])
+    offered = sorted([head_noun, *wrong[: OFFERED_NAMES - 1]])
     read = {noun: read_name(noun) for noun in offered}
     return {noun: name_sentence(name.phrase, name.plural) for noun, name in read.items()}
 
