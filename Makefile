@@ -14,7 +14,7 @@ TOOLS := build/tools
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train demo screenshots test test-long chaos resume-matrix fuzz long-run audit lock check docs dist setup assets \
+.PHONY: train demo screenshots test test-long chaos resume-matrix fuzz long-run package-audit lock check docs dist setup assets \
   benchmark gpu-rehearsal convert-benchmark alignment-check fading compare held-out-naming report clean
 
 train: assets
@@ -56,9 +56,9 @@ lock: $(TOOLS)/bin/uv
 	mv requirements-hashed.new requirements-hashed.txt
 
 # Asks the database of known weaknesses about every package there; without an answer this fails, and proves nothing.
-audit: $(TOOLS)/bin/uv
+package-audit: $(TOOLS)/bin/uv
 	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements-hashed.txt || { \
-	  echo "audit: weaknesses are named above, or packages that the database could not be asked about"; exit 1; }
+	  echo "package-audit: weaknesses are named above, or packages that the database could not be asked about"; exit 1; }
 
 $(TOOLS)/bin/uv:
 	$(PYTHON) -m venv $(TOOLS)

@@ -5,6 +5,7 @@ python -m experiments.ablation objects           writes results/ablation_objects
 pointalign probe --output benchmarks/results/probe
 pointalign audit furniture             writes audit.json, to be copied to results/
 python -m experiments.token_words --output benchmarks/results/token_words.json
+python -m experiments.procedural_neighbours --output benchmarks/results/procedural_neighbours.json
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
+from experiments import procedural_neighbours as neighbours
 from experiments import token_words as words
 from experiments.ablation import comparison, conclusion
 from experiments.ablation.train_arm import Arm
@@ -53,6 +55,15 @@ def token_words() -> str:
     content = json.loads((RESULTS / "token_words.json").read_text())
     note = f"{content['checkpoint']} on the {content['split']} objects; {_stamp(content['provenance'])}."
     return f"{note} Intervals are clustered by family.\n\n{words.table(content)}\n"
+
+
+def procedural_neighbours() -> str:
+    """The nearest neighbour with and without the kind of clouds that stage 1 saw too."""
+    content = json.loads((RESULTS / "procedural_neighbours.json").read_text())
+    note = f"{content['per_noun']} procedural objects of each noun, {content['split']} objects"
+    return (
+        f"{note}; {_stamp(content['provenance'])}. Intervals are clustered by family.\n\n{neighbours.table(content)}\n"
+    )
 
 
 def audit() -> str:

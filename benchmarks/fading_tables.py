@@ -1,6 +1,6 @@
-"""Sections of docs/results.md about what captions never mention, from results/fading.json alone.
+"""Sections of docs/results.md about what captions never mention, from results/fading.json and fading_longer.json alone.
 
-python -m experiments.fading                     writes results/fading.json and results/fading.png
+python -m experiments.fading [--study fading_longer]     writes results/<study>.json and results/<study>.png
 """
 
 import json
@@ -10,48 +10,65 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
 from experiments.ablation.comparison import seed_text
 from experiments.fading import conclusion
-from experiments.fading.grid import BASELINE, LAYERS, METHOD
+from experiments.fading.grid import BASELINE, FIRST, LAYERS, LONGER, METHOD
 from pointalign.evaluation import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 MIDDLE = str((LAYERS - 1) // 2)  # the layer that is aligned by default
 
 
-def _content() -> dict:
-    return json.loads((RESULTS / "fading.json").read_text())
+def _content(study: str) -> dict | None:
+    path = RESULTS / f"{study}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def fading_answer() -> str:
-    """The answer as an item of a list."""
-    content = _content()
-    verdict = conclusion.verdict(content)
-    measured = ""
-    if verdict != "unfinished":
-        rows = conclusion.by_name(content)
-        difference = rows[METHOD]["difference"]
-        measured = f" Few-shot accuracy with {METHOD}: {conclusion.points(difference['few-shot'])} points."
-        measured += conclusion.floor_warning(rows)
-    return (
+    """The answers of both studies as an item of a list."""
+    first, longer = _content(FIRST), _content(LONGER)
+    text = (
         "- Does what captions never mention fade in a small decoder, and does the alignment loss keep it usable? "
-        f"{conclusion.ANSWERS[verdict]}{measured}\n"
+        f"{_answer(first)}"
     )
+    if longer:
+        text += f" With longer fine-tuning, a second study: {_answer(longer)}"
+    return f"{text}\n"
 
 
-def fading() -> str:
-    """The conclusion, the figure and the tables of the study.
+def _answer(content: dict | None) -> str:
+    if content is None:
+        return "Not measured."
+    verdict = conclusion.verdict(content)
+    if verdict == "unfinished":
+        return conclusion.ANSWERS[verdict]
+    rows = conclusion.by_name(content)
+    difference = rows[METHOD]["difference"]
+    measured = f" Few-shot accuracy with {METHOD}: {conclusion.points(difference['few-shot'])} points."
+    return f"{conclusion.ANSWERS[verdict]}{measured}{conclusion.floor_warning(rows)}"
+
+
+def fading_longer() -> str:
+    """The second study, as `fading`."""
+    return fading(LONGER)
+
+
+def fading(study: str = FIRST) -> str:
+    """The conclusion, the figure and the tables of a study.
 
     The conclusion is drawn here and not read from the file, so that the rules are in one place.
     """
-    content = _content()
+    content = _content(study)
+    if content is None:
+        return f"Not measured (`make fading ARGS='--study {study}'`).\n"
     rows = content["arms"]
     read = ", ".join(f"{name} {value:.3f}" for name, value in content["gate"]["read"].items())
     origin = content["versions"]
     schedule = content["definition"]["sizes"]["captions"]
+    steps = " / ".join(map(str, content["definition"]["sizes"]["few_shot_steps"].values()))
     note = (
-        f"{schedule['steps']} steps of {schedule['batch_size']} captions; {origin['device']}, torch {origin['torch']}, "
-        f"transformers {origin['transformers']}, commit {origin['commit']}, {origin['date']}. The gate, read linearly "
-        f"from the mean Q-Former token: {read}. Intervals (95 %) of differences are over seeds and objects, all "
-        "others over seeds."
+        f"{schedule['steps']} steps of {schedule['batch_size']} captions, then fine-tuning on k objects for {steps} "
+        f"steps; {origin['device']}, torch {origin['torch']}, transformers {origin['transformers']}, "
+        f"commit {origin['commit']}, {origin['date']}. The gate, read linearly from the mean Q-Former token: {read}. "
+        "Intervals (95 %) of differences are over seeds and objects, all others over seeds."
     )
     unsettled = [row["arm"] for row in rows if not row["next-token loss"]["converged"]]
     parts = [note, *conclusion.paragraphs(content)]
@@ -60,7 +77,7 @@ def fading() -> str:
         parts.append(f"{len(missing)} runs of the plan are missing (`make fading` continues): {'; '.join(arms)}.")
     if unsettled:
         parts.append(f"The next-token loss still fell at the end in: {', '.join(unsettled)}.")
-    parts.append("![B by layer, and few-shot accuracy on B](../benchmarks/results/fading.png)")
+    parts.append(f"![B by layer, and few-shot accuracy on B](../benchmarks/results/{study}.png)")
     parts.append(_arms(rows))
     parts.append(_differences(rows))
     return "\n\n".join(parts) + "\n"

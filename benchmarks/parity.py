@@ -124,15 +124,24 @@ def _lora(count: int) -> tuple[list[Tensor], Function, dict[str, Function]]:
     return [seeded(ROWS, WIDTH, seed=30), *down, *up], plain, {"fused": lean}
 
 
-def _lora_products(weights: list[Tensor], x: Tensor, *adapters: Tensor) -> tuple[Tensor, ...]:
-    class Group(fused_lora.AdapterGroup):
-        def __init__(self):
-            self.ranks, self.scales, self.stacked = [RANK] * len(weights), [0.5] * len(weights), False
-            self.bases = [nn.Linear(WIDTH, INNER, bias=False) for _ in weights]
-            for base, weight in zip(self.bases, weights, strict=True):
-                base.weight = nn.Parameter(weight.to(x), requires_grad=False)
+class _LoraLayer:
+    """What `AdapterGroup` asks of peft's LoRA layer; its adapters are passed apart, so that they are leaves."""
 
-    return fused_lora.LoraProducts.apply(x, Group(), x.dtype, 0.0, *adapters)  # type: ignore[return-value]
+    disable_adapters, merged = False, False
+    r, scaling = {"default": RANK}, {"default": 0.5}
+
+    def __init__(self, weight: Tensor):
+        self.base = nn.Linear(WIDTH, INNER, bias=False)
+        self.base.weight = nn.Parameter(weight, requires_grad=False)
+        self.forward = self.base.forward
+
+    def get_base_layer(self) -> nn.Linear:
+        return self.base
+
+
+def _lora_products(weights: list[Tensor], x: Tensor, *adapters: Tensor) -> tuple[Tensor, ...]:
+    group = fused_lora.AdapterGroup([_LoraLayer(weight.to(x)) for weight in weights])
+    return fused_lora.LoraProducts.apply(x, group, x.dtype, 0.0, *adapters)  # type: ignore[return-value]
 
 
 def _attention() -> tuple[list[Tensor], Function, dict[str, Function]]:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from evidence_tables import ablation, audit, audit_card, evaluation, probe, token_words
-from fading_tables import fading, fading_answer
+from evidence_tables import ablation, audit, audit_card, evaluation, probe, procedural_neighbours, token_words
+from fading_tables import fading, fading_answer, fading_longer
 from point_ops_report import chat, encoder, point_ops
 from reliability_tables import chaos, fuzz, long_run, resume_matrix
 from tables import stamp, table
@@ -339,6 +339,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "evaluation": evaluation,
     "fading": fading,
     "fading_answer": fading_answer,
+    "fading_longer": fading_longer,
     "fuzz": fuzz,
     "held_out_naming": held_out_naming,
     "launches": launches,
@@ -348,6 +349,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "probe": probe,
     "resume_matrix": resume_matrix,
     "summary": summary,
+    "procedural_neighbours": procedural_neighbours,
     "token_words": token_words,
     "train_step": train_step,
     "conversion": conversion,

@@ -15,7 +15,19 @@ import fading_tables
 from experiments.ablation.train_arm import Schedule, TargetFromBatch, aligned_model
 from experiments.fading import __main__ as command
 from experiments.fading import cell, conclusion, figure, gate, summary
-from experiments.fading.grid import ARMS, BASELINE, LAYERS, METHOD, TIERS, WRONG_TARGETS, Sizes, plan
+from experiments.fading.grid import (
+    ARMS,
+    BASELINE,
+    FIRST,
+    LAYERS,
+    LONGER,
+    METHOD,
+    STUDIES,
+    TIERS,
+    WRONG_TARGETS,
+    Sizes,
+    Study,
+)
 from experiments.fading.things import COLOURS, FACTORS_B, POINTS, SHAPES, draw, held_out_things, sample, training_things
 from experiments.fading.words import B_WORDS, END, IDS, MORE, NAMING, encode, tell
 from pointalign.evaluation import probe
@@ -27,6 +39,7 @@ TINY = Sizes(
     few_shot_steps={2: 1, 4: 1},
     probe_rows=64,
 )
+TINY_TIERS = ((BASELINE, METHOD), WRONG_TARGETS[:1])
 
 
 def oracle(things: list):
@@ -103,7 +116,7 @@ def test_without_the_gate_nothing_is_run(objects, point_model, tmp_path, monkeyp
     passed = {"sizes": {}, "read": {"B: bend": 0.84}}
     monkeypatch.setattr(gate, "prepare", lambda folder, *sizes: (point_model, *objects, passed))
     monkeypatch.setattr(command, "run_cell", lambda *arguments: pytest.fail("a cell was run"))
-    assert command.run(tmp_path / "fading", 1, TINY, (1, 1, 1)) == command.CANNOT_TEST
+    assert command.run(Study(TINY, TIERS), tmp_path / "fading", tmp_path, 1, (1, 1, 1)) == command.CANNOT_TEST
     assert "cannot test: the tokens do not hold B: bend 0.840" in capsys.readouterr().out
 
 
@@ -118,6 +131,19 @@ def test_the_point_branch_learns_and_its_tokens_are_cached(tmp_path, monkeypatch
         assert torch.equal(ours.features, theirs.features) and torch.equal(ours.encoder, theirs.encoder)
         assert ours.properties == theirs.properties
     assert first[3] == second[3]
+
+
+def test_a_clone_repeats_the_gate_of_the_committed_cells_or_refuses_to_mix(tmp_path):
+    first = gate.prepare(tmp_path, 128, 40, 1)
+    (tmp_path / gate.TOKEN_FILE).unlink()
+    again = gate.prepare(tmp_path, 128, 40, 1)
+    assert torch.equal(first[1].features, again[1].features) and (tmp_path / gate.TOKEN_FILE).exists()
+    (tmp_path / gate.TOKEN_FILE).unlink()
+    content = json.loads((tmp_path / gate.GATE_FILE).read_text())
+    content["read"]["B: bend"] += 0.1
+    (tmp_path / gate.GATE_FILE).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"another machine's point branch \(B: bend .* choose another --output"):
+        gate.prepare(tmp_path, 128, 40, 1)
     with pytest.raises(ValueError, match="choose another --output"):
         gate.prepare(tmp_path, 128, 41, 1)
 
@@ -232,21 +258,21 @@ def test_retrieval_looks_among_objects_of_equal_captions_only(objects):
 
 
 def test_the_plan_has_every_arm_and_seed_once_and_the_decisive_arms_first():
-    cells = plan(5)
+    cells = STUDIES[FIRST].plan(5)
     assert sorted(cells) == sorted((arm, seed) for arm in ARMS for seed in range(5)) and len(set(cells)) == len(cells)
     assert {arm for arm, _ in cells[:20]} == set(TIERS[0]) == {BASELINE, METHOD, *WRONG_TARGETS}
     assert all(arm.baseline in ARMS for arm in ARMS.values())
+    assert STUDIES[LONGER].plan(5) == cells[:30], "the arms of the primary comparisons"
+    first, longer = STUDIES[FIRST].sizes, STUDIES[LONGER].sizes
+    assert replace(longer, few_shot_steps=first.few_shot_steps) == first, "nothing else differs"
 
 
 @pytest.fixture
 def tiny_grid(objects, point_model, tmp_path, monkeypatch):
     """Runs a grid of three arms on oracle tokens and returns how many cells it ran."""
-    monkeypatch.setattr("experiments.fading.grid.TIERS", ((BASELINE, METHOD), WRONG_TARGETS[:1]))
-    monkeypatch.setattr(summary, "TIERS", ((BASELINE, METHOD), WRONG_TARGETS[:1]))
     monkeypatch.setattr(probe, "FIT_STEPS", 3)
     passed = {"sizes": {"seen": 1}, "read": {"B: bend": 0.99}}
-    (tmp_path / "fading").mkdir()
-    (tmp_path / "fading" / gate.GATE_FILE).write_text(json.dumps(passed))
+    (tmp_path / gate.GATE_FILE).write_text(json.dumps(passed))
     monkeypatch.setattr(gate, "prepare", lambda folder, *sizes: (point_model, *objects, passed))
 
     def run(seeds: int = 2, sizes: Sizes = TINY) -> int:
@@ -257,7 +283,7 @@ def tiny_grid(objects, point_model, tmp_path, monkeypatch):
             return cell.run_cell(*arguments)
 
         monkeypatch.setattr(command, "run_cell", counted)
-        assert command.run(tmp_path / "fading", seeds, sizes, (1, 1, 1)) == 0
+        assert command.run(Study(sizes, TINY_TIERS), tmp_path / "fading", tmp_path, seeds, (1, 1, 1)) == 0
         return len(ran)
 
     return run
@@ -275,7 +301,7 @@ def test_finished_cells_are_skipped_and_a_report_lacks_what_is_missing(tiny_grid
     assert contents[0]["losses"]["alignment"] == [0.0] * 10 and min(contents[1]["losses"]["alignment"][:3]) > 0
 
     paths[2].unlink()
-    assert command.report(folder, 2) == 0
+    assert command.report(Study(TINY, TINY_TIERS), folder, tmp_path, 2) == 0
     assert json.loads((tmp_path / "fading.json").read_text())["missing"] == [f"{WRONG_TARGETS[0]}, seed 1"]
     assert tiny_grid() == 1
     again = json.loads(paths[2].read_text())
@@ -323,7 +349,7 @@ def content_of(right: dict[str, float], lost: float = 0.3, captioned: float = 1.
     return summary.summarise(cells) | {
         "gate": {"read": {"B: bend": 0.9}},
         "versions": made_cell(0.5, 0.1, 1.0, 0)["versions"],
-        "definition": {"sizes": {"captions": {"steps": 3, "batch_size": 2}}},
+        "definition": {"sizes": {"captions": {"steps": 3, "batch_size": 2}, "few_shot_steps": {"16": 5, "64": 9}}},
         "missing": [],
     }
 
@@ -382,15 +408,21 @@ def test_the_section_shows_the_answer_the_figure_and_what_is_missing(tmp_path, m
     assert "2 runs of the plan are missing (`make fading` continues): release span." in text
     assert "commit abc, 2026-01-01" in text
     assert conclusion.ANSWERS["yes"] in fading_tables.fading_answer()
+    assert "Not measured" in fading_tables.fading_longer() and "second study" not in fading_tables.fading_answer()
+    (tmp_path / "fading_longer.json").write_text(json.dumps(content_of({BASELINE: 0.6, METHOD: 0.4})))
+    assert conclusion.ANSWERS["worse"] in fading_tables.fading_longer()
+    assert f"second study: {conclusion.ANSWERS['worse']}" in fading_tables.fading_answer()
     figure.draw(content, tmp_path / "fading.png")
     assert (tmp_path / "fading.png").stat().st_size > 10_000
 
 
-def test_the_committed_result_is_what_its_cells_say():
-    result = json.loads((command.FOLDER.with_suffix(".json")).read_text())
+@pytest.mark.parametrize("study", [study for study in STUDIES if (command.RESULTS / f"{study}.json").exists()])
+def test_the_committed_result_is_what_its_cells_say(study):
+    folder = command.RESULTS / study
+    result = json.loads(folder.with_suffix(".json").read_text())
     assert result["answer"] == conclusion.verdict(result)
     seeds = 1 + max(seed for row in result["arms"] for seed in row["seeds"])
-    again = json.loads(json.dumps(summary.summarise(summary.read_cells(command.FOLDER, seeds))))
+    again = json.loads(json.dumps(summary.summarise(summary.read_cells(folder, seeds))))
     assert [row["arm"] for row in again["arms"]] == [row["arm"] for row in result["arms"]]
     for ours, theirs in zip(again["arms"], result["arms"], strict=True):
         assert ours["few-shot, mean over k"] == pytest.approx(theirs["few-shot, mean over k"])

@@ -82,7 +82,7 @@ def test_two_shards_make_the_updates_of_one_process(tmp_path, processor, clouds)
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(shards)))
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29733", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "ACCELERATE_USE_FSDP": "true"},
         capture_output=True,
         text=True,

@@ -211,8 +211,9 @@ def optimise(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     projector = [] if aligned.alignment is None else list(aligned.alignment.parameters())
     optimizer = torch.optim.AdamW([*trained, *projector], lr=schedule.learning_rate, weight_decay=0.0, fused=True)
+    warm_up = 0.2 if schedule.steps == 10 else 0.1  # PyTorch divides by zero where a warm-up takes exactly one step
     rate = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, schedule.learning_rate, total_steps=schedule.steps, pct_start=0.1, cycle_momentum=False
+        optimizer, schedule.learning_rate, total_steps=schedule.steps, pct_start=warm_up, cycle_momentum=False
     )
     aligned.train()
     history: dict[str, list[float]] = {"ntp": [], "alignment": []}

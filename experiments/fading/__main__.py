@@ -20,30 +20,37 @@ import torch
 
 from experiments.fading import conclusion, figure, gate
 from experiments.fading.cell import run_cell
-from experiments.fading.grid import TIERS, Sizes, plan
+from experiments.fading.grid import FIRST, STUDIES, Study
 from experiments.fading.summary import Cells, cell_file, read_cells, summarise, words_right
 from pointalign import storage
 from pointalign.allocator import keep_freed_memory
 from pointalign.evaluation.results import versions
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "results" / "fading"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+GATE_SIZES = (25_600, 4096, 15)
 SEEDS = 5
 EXPECTED = 45  # seconds of a cell on a CPU core, until the first one is measured
 CANNOT_TEST = 3  # exit status
 
 
-def run(folder: Path, seeds: int, sizes: Sizes, gate_sizes: tuple[int, int, int]) -> int:
-    """The gate, the missing cells, the report. Returns an exit status."""
-    with storage.lock(folder / "gate.lock"):
-        point_model, train, held_out, passed = gate.prepare(folder, *gate_sizes)
+def run(study: Study, folder: Path, gate_folder: Path, seeds: int, gate_sizes: tuple[int, int, int]) -> int:
+    """The gate, the missing cells, the report. Returns an exit status.
+
+    Args:
+        folder: of the cells.
+        gate_folder: of the gate and its tokens, which the studies share.
+    """
+    sizes, cells = study.sizes, study.plan(seeds)
+    with storage.lock(gate_folder / "gate.lock"):
+        point_model, train, held_out, passed = gate.prepare(gate_folder, *gate_sizes)
         check_definition(folder, {"sizes": asdict(sizes), "gate": passed["sizes"]})
     print("gate, read from the Q-Former tokens of held-out things:")
     print("  " + ", ".join(f"{name} {value:.3f}" for name, value in passed["read"].items()))
     if problems := gate.failures(passed["read"]):
         print(f"cannot test: the tokens do not hold {'; '.join(problems)}")
         return CANNOT_TEST
-    missing = [(arm, seed) for arm, seed in plan(seeds) if not cell_file(folder, arm, seed).exists()]
-    print(f"{len(missing)} of {len(plan(seeds))} cells to run", flush=True)
+    missing = [(arm, seed) for arm, seed in cells if not cell_file(folder, arm, seed).exists()]
+    print(f"{len(missing)} of {len(cells)} cells to run", flush=True)
     environment = versions() | {"date": date.today().isoformat()}  # of the code that runs, whatever is committed since
     times: list[float] = []
     for number, (arm, seed) in enumerate(missing):
@@ -60,7 +67,7 @@ def run(folder: Path, seeds: int, sizes: Sizes, gate_sizes: tuple[int, int, int]
         left = (len(missing) - number - 1) * float(np.mean(times)) / 60
         print(f"{number + 1}/{len(missing)} {arm}, seed {seed}: few-shot {100 * words_right(result).mean():.1f} %, "
               f"{times[-1]:.0f} s, about {left:.0f} min left", flush=True)  # fmt: skip
-    return report(folder, seeds)
+    return report(study, folder, gate_folder, seeds)
 
 
 def check_definition(folder: Path, definition: dict[str, Any]) -> None:
@@ -75,15 +82,15 @@ def check_definition(folder: Path, definition: dict[str, Any]) -> None:
     storage.write_json(path, definition)
 
 
-def report(folder: Path, seeds: int) -> int:
+def report(study: Study, folder: Path, gate_folder: Path, seeds: int) -> int:
     """Write `<folder>.json` and `<folder>.png` from the finished cells."""
     cells = read_cells(folder, seeds)
     content = {"answer": "", **summarise(cells)}
     content |= {
-        "gate": storage.read_json(folder / gate.GATE_FILE),
+        "gate": storage.read_json(gate_folder / gate.GATE_FILE),
         "definition": storage.read_json(folder / "definition.json"),
         "versions": merged_versions(cells),
-        "missing": [f"{arm}, seed {seed}" for arm, seed in plan(seeds) if seed not in cells.get(arm, {})],
+        "missing": [f"{arm}, seed {seed}" for arm, seed in study.plan(seeds) if seed not in cells.get(arm, {})],
     }
     content["answer"] = conclusion.verdict(content)
     result = folder.with_suffix(".json")
@@ -105,17 +112,23 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m experiments.fading", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="paired seeds of every arm (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the cells (default: %(default)s)")
+    parser.add_argument(
+        "--study", choices=STUDIES, default=FIRST, help="see experiments/fading/grid.py (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="folder of cells and gate (default: benchmarks/results/<study>)")
     parser.add_argument("--report", action="store_true", help="only write the result of the finished cells")
     options = parser.parse_args(arguments)
     keep_freed_memory()
     torch.set_num_threads(1)  # a cell is too small for more; several processes share the grid instead
-    cells = len(plan(options.seeds))
-    print(f"{cells} cells of {len(TIERS)} tiers, about {cells * EXPECTED / 60:.0f} minutes on a core if none is done")
+    study = STUDIES[options.study]
+    folder, gate_folder = options.output or RESULTS / options.study, options.output or RESULTS / FIRST
+    cells = len(study.plan(options.seeds))
+    minutes = cells * EXPECTED / 60
+    print(f"{cells} cells in {len(study.tiers)} tiers, about {minutes:.0f} minutes on a core if none is done")
     try:
         if options.report:
-            return report(options.output, options.seeds)
-        return run(options.output, options.seeds, Sizes(), (25_600, 4096, 15))
+            return report(study, folder, gate_folder, options.seeds)
+        return run(study, folder, gate_folder, options.seeds, GATE_SIZES)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

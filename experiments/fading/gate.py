@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import Blip2QFormerConfig, LlamaConfig
 
 from experiments.fading.things import FACTORS_A, FACTORS_B, POINTS, Thing, held_out_things, sample, training_things
-from experiments.fading.words import END, IDS, NAMING, PAD, POINT, VOCABULARY
+from experiments.fading.words import END, IDS, NAMING, PAD, POINT
 from pointalign import storage
 from pointalign.alignment import pool_tokens
 from pointalign.evaluation.probe import probe_property
@@ -25,6 +25,10 @@ from pointalign.models.configuration import PointBertConfig
 
 LEAST = 0.85  # R2 of each factor of B, accuracy of each factor of A
 QUERIES, WIDTH = 6, 64  # Q-Former tokens of a cloud and their width
+# Weights are drawn in order, those of the placeholder first: its size is fixed, so that new words in the vocabulary
+# leave the point branch, and with it all finished cells, as they are.
+PLACEHOLDER_WORDS = 32
+REPEATED = 2e-3  # of R2 or accuracy: what rounding may change between machines
 GATE_FILE, TOKEN_FILE = "gate.json", "features/tokens.safetensors"  # git ignores folders named features
 
 Things = list[tuple[Thing, np.random.Generator]]  # each with what samples its cloud
@@ -32,7 +36,7 @@ Things = list[tuple[Thing, np.random.Generator]]  # each with what samples its c
 
 def point_model(seed: int = 0) -> PointAlignForConditionalGeneration:
     """The model classes of the library in a small configuration; its language model is a placeholder."""
-    text = LlamaConfig(vocab_size=len(VOCABULARY), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+    text = LlamaConfig(vocab_size=PLACEHOLDER_WORDS, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                        num_attention_heads=1, pad_token_id=IDS[PAD], eos_token_id=IDS[END], bos_token_id=None,
                        tie_word_embeddings=True)  # fmt: skip
     point = PointBertConfig(num_points=POINTS, num_groups=16, group_size=16, group_dim=WIDTH, pointnet_width=32,
@@ -154,32 +158,38 @@ def prepare(
     Where the tokens are read from a file, the point branch is a new one: nobody uses its weights.
 
     Args:
-        folder: of `gate.json` and `tokens.safetensors`, which are read where they exist, else written.
+        folder: of `gate.json` and the tokens, which are read where they exist, else written.
         seen: things that the point branch is trained on, each once.
         trained_on: of these, the first so many, which decoders are trained on.
         per_combination: held-out things of every combination of A.
+
+    Raises: ValueError: `folder` has a gate of other sizes, or one that this machine does not repeat.
     """
     sizes = {"seen": seen, "trained_on": trained_on, "per_combination": per_combination}
-    cached = (folder / GATE_FILE).exists()
+    known = storage.read_json(folder / GATE_FILE) if (folder / GATE_FILE).exists() else None
+    if known and known["sizes"] != sizes:
+        raise ValueError(f"{folder} was prepared with {known['sizes']}, asked for {sizes}: choose another --output")
+    cached = known is not None and (folder / TOKEN_FILE).exists()
     things = training_things(trained_on if cached else seen)
     drawn = {"train": things[:trained_on], "held_out": held_out_things(per_combination)}
     model = point_model()
-    if cached:
-        gate = storage.read_json(folder / GATE_FILE)
-        if gate["sizes"] != sizes:
-            raise ValueError(f"{folder} was prepared with {gate['sizes']}, asked for {sizes}: choose another --output")
+    if known is not None and cached:
         tensors = storage.load_tensors(folder / TOKEN_FILE)
         parts = [
             encoded_objects([thing for thing, _ in part], tensors[f"{name}.qformer"], tensors[f"{name}.encoder"])
             for name, part in drawn.items()
         ]
-        return model.eval(), parts[0], parts[1], gate
+        return model.eval(), parts[0], parts[1], known
+    print("training the point branch: some minutes on a CPU core", flush=True)
     train_point_branch(model, things)
     train, held_out = (encode_things(model, part) for part in drawn.values())
-    gate = {
+    read = read_gate(train, held_out)
+    if known:  # a clone has the gate of the committed cells, without the tokens: they must be the same again
+        require_equal_reads(folder, known["read"], read)
+    gate = known or {
         "sizes": sizes,
         "least": LEAST,
-        "read": read_gate(train, held_out),
+        "read": read,
         "provenance": storage.provenance(torch.device("cpu")),
     }
     tensors = {f"{name}.{kind}": getattr(part, attribute)
@@ -189,3 +199,14 @@ def prepare(
     storage.write_tensors(folder / TOKEN_FILE, tensors)
     storage.write_json(folder / GATE_FILE, gate)
     return model, train, held_out, gate
+
+
+def require_equal_reads(folder: Path, known: dict[str, float], read: dict[str, float]) -> None:
+    """Raises: ValueError: this machine's point branch is another one than that of the cells in `folder`."""
+    far = [name for name, value in known.items() if abs(value - read[name]) > REPEATED]
+    if far:
+        values = ", ".join(f"{name} {known[name]:.3f}, here {read[name]:.3f}" for name in far)
+        raise ValueError(
+            f"{folder} holds cells with the tokens of another machine's point branch ({values}): choose another "
+            "--output, and all cells are run there"
+        )

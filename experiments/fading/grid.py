@@ -111,6 +111,20 @@ class Sizes:
     probe_rows: int = 1024
 
 
-def plan(seeds: int) -> list[tuple[str, int]]:
-    """Cells (arm, seed), the most important first; within a tier seed by seed, so that pairs finish together."""
-    return [(arm, seed) for tier in TIERS for seed in range(seeds) for arm in tier]
+@dataclass(frozen=True)
+class Study:
+    """Arms and what a cell of them costs."""
+
+    sizes: Sizes
+    tiers: tuple[tuple[str, ...], ...]
+
+    def plan(self, seeds: int) -> list[tuple[str, int]]:
+        """Cells (arm, seed), the most important first; within a tier seed by seed, so that pairs finish together."""
+        return [(arm, seed) for tier in self.tiers for seed in range(seeds) for arm in tier]
+
+
+FIRST, LONGER = "fading", "fading_longer"  # names of the results, too
+STUDIES = {
+    FIRST: Study(Sizes(), TIERS),
+    LONGER: Study(Sizes(few_shot_steps={16: 60, 128: 400, 1024: 1600}), TIERS[:2]),
+}
