@@ -258,11 +258,11 @@ def test_retrieval_looks_among_objects_of_equal_captions_only(objects):
 
 
 def test_the_plan_has_every_arm_and_seed_once_and_the_decisive_arms_first():
-    cells = STUDIES[FIRST].plan(5)
+    cells = STUDIES[LONGER].plan(5)
     assert sorted(cells) == sorted((arm, seed) for arm in ARMS for seed in range(5)) and len(set(cells)) == len(cells)
     assert {arm for arm, _ in cells[:20]} == set(TIERS[0]) == {BASELINE, METHOD, *WRONG_TARGETS}
     assert all(arm.baseline in ARMS for arm in ARMS.values())
-    assert STUDIES[LONGER].plan(5) == cells[:30], "the arms of the primary comparisons"
+    assert STUDIES[FIRST].plan(5) == cells[:30], "the arms of the primary comparisons"
     first, longer = STUDIES[FIRST].sizes, STUDIES[LONGER].sizes
     assert replace(longer, few_shot_steps=first.few_shot_steps) == first, "nothing else differs"
 

@@ -29,6 +29,12 @@ Secondary measures, without a claim of their own: B by layer (R2 of linear probe
 tokens; also on all of them side by side), which shows whether anything fades at all; retrieval of an object among
 held-out objects of equal A; the other arms. If B at the last layer without alignment is not shown to be lower than at
 layer 0, nothing fades and the setting cannot test the method.
+
+The first study ended with its primary measure near guessing in every arm: the fine-tuning was too short to learn
+anything. The second study, `fading_longer`, fine-tunes longer and keeps all else, the rules of the answer too. Its steps
+were chosen before it was run, for the arm without alignment alone and with a seed (99) that the study does not use, so
+that this arm lies between guessing and all right: 54, 74 and 77 % for the three k. The arms of the later tiers were
+planned for the first study and are run in the second only.
 """
 
 from dataclasses import dataclass, field
@@ -125,6 +131,6 @@ class Study:
 
 FIRST, LONGER = "fading", "fading_longer"  # names of the results, too
 STUDIES = {
-    FIRST: Study(Sizes(), TIERS),
-    LONGER: Study(Sizes(few_shot_steps={16: 60, 128: 400, 1024: 1600}), TIERS[:2]),
+    FIRST: Study(Sizes(), TIERS[:2]),
+    LONGER: Study(Sizes(few_shot_steps={16: 100, 128: 400, 1024: 600}), TIERS),
 }
