@@ -20,7 +20,7 @@ import torch
 
 from experiments.fading import conclusion, figure, gate
 from experiments.fading.cell import run_cell
-from experiments.fading.grid import FIRST, STUDIES, Study
+from experiments.fading.grid import FIRST, LONGER, STUDIES, Study
 from experiments.fading.summary import Cells, cell_file, read_cells, summarise, words_right
 from pointalign import storage
 from pointalign.allocator import keep_freed_memory
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="paired seeds of every arm (default: %(default)s)")
     parser.add_argument(
-        "--study", choices=STUDIES, default=FIRST, help="see experiments/fading/grid.py (default: %(default)s)"
+        "--study", choices=STUDIES, default=LONGER, help="see experiments/fading/grid.py (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, help="folder of cells and gate (default: benchmarks/results/<study>)")
     parser.add_argument("--report", action="store_true", help="only write the result of the finished cells")

@@ -31,10 +31,10 @@ held-out objects of equal A; the other arms. If B at the last layer without alig
 layer 0, nothing fades and the setting cannot test the method.
 
 The first study ended with its primary measure near guessing in every arm: the fine-tuning was too short to learn
-anything. The second study, `fading_longer`, fine-tunes longer and keeps all else, the rules of the answer too. Its steps
-were chosen before it was run, for the arm without alignment alone and with a seed (99) that the study does not use, so
-that this arm lies between guessing and all right: 54, 74 and 77 % for the three k. The arms of the later tiers were
-planned for the first study and are run in the second only.
+anything. The second study, `fading_longer`, fine-tunes longer and keeps all else, the rules of the answer too. Its
+steps were chosen before it was run, for the arm without alignment alone and with a seed (99) that the study does not
+use, so that this arm lies between guessing and all right: 54, 74 and 77 % for the three k. The arms of the later tiers
+were planned for the first study and are run in the second only.
 """
 
 from dataclasses import dataclass, field
