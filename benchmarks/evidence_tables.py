@@ -5,6 +5,7 @@ python -m experiments.ablation objects           writes results/ablation_objects
 pointalign probe --output benchmarks/results/probe
 pointalign audit furniture             writes audit.json, to be copied to results/
 python -m experiments.token_words --output benchmarks/results/token_words.json
+python -m experiments.compare          writes compare.json and pictures, to be copied to results/compare/
 python -m experiments.procedural_neighbours --output benchmarks/results/procedural_neighbours.json
 """
 
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
+from experiments import compare as comparing
 from experiments import procedural_neighbours as neighbours
 from experiments import token_words as words
 from experiments.ablation import comparison, conclusion
@@ -29,6 +31,7 @@ SHOWN = {
     "geometry": ("accuracy",),
     "yesno": ("accuracy",),
 }
+PICTURES = {"held-out losses with and without alignment": "losses.png", "what each layer knows": "layers.png"}
 
 
 def evaluation() -> str:
@@ -55,6 +58,17 @@ def token_words() -> str:
     content = json.loads((RESULTS / "token_words.json").read_text())
     note = f"{content['checkpoint']} on the {content['split']} objects; {_stamp(content['provenance'])}."
     return f"{note} Intervals are clustered by family.\n\n{words.table(content)}\n"
+
+
+def lambdas() -> str:
+    """The alignment stage with lambda 0 and 0.1 side by side, from `results/compare/`."""
+    folder = RESULTS / "compare"
+    if not (folder / "compare.json").exists():
+        return "Not measured (`make compare`).\n"
+    content = json.loads((folder / "compare.json").read_text())
+    pictures = [f"![{title}]({_link(folder / name)})" for title, name in PICTURES.items()]
+    note = f"One pair of runs of `make train`; {_stamp(content['provenance'])}."
+    return "\n\n".join([note, comparing.table(content), *pictures]) + "\n"
 
 
 def procedural_neighbours() -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from evidence_tables import ablation, audit, audit_card, evaluation, probe, procedural_neighbours, token_words
+from evidence_tables import ablation, audit, audit_card, evaluation, lambdas, probe, procedural_neighbours, token_words
 from fading_tables import fading, fading_answer, fading_longer
 from point_ops_report import chat, encoder, point_ops
 from reliability_tables import chaos, fuzz, long_run, resume_matrix
@@ -342,6 +342,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "fading_longer": fading_longer,
     "fuzz": fuzz,
     "held_out_naming": held_out_naming,
+    "lambdas": lambdas,
     "launches": launches,
     "long_run": long_run,
     "parity": parity,
