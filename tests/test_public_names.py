@@ -28,7 +28,7 @@ def run_python(*arguments: str, cwd: Path = ROOT) -> str:
 
 FORKS = """
 import os, pathlib, runpy, sys, traceback
-import torch  # which takes seconds
+import torch._dynamo, torch._inductor.compile_fx  # which all of them import, for seconds
 for program in sys.argv[1:]:
     if not os.fork():
         output = os.open(pathlib.Path(program).with_suffix(".out"), os.O_WRONLY | os.O_CREAT)
