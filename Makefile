@@ -28,7 +28,7 @@ screenshots: assets
 	$(BIN)/python docs/images/page.py
 
 test: setup
-	$(BIN)/python -m pytest tests -rs -q -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest tests -rs -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: assets
 	POINTALIGN_LONG_TESTS=1 POINTALIGN_FUZZ_CASES=5000 $(BIN)/python -m pytest tests/test_build.py tests/test_native.py \

@@ -37,6 +37,12 @@ def run(tmp_path):
     return run_stages
 
 
+@pytest.fixture
+def quick_pytest(monkeypatch):
+    """A stage's pytest starts without the plugins that happen to be installed."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
 def packed(tmp_path) -> list[str]:
     with tarfile.open(tmp_path / "out.tgz") as archive:
         return archive.getnames()
@@ -159,7 +165,9 @@ def test_a_stage_whose_package_or_program_is_missing_is_skipped_with_the_reason(
         ("def test_it(): assert False", "failed with status 1", "failed with status 1"),
     ],
 )
-def test_a_stage_whose_tests_are_all_skipped_has_not_passed(run, tmp_path, body, on_a_gpu, in_a_rehearsal):
+def test_a_stage_whose_tests_are_all_skipped_has_not_passed(
+    run, tmp_path, quick_pytest, body, on_a_gpu, in_a_rehearsal
+):
     (tmp_path / "test_something.py").write_text(body)
     stage = Stage("tests", 1, 60, (f"{{pytest}} {tmp_path}/test_something.py",))
     assert run(stage)["tests"]["status"] == on_a_gpu
@@ -167,7 +175,7 @@ def test_a_stage_whose_tests_are_all_skipped_has_not_passed(run, tmp_path, body,
     assert run(stage, rehearsal=True)["tests"]["status"] == in_a_rehearsal
 
 
-def test_what_a_sanitizer_prints_after_the_tests_does_not_hide_that_they_passed(run, tmp_path):
+def test_what_a_sanitizer_prints_after_the_tests_does_not_hide_that_they_passed(run, tmp_path, quick_pytest):
     (tmp_path / "test_something.py").write_text("def test_it(): pass")
     script = tmp_path / "sanitizer.sh"
     script.write_text('"$@"; status=$?; echo "========= ERROR SUMMARY: 0 errors"; exit $status')
