@@ -7,6 +7,7 @@ read as source text. A name is spelled with underscores; hyphens are read too.
 import argparse
 import ast
 import difflib
+import functools
 import json
 import os
 import re
@@ -59,6 +60,7 @@ class Option:
         return "A [B ...]" if self.is_list else names.get(kind, "VALUE")
 
 
+@functools.cache
 def class_source(path: Path, name: str) -> ast.ClassDef:
     """The definition of a class at the top level of a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

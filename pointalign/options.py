@@ -350,5 +350,5 @@ def parse(arguments: list[str], command: str = "train") -> Options:
         options.check()
     except (ValueError, ImportError) as error:
         parser.error(str(error))
-    options.recipe = parser.dump(parsed, skip_default=True)
+    options.recipe = parser.dump(parsed, skip_default=True, skip_validation=True)
     return options

@@ -1,19 +1,20 @@
 """Whatever is in a file, its reader returns or raises its own error: changed at random, or made to hurt."""
 
+import io
 import json
 import os
-import subprocess
 import sys
 import zipfile
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
 from fuzz_readers import CACHED, CORPUS, READERS, Reader, executions, mutations, undocumented
 from safetensors.torch import save_file
+from transformers import dynamic_module_utils
 
 from pointalign import feature_cache, options, run_checkpoints, stage_file
+from pointalign.build import build_model
 from pointalign.convert.files import ConversionError, Source
 
 CASES = int(os.environ.get("POINTALIGN_FUZZ_CASES", 100))
@@ -137,7 +138,7 @@ def test_a_recipe_made_to_hurt_is_refused(content, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_language_model_folder_brings_no_code(tmp_path, tokenizer):
+def test_a_language_model_folder_brings_no_code(tmp_path, tokenizer, monkeypatch):
     """A folder whose config names its own classes: even `y` on standard input does not run them."""
     folder, ran = tmp_path / "llm", tmp_path / "ran"
     tokenizer.save_pretrained(folder)
@@ -148,13 +149,8 @@ def test_a_language_model_folder_brings_no_code(tmp_path, tokenizer):
     }
     (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
     (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
-    code = (
-        "from pointalign.build import build_model\nfrom pointalign.options import DataOptions, ModelOptions\n"
-        f"build_model(ModelOptions(llm={str(folder)!r}), DataOptions())"
-    )
-    path = os.pathsep.join([*sys.path, str(Path(__file__).parents[1])])
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": path}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, input="y\n" * 9, text=True, capture_output=True, env=environment)
-    assert done.returncode != 0 and "trust_remote_code" in done.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        build_model(options.ModelOptions(llm=str(folder)), options.DataOptions())
     assert not ran.exists()

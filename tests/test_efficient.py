@@ -30,9 +30,11 @@ from pointalign.options import DataOptions, MixturePart, ModelOptions, Options, 
 from pointalign.trainer import AlignedModel
 
 
-@pytest.fixture(autouse=True)
-def tiny_preset(monkeypatch):
-    monkeypatch.setitem(configuration.PRESETS, "mini", TINY)
+@pytest.fixture(scope="module", autouse=True)
+def tiny_preset():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(configuration.PRESETS, "mini", TINY)
+        yield
 
 
 @pytest.fixture(scope="module", params=["phi"])
@@ -44,11 +46,12 @@ def language_model(request, tmp_path_factory, tokenizer):
     return folder
 
 
-@pytest.fixture
-def run(tmp_path, language_model):
-    """`run(name, *options)` trains three steps and returns the last log, of loss, its parts and the gradient norm."""
-    recipe = tmp_path / "recipe.yaml"
-    start = first_stage(language_model, tmp_path / "start.safetensors")
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_preset, language_model):
+    """A recipe of three steps."""
+    folder = tmp_path_factory.mktemp("recipe")
+    recipe = folder / "recipe.yaml"
+    start = first_stage(language_model, folder / "start.safetensors")
     recipe.write_text(
         f"""
 model: {{llm: {language_model}, checkpoint: {start}, train: [modality_projector, lora], lora_rank: 4, lora_dropout: 0.0,
@@ -59,10 +62,26 @@ training: {{max_steps: 3, logging_steps: 3, save_strategy: 'no', report_to: none
             learning_rate: 1.0e-2, per_device_train_batch_size: 4}}
 """
     )
+    return recipe
+
+
+def last_log(recipe, folder, *options):
+    """Of a training: loss, its parts and the gradient norm."""
+    assert train.main([str(recipe), "--training.output_dir", str(folder), *options]) == 0
+    return json.loads((folder / "stage.json").read_text())["last_log"]
+
+
+@pytest.fixture(scope="module")
+def plain(recipe, tmp_path_factory):
+    return last_log(recipe, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture
+def run(tmp_path, recipe):
+    """`run(name, *options)` trains by the recipe and returns the last log."""
 
     def go(name, *options):
-        assert train.main([str(recipe), "--training.output_dir", str(tmp_path / name), *options]) == 0
-        return json.loads((tmp_path / name / "stage.json").read_text())["last_log"]
+        return last_log(recipe, tmp_path / name, *options)
 
     go.recipe = str(recipe)
     return go
@@ -73,10 +92,9 @@ def assert_same(one, other, tolerance=2e-4):
         assert one[name] == pytest.approx(other[name], rel=tolerance), name
 
 
-def test_packed_and_fused_runs_equal_the_plain_one(run, capsys):
-    plain = run("plain")
-    assert "memory of a training step" in capsys.readouterr().out
+def test_packed_and_fused_runs_equal_the_plain_one(plain, run, capsys):
     assert_same(run("packed", "--data.packing", "true"), plain)
+    assert "memory of a training step" in capsys.readouterr().out
     assert_same(run("fused", "--data.packing", "true", "--fused"), plain)
     assert "fused: lora (24), merged (4), gelu (4)" in capsys.readouterr().out
     assert_same(run("parts", "--fused", "--fused_parts", "[gelu,norms]"), plain)
@@ -84,8 +102,7 @@ def test_packed_and_fused_runs_equal_the_plain_one(run, capsys):
     assert_same(run("checkpointed", "--fused", "--training.gradient_checkpointing", "true"), plain)
 
 
-def test_auto_batch_splits_the_batch_and_keeps_the_training(run, capsys, monkeypatch):
-    plain = run("plain")
+def test_auto_batch_splits_the_batch_and_keeps_the_training(plain, run, capsys, monkeypatch):
     budgets = []
     budget = memory.budget
 
@@ -194,9 +211,8 @@ def test_the_plan_measures_the_longest_batch(mixture, tmp_path, processor):
     )
 
 
-def test_cached_features_stand_for_the_clouds(run, tmp_path, language_model, capsys, monkeypatch):
+def test_cached_features_stand_for_the_clouds(plain, run, tmp_path, language_model, capsys, monkeypatch):
     cache = ["--data.feature_cache", str(tmp_path / "cache")]
-    plain = run("plain")
     assert features.main([run.recipe, *cache]) == 0
     from pointalign.models.point_encoder import PointBertModel
 

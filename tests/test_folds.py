@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLOUDS, tiny_text_config
+from conftest import CLOUDS, NAMES, tiny_text_config
 from made_records import record
 from safetensors.torch import load_file
 from test_train import TINY
@@ -25,8 +25,6 @@ from pointalign.embedded import catalogue, stage1
 from pointalign.embedded.procedural_questions import procedural_record
 from pointalign.evaluation import probe, statistics
 from pointalign.models import configuration
-
-NAMES = sorted(path.name.removesuffix("_8192.npy") for path in CLOUDS.glob("*.npy"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
+from made_processes import in_processes
 
 from pointalign_kernels import point_ops
 
@@ -33,6 +35,12 @@ def run(tmp_path):
         return gpu_suite.run_stages(stages, tmp_path / "out", tmp_path / "out.tgz", seconds, again, rehearsal)
 
     return run_stages
+
+
+@pytest.fixture
+def quick_pytest(monkeypatch):
+    """A stage's pytest starts without the plugins that happen to be installed."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
 def packed(tmp_path) -> list[str]:
@@ -157,7 +165,9 @@ def test_a_stage_whose_package_or_program_is_missing_is_skipped_with_the_reason(
         ("def test_it(): assert False", "failed with status 1", "failed with status 1"),
     ],
 )
-def test_a_stage_whose_tests_are_all_skipped_has_not_passed(run, tmp_path, body, on_a_gpu, in_a_rehearsal):
+def test_a_stage_whose_tests_are_all_skipped_has_not_passed(
+    run, tmp_path, quick_pytest, body, on_a_gpu, in_a_rehearsal
+):
     (tmp_path / "test_something.py").write_text(body)
     stage = Stage("tests", 1, 60, (f"{{pytest}} {tmp_path}/test_something.py",))
     assert run(stage)["tests"]["status"] == on_a_gpu
@@ -165,7 +175,7 @@ def test_a_stage_whose_tests_are_all_skipped_has_not_passed(run, tmp_path, body,
     assert run(stage, rehearsal=True)["tests"]["status"] == in_a_rehearsal
 
 
-def test_what_a_sanitizer_prints_after_the_tests_does_not_hide_that_they_passed(run, tmp_path):
+def test_what_a_sanitizer_prints_after_the_tests_does_not_hide_that_they_passed(run, tmp_path, quick_pytest):
     (tmp_path / "test_something.py").write_text("def test_it(): pass")
     script = tmp_path / "sanitizer.sh"
     script.write_text('"$@"; status=$?; echo "========= ERROR SUMMARY: 0 errors"; exit $status')
@@ -228,17 +238,22 @@ def test_the_first_seven_stages_fit_into_one_call():
 
 
 COLLECT = """
-import json, sys
-import pytest
+import json, os, sys
+import pytest, torch, transformers
+from pointalign import trainer
 
 class Ids:
     def pytest_collection_finish(self, session):
         self.ids = [item.nodeid for item in session.items]
 
-for command in json.load(sys.stdin):
-    ids = Ids()
-    status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *command], plugins=[ids])
-    print("RESULT", json.dumps([int(status), getattr(ids, "ids", [])]))
+for commands in json.load(sys.stdin):  # of a folder: their conftest.py share a name, so each has a process
+    if not os.fork():
+        for command in commands:
+            ids = Ids()
+            status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *command], plugins=[ids])
+            print("RESULT", json.dumps([int(status), getattr(ids, "ids", [])]), flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
@@ -254,27 +269,28 @@ def collected():
                 words = shlex.split(after.format(**values))
                 place = words.index("--results") if "--results" in words else len(words)
                 commands.append((stage.name, words[:place] + words[place + 2 :]))
-    found = []
-    for folder in ("benchmarks", "tests"):  # their conftest.py share a name: a process for each
-        chosen = [entry for entry in commands if any(word.startswith(f"{folder}/") for word in entry[1])]
-        environment = {
-            # pytest-benchmark does not time where a worker of xdist, such as this one, is named
-            **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")},
-            "TRITON_INTERPRET": "1",  # tests/test_alignment_kernels.py is there on a CPU only when interpreted
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        }
-        result = subprocess.run(
-            [sys.executable, "-c", COLLECT],
-            input=json.dumps([words for _, words in chosen]),
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-        assert len(lines) == len(chosen), result.stdout[-2000:] + result.stderr[-2000:]
-        found += [(*entry, *json.loads(line[7:])) for entry, line in zip(chosen, lines, strict=True)]
-    return found
+    chosen = [
+        [entry for entry in commands if any(word.startswith(f"{folder}/") for word in entry[1])]
+        for folder in ("benchmarks", "tests")
+    ]
+    environment = {
+        # pytest-benchmark does not time where a worker of xdist, such as this one, is named
+        **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")},
+        "TRITON_INTERPRET": "1",  # tests/test_alignment_kernels.py is there on a CPU only when interpreted
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", COLLECT],
+        input=json.dumps([[words for _, words in entries] for entries in chosen]),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    entries = [entry for group in chosen for entry in group]
+    assert len(lines) == len(entries), result.stdout[-2000:] + result.stderr[-2000:]
+    return [(*entry, *json.loads(line[7:])) for entry, line in zip(entries, lines, strict=True)]
 
 
 def test_the_tests_of_every_stage_exist(collected):
@@ -316,18 +332,22 @@ def test_every_script_of_a_stage_exists():
     assert [script for script in scripts if not (ROOT / script).exists()] == []
 
 
+def run_script(script: str, *arguments: str) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    sys.argv = [script, *arguments]
+    runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+
+
 @pytest.mark.skipif("cpu" not in point_ops.NATIVE_DEVICES, reason="no native CPU point ops")
 @pytest.mark.parametrize(
     "words", [["gpu_check.py"], ["gpu_probe.py", "--sections", "points"]], ids=lambda words: words[0]
 )
 def test_scripts_rehearse_and_carry_the_ceilings(tmp_path, words):
-    script, *options = words
-    command = [sys.executable, ROOT / "benchmarks" / script, *options, "--rehearse", "--output", tmp_path]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    (path,) = tmp_path.glob(f"{script.removesuffix('.py')}_*.json")
+    """In a process of its own: a rehearsal compiles kernels and does not run them."""
+    [ended] = in_processes(tmp_path, run_script, *words, "--rehearse", "--output", str(tmp_path), count=1)
+    assert ended.status == 0, ended.output[-4000:]
+    (path,) = tmp_path.glob(f"{words[0].removesuffix('.py')}_*.json")
     measured = json.loads(path.read_text())
     assert measured["ceilings"]["flops"] > 0 and measured["ceilings"]["bytes"] > 0
     assert measured["provenance"]["rehearsal"] is True

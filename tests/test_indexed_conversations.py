@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import resource
 import time
 
@@ -13,6 +14,7 @@ from pointalign.data.dataset import ConversationDataset
 from pointalign.efficient.memory import peak_resident_bytes
 
 ENTRIES = 660_000
+LONG_TESTS = "POINTALIGN_LONG_TESTS" in os.environ
 
 
 def entry(index, kind="single_round", text="A mug, grün und blau, with a “handle” 🙂."):
@@ -85,30 +87,42 @@ def measure(path, clouds, queue):
     queue.put((seconds, computing, peak_resident_bytes(), len(dataset), conversation.object_ids))
 
 
-def test_the_brief_captions_start_in_ten_seconds_and_two_gigabytes(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ENTRIES // 10,
+        pytest.param(
+            ENTRIES,
+            marks=pytest.mark.skipif(not LONG_TESTS, reason="the full 660,000: run it by `make test-long`"),
+        ),
+    ],
+)
+def test_the_brief_captions_start_in_ten_seconds_and_two_gigabytes(entries, tmp_path, capsys):
+    """A part of them in that part of the time."""
     path = tmp_path / "PointLLM_brief_description_660K.json"
     words = "A small wooden toy house with a red roof, two windows and a door that stands open on a grey base "
     words += "under it, with a lawn. "
     text = json.dumps(entry(0, "simple_description", words)).replace(f"{0:032x}", "%032x")
     with path.open("w") as file:
         file.write("[")
-        for start in range(0, ENTRIES, 1000):
+        for start in range(0, entries, 1000):
             file.write(",\n"[: 2 * bool(start)] + ",\n".join(text % i for i in range(start, start + 1000)))
         file.write("]")
     context = multiprocessing.get_context("spawn")  # the memory of this process does not count
     queue = context.Queue()
+    limit = 10 * entries / ENTRIES
     for _ in range(3):  # a busy machine slows computing too: the fastest of three, where the first is too slow
         process = context.Process(target=measure, args=(path, tmp_path, queue))
         process.start()
         seconds, computing, memory, count, ids = queue.get(timeout=150)
         process.join()
-        if computing < 10:
+        if computing < limit:
             break
     with capsys.disabled():
         size = path.stat().st_size / 1e6
         print(f" {size:.0f} MB: {seconds:.1f} s ({computing:.1f} s computing), {memory / 1e9:.2f} GB", end="")
-    assert count == ENTRIES and ids == (f"{ENTRIES - 5:032x}",)
-    assert computing < 10 and memory < 2e9
+    assert count == entries and ids == (f"{entries - 5:032x}",)
+    assert computing < limit and memory < 2e9
 
 
 def test_several_folders(tmp_path):

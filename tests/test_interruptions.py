@@ -5,8 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from conftest import byte_tokenizer, make_processor, read_clouds
+from made_processes import in_processes
 from test_trainer import ROOT, make_trainer
 from transformers import TrainerCallback
 
@@ -117,29 +121,34 @@ def test_a_killed_data_worker_is_a_clear_error_and_the_run_is_saved(tmp_path):
     assert checkpoint.name == f"checkpoint-{said[1]}"
 
 
-HANGING = """
-import os, sys, time, torch
-sys.path.insert(0, {tests!r})
-import conftest, test_trainer
-torch.set_num_threads(1)
-processor = conftest.processor.__wrapped__(conftest.tokenizer.__wrapped__())
-trainer = test_trainer.make_trainer(
-    {folder!r}, processor, conftest.clouds.__wrapped__(), max_steps=50, ddp_timeout={timeout}
-)
+class Hang(TrainerCallback):
+    """Hangs in one process of a job, before its third step."""
 
-class Hang(test_trainer.TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if os.environ["RANK"] == "1" and state.global_step == 2:
             time.sleep(10_000)
 
-trainer.add_callback(Hang())
-trainer.train()
-"""
+
+def train_a_rank_that_hangs(folder: Path, seconds: int) -> None:
+    processor = make_processor(byte_tokenizer())
+    trainer = make_trainer(folder, processor, read_clouds(), max_steps=50, ddp_timeout=seconds)
+    trainer.add_callback(Hang())
+    trainer.train()
 
 
 def test_a_process_that_hangs_ends_the_job_and_is_named(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(HANGING.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "run"), timeout=20))
+    ended = in_processes(tmp_path, train_a_rank_that_hangs, tmp_path / "run", 6)
+    assert all(process.status not in (0, None) for process in ended), ended
+    named = "no progress for 6 s (training.ddp_timeout): process 1 hangs before the computation of step 3"
+    assert any(named in process.output for process in ended), ended
+
+
+@pytest.mark.skipif("POINTALIGN_LONG_TESTS" not in os.environ, reason="the same by torchrun, in `make test-long`")
+def test_torchrun_ends_a_job_in_which_a_process_hangs(tmp_path):
+    script = tmp_path / "rank.py"
+    tests, folder = str(ROOT / "tests"), str(tmp_path / "run")
+    script.write_text(f"import sys\nsys.path.insert(0, {tests!r})\nimport test_interruptions\n"
+                      f"test_interruptions.train_a_rank_that_hangs({folder!r}, 20)\n")  # fmt: skip
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pointalign", "kernels/pointalign_kernels", "experiments")
 MAX_LINES = 400
+TO_SPLIT = {"tests/test_alignment_kernels.py", "tests/test_models.py", "tests/test_point_ops.py"}
 
 PROCEDURAL = (  # kinds of procedural objects
     "containers", "devices", "figures", "furniture", "household", "outdoors", "rooms", "small", "structures", "things",
@@ -243,7 +244,7 @@ def test_text_is_utf_8_in_every_locale():
 def test_no_module_is_longer_than_a_reader_holds():
     lengths = {
         path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines())
-        for package in PACKAGES
+        for package in (*PACKAGES, "tests")
         for path in (ROOT / package).rglob("*.py")
     }
-    assert len(lengths) > 100 and {path: n for path, n in lengths.items() if n > MAX_LINES} == {}
+    assert len(lengths) > 200 and {str(path) for path, n in lengths.items() if n > MAX_LINES} <= TO_SPLIT

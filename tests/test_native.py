@@ -14,6 +14,7 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+long = pytest.mark.skipif("POINTALIGN_LONG_TESTS" not in os.environ, reason="more cards: run it by `make test-long`")
 needs_x86 = pytest.mark.skipif("x86_64" not in sysconfig.get_platform(), reason="the CUDA emulator is x86-64 only")
 
 
@@ -41,7 +42,7 @@ REGISTER_BUDGETS |= {"search": 128}
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("architecture", [80, 90, 120, *(pytest.param(number, marks=long) for number in (86, 89, 100))])
 def test_registers_and_spills(architecture, tmp_path):
     command = [NVCC, "-O3", "-std=c++17", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin"]
     command += ["-o", str(tmp_path / "kernels.cubin"), str(ROOT / "csrc/point_ops_cuda.cu")]

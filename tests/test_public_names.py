@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,53 @@ import pointalign
 ROOT = Path(__file__).parents[1]
 
 
-def run_python(code: str, cwd: Path = ROOT) -> str:
+def run_python(*arguments: str, cwd: Path = ROOT) -> str:
     """Output of a new interpreter, both streams; it sees this checkout from any folder."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     }
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, *arguments], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     return result.stdout
+
+
+FORKS = """
+import os, pathlib, runpy, sys, traceback
+import torch._dynamo, torch._inductor.compile_fx  # which all of them import, for seconds
+for program in sys.argv[1:]:
+    if not os.fork():
+        output = os.open(pathlib.Path(program).with_suffix(".out"), os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1), os.dup2(output, 2)
+        status = 1
+        try:
+            runpy.run_path(program, run_name="__main__")
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory, processor) -> dict[str, str]:
+    """What PROGRAMS print, each in a process that has imported torch alone, forked from one interpreter."""
+    from conftest import tiny_model
+
+    folder = tmp_path_factory.mktemp("programs")
+    tiny_model().save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    paths = {name: folder / f"{number}.py" for number, name in enumerate(PROGRAMS)}
+    for name, path in paths.items():
+        path.write_text(PROGRAMS[name].replace("{folder}", str(folder / "model")))
+    statuses = run_python("-c", FORKS, *map(str, paths.values())).split()
+    printed = {name: path.with_suffix(".out").read_text() for name, path in paths.items()}
+    assert statuses == ["0"] * len(PROGRAMS), printed
+    return printed
 
 
 def test_import_is_light(tmp_path):
@@ -30,7 +67,7 @@ def test_import_is_light(tmp_path):
         "import sys, time; start = time.process_time(); import pointalign; print(time.process_time() - start);"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules]); print(dir(pointalign))"
     )
-    seconds, heavy, names = run_python(code, tmp_path).splitlines()
+    seconds, heavy, names = run_python("-c", code, cwd=tmp_path).splitlines()
     assert float(seconds) < 0.05
     assert heavy == "[]"
     assert all(repr(name) in names for name in pointalign.__all__)
@@ -46,76 +83,74 @@ def test_an_unknown_name_is_an_attribute_error():
         pointalign.atttach  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import pointalign, transformers",
-        "import transformers, pointalign",
-        "import pointalign; from transformers.models.blip_2 import configuration_blip_2; import transformers",
-    ],
+ORDERS = (
+    "import pointalign, transformers",
+    "import transformers, pointalign",
+    "import pointalign; from transformers.models.blip_2 import configuration_blip_2; import transformers",
 )
-def test_auto_classes_know_the_models_in_either_order(imports, tmp_path, processor):
-    from conftest import tiny_model
+AUTO_CLASSES = """
+folder = "{folder}"
+print(type(transformers.AutoConfig.from_pretrained(folder)).__name__)
+print(type(transformers.AutoProcessor.from_pretrained(folder)).__name__)
+print(type(transformers.AutoModelForMultimodalLM.from_pretrained(folder)).__name__)
+"""
+LOOKING = """
+import importlib.util, sys, pointalign
+assert importlib.util.find_spec("transformers").origin.endswith("__init__.py")
+assert "transformers" not in sys.modules
+import transformers
+assert "pointalign.models" in sys.modules
+"""
+# On any CPU: bitsandbytes is told that this one has AVX512-BF16, for which it asks a hub for a kernel.
+KERNELS = """
+import ctypes, sys, types
+package = None
+if {with_package}:
+    package = sys.modules["kernels"] = types.ModuleType("kernels")
+    package.get_kernel = lambda *_arguments, **_options: print("FETCHED")
+{pointalign}
+load = ctypes.cdll.LoadLibrary
+def load_library(*arguments):
+    library = load(*arguments)
+    if "bitsandbytes" in str(arguments[0]):
+        library.has_avx512bf16_cpu = lambda: True
+    return library
+ctypes.cdll.LoadLibrary = load_library
+import bitsandbytes
+from bitsandbytes.backends.cpu import ops
+assert ops.has_avx512bf16()
+if "pointalign" in sys.modules:
+    assert ops.gemm_4bit_forward_kernel is None and sys.modules.get("kernels") is package
+"""
 
-    tiny_model().save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    code = (
-        f"{imports}\n"
-        f"folder = {str(tmp_path)!r}\n"
-        "print(type(transformers.AutoConfig.from_pretrained(folder)).__name__)\n"
-        "print(type(transformers.AutoProcessor.from_pretrained(folder)).__name__)\n"
-        "print(type(transformers.AutoModelForMultimodalLM.from_pretrained(folder)).__name__)\n"
-    )
+
+def kernels_program(with_package: bool, pointalign: str) -> str:
+    return KERNELS.replace("{with_package}", str(with_package)).replace("{pointalign}", pointalign)
+
+
+PROGRAMS = {order: f"{order}\n{AUTO_CLASSES}" for order in ORDERS} | {"looking": LOOKING}
+if find_spec("bitsandbytes"):
+    PROGRAMS |= {
+        f"{how} {package}": kernels_program(package == "package", "import pointalign" if how == "with" else "")
+        for how in ("with", "without")
+        for package in ("folder", "package")
+    }
+
+
+@pytest.mark.parametrize("imports", ORDERS)
+def test_auto_classes_know_the_models_in_either_order(imports, outputs):
     expected = ["PointAlignConfig", "PointAlignProcessor", "PointAlignForConditionalGeneration"]
-    assert [line for line in run_python(code, tmp_path).splitlines() if line.startswith("PointAlign")] == expected
+    assert [line for line in outputs[imports].splitlines() if line.startswith("PointAlign")] == expected
 
 
-def test_looking_for_transformers_does_not_use_up_the_step(tmp_path):
-    code = (
-        "import importlib.util, sys, pointalign\n"
-        "assert importlib.util.find_spec('transformers').origin.endswith('__init__.py')\n"
-        "assert 'transformers' not in sys.modules\n"
-        "import transformers\n"
-        "assert 'pointalign.models' in sys.modules\n"
-    )
-    run_python(code, tmp_path)
+def test_looking_for_transformers_does_not_use_up_the_step(outputs):
+    assert "Error" not in outputs["looking"]
 
 
-@pytest.mark.parametrize(
-    "with_package",
-    [
-        pytest.param(False, id="kernels-is-the-folder"),
-        pytest.param(
-            True,
-            id="kernels-is-the-package",
-            marks=pytest.mark.skipif(
-                "POINTALIGN_LONG_TESTS" not in os.environ, reason="the same path again: run it by `make test-long`"
-            ),
-        ),
-    ],
-)
-def test_bitsandbytes_prints_nothing_and_fetches_no_kernel(with_package, tmp_path):
-    """On any CPU: bitsandbytes is told that this one has AVX512-BF16, for which it asks a hub for a kernel."""
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    package = "import types; package = sys.modules['kernels'] = types.ModuleType('kernels')\n"
-    package += "def get_kernel(*_args, **_kwargs): print('FETCHED')\n"
-    package += "package.get_kernel = get_kernel\n"
-    code = (
-        "import ctypes, sys\n"
-        + (package if with_package else "package = None\n")
-        + "{pointalign}\n"
-        "load = ctypes.cdll.LoadLibrary\n"
-        "def load_library(*arguments):\n"
-        "    library = load(*arguments)\n"
-        "    if 'bitsandbytes' in str(arguments[0]):\n"
-        "        library.has_avx512bf16_cpu = lambda: True\n"
-        "    return library\n"
-        "ctypes.cdll.LoadLibrary = load_library\n"
-        "import bitsandbytes\n"
-        "from bitsandbytes.backends.cpu import ops\n"
-        "assert ops.has_avx512bf16()\n"
-    )  # fmt: skip
-    unchanged = "assert ops.gemm_4bit_forward_kernel is None and sys.modules.get('kernels') is package\n"
-    assert run_python(code.replace("{pointalign}", "import pointalign") + unchanged) == ""
-    without = run_python(code.replace("{pointalign}", ""))
-    assert ("FETCHED" if with_package else "Failed to load CPU gemm_4bit_forward") in without  # the test can fail
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("package", ["folder", "package"])
+def test_bitsandbytes_prints_nothing_and_fetches_no_kernel(package, outputs):
+    """Whether `kernels` is the folder of this checkout or the published package of that name."""
+    assert outputs[f"with {package}"] == ""
+    said = "FETCHED" if package == "package" else "Failed to load CPU gemm_4bit_forward"
+    assert said in outputs[f"without {package}"]  # the test can fail

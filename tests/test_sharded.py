@@ -4,34 +4,18 @@ accelerate offers FSDP on GPUs only, so `fully_shard` is applied here as acceler
 block, then to the model. The sharded run packs its samples and runs the fused parts, the single one does neither.
 """
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import byte_tokenizer, make_processor, read_clouds
+from made_processes import in_processes
 from test_trainer import Samples, make_model
 
 from pointalign import train
 from pointalign.data.collator import ConversationCollator
 from pointalign.efficient import fused_parts
 from pointalign.efficient.varlen_attention import choose_attention
-
-ROOT = Path(__file__).parents[1]
-
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-import conftest, test_sharded
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
-processor = conftest.processor.__wrapped__(conftest.tokenizer.__wrapped__())
-test_sharded.train_and_keep(processor, conftest.clouds.__wrapped__(), {out!r}, sharded=True)
-torch.distributed.destroy_process_group()
-"""
 
 
 def train_and_keep(processor, clouds, out, sharded=False):
@@ -75,20 +59,17 @@ def train_and_keep(processor, clouds, out, sharded=False):
         torch.save({"losses": torch.stack(losses)} | {name: state[name] for name in trained}, out)
 
 
+def train_a_shard(out: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    train_and_keep(make_processor(byte_tokenizer()), read_clouds(), out, sharded=True)
+    torch.distributed.destroy_process_group()
+
+
 def test_two_shards_make_the_updates_of_one_process(tmp_path, processor, clouds):
     alone, shards = tmp_path / "alone.pt", tmp_path / "shards.pt"
     train_and_keep(processor, clouds, str(alone))
-    script = tmp_path / "shards.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(shards)))
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "ACCELERATE_USE_FSDP": "true"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ended = in_processes(tmp_path, train_a_shard, str(shards), ACCELERATE_USE_FSDP="true")
+    assert [process.status for process in ended] == [0, 0], ended
     one, two = (torch.load(file, weights_only=True) for file in (alone, shards))
     assert one.keys() == two.keys() and len(one) > 10
     for name, expected in one.items():

@@ -7,23 +7,12 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import lively, tiny_text_config, user
+from conftest import user
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
 from pointalign import build, stage_file, storage
 from pointalign.options import PARTS, DataOptions, ModelOptions
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    """A tiny language model on disk."""
-    path = tmp_path_factory.mktemp("llm")
-    torch.manual_seed(0)
-    lively(AutoModelForCausalLM.from_config(tiny_text_config("llama"))).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def options(folder, **changes) -> ModelOptions:
@@ -50,17 +39,17 @@ def logits(model, processor, clouds):
         return model(**batch).logits
 
 
-def test_the_seed_fixes_a_new_point_branch(folder):
-    one, same, other = (make_model(folder, seed=seed)[0].state_dict() for seed in (1, 1, 2))
+def test_the_seed_fixes_a_new_point_branch(lively_llm):
+    one, same, other = (make_model(lively_llm, seed=seed)[0].state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["model.query_tokens"], other["model.query_tokens"])
 
 
-def test_the_processor_fits_the_model(folder):
-    model, processor = make_model(folder)
+def test_the_processor_fits_the_model(lively_llm):
+    model, processor = make_model(lively_llm)
     assert processor.num_query_tokens == model.config.num_query_tokens == 32
     assert processor.feature_extractor.min_points == 64 and processor.feature_extractor.num_points == 256
-    _, other = build.build_model(options(folder), DataOptions(up_axis="z"))
+    _, other = build.build_model(options(lively_llm), DataOptions(up_axis="z"))
     assert (other.feature_extractor.up_axis, other.feature_extractor.num_points) == ("z", 1024)  # the mini encoder's
 
 
@@ -68,9 +57,9 @@ QFORMER_ADAPTED = (".lora_", "attention.output.LayerNorm.weight", "output_query.
 
 
 @pytest.mark.parametrize("part", [one for one in PARTS if one != "llm_norms"])  # those are the published Phi's
-def test_exactly_the_named_part_trains(part, folder):
+def test_exactly_the_named_part_trains(part, lively_llm):
     extras = {"query_experts": {"query_experts": 3}, "qformer_lora": {"qformer_lora_rank": 2}}
-    model, _ = make_model(folder, train=[part], **extras.get(part, {}))
+    model, _ = make_model(lively_llm, train=[part], **extras.get(part, {}))
     trained = {name for name, one in model.named_parameters() if one.requires_grad}
     names = {name for name, _ in model.named_parameters()}
     if part == "lora":
@@ -83,24 +72,26 @@ def test_exactly_the_named_part_trains(part, folder):
     assert trained == expected != set()
 
 
-def test_a_later_stage_adds_experts_and_hands_them_on(folder, tmp_path):
-    first, _ = make_model(folder)
+def test_a_later_stage_adds_experts_and_hands_them_on(lively_llm, tmp_path):
+    first, _ = make_model(lively_llm)
     stage_file.save_stage(first, tmp_path / "a.safetensors", {})
-    second, _ = make_model(folder, checkpoint=str(tmp_path / "a.safetensors"), query_experts=3, train=["query_experts"])
+    second, _ = make_model(
+        lively_llm, checkpoint=str(tmp_path / "a.safetensors"), query_experts=3, train=["query_experts"]
+    )
     queries = first.model.query_tokens.to(torch.bfloat16).float()
     assert torch.equal(second.model.query_experts.queries, queries.expand(3, -1, -1))
     shaken(second)
     stage_file.save_stage(second, tmp_path / "b.safetensors", {})
-    third, _ = make_model(folder, checkpoint=str(tmp_path / "b.safetensors"), seed=5)
+    third, _ = make_model(lively_llm, checkpoint=str(tmp_path / "b.safetensors"), seed=5)
     expected = second.model.query_experts.queries.to(torch.bfloat16).float()
     assert torch.equal(third.model.query_experts.queries, expected)
 
 
-def test_experts_stay_routed_as_they_were_trained(folder, tmp_path, clouds):
+def test_experts_stay_routed_as_they_were_trained(lively_llm, tmp_path, clouds):
     """How they are routed is in no tensor, and `sparse` after `soft` would be another model."""
     start = tmp_path / "start.safetensors"
-    stage_file.save_stage(make_model(folder)[0], start, {})
-    soft, processor = make_model(folder, checkpoint=str(start), query_experts=3, query_routing="soft")
+    stage_file.save_stage(make_model(lively_llm)[0], start, {})
+    soft, processor = make_model(lively_llm, checkpoint=str(start), query_experts=3, query_routing="soft")
     shaken(soft)
     with torch.no_grad():
         for one in stage_file.stage_state(soft).values():
@@ -108,17 +99,17 @@ def test_experts_stay_routed_as_they_were_trained(folder, tmp_path, clouds):
                 one.copy_(one.to(torch.bfloat16))
     path = tmp_path / "soft.safetensors"
     stage_file.save_stage(soft, path, {})
-    later, _ = make_model(folder, checkpoint=str(path))
+    later, _ = make_model(lively_llm, checkpoint=str(path))
     assert later.config.query_routing == "soft"
     assert torch.equal(logits(later.eval(), processor, clouds), logits(soft, processor, clouds))
-    other, _ = make_model(folder, checkpoint=str(path), query_routing="constant")
+    other, _ = make_model(lively_llm, checkpoint=str(path), query_routing="constant")
     assert not torch.allclose(logits(other.eval(), processor, clouds), logits(soft, processor, clouds))
     with pytest.raises(ValueError, match="this model already has 3"):
-        make_model(folder, checkpoint=str(path), query_experts=8)
+        make_model(lively_llm, checkpoint=str(path), query_experts=8)
     with pytest.raises(ValueError, match="this model has no query experts"):
-        make_model(folder, query_routing="soft")
+        make_model(lively_llm, query_routing="soft")
     with pytest.raises(ValueError, match="expected sparse, soft or constant"):
-        options(folder, query_routing="dense")
+        options(lively_llm, query_routing="dense")
 
 
 def test_a_converted_folder_goes_on_training(tmp_path, tokenizer):
@@ -169,8 +160,8 @@ def test_dtypes():
     assert build.resolve_dtype("auto") in (torch.float32, torch.bfloat16)
 
 
-def test_a_stage_hands_on_everything_but_the_language_model(folder, tmp_path, clouds):
-    model, processor = make_model(folder)
+def test_a_stage_hands_on_everything_but_the_language_model(lively_llm, tmp_path, clouds):
+    model, processor = make_model(lively_llm)
     shaken(model)
     path = tmp_path / "run" / stage_file.STAGE_FILE
     stage_file.save_stage(model, path, {"seed": 0})
@@ -179,7 +170,7 @@ def test_a_stage_hands_on_everything_but_the_language_model(folder, tmp_path, cl
     assert all(one.dtype == torch.bfloat16 for one in state.values() if one.ndim > 1)
     assert {name for name in model.state_dict() if ".language_model." not in name or ".lora_" in name} == set(state)
     for checkpoint in (path, path.parent):
-        loaded, _ = make_model(folder, checkpoint=str(checkpoint), seed=7)
+        loaded, _ = make_model(lively_llm, checkpoint=str(checkpoint), seed=7)
         for name, one in loaded.state_dict().items():
             expected = model.state_dict()[name]
             rounded = name in state and expected.ndim > 1
@@ -189,70 +180,6 @@ def test_a_stage_hands_on_everything_but_the_language_model(folder, tmp_path, cl
             if one.ndim > 1:
                 one.copy_(one.to(torch.bfloat16))
     assert torch.equal(logits(loaded.eval(), processor, clouds), logits(model, processor, clouds))
-
-
-def test_another_language_model_is_refused(folder, tmp_path, tokenizer):
-    model, _ = make_model(folder)
-    path = tmp_path / stage_file.STAGE_FILE
-    stage_file.save_stage(model, path, {})
-    torch.manual_seed(5)
-    other = AutoModelForCausalLM.from_config(tiny_text_config("llama"))
-    other.save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="was trained with the language model"):
-        make_model(tmp_path / "other", checkpoint=str(path))
-    save_file(load_file(path), tmp_path / "nameless.safetensors")
-    with pytest.raises(ValueError, match="was trained with the language model None"):
-        make_model(folder, checkpoint=str(tmp_path / "nameless.safetensors"))
-
-
-def test_a_fine_tuned_language_model_is_refused(folder, tmp_path, tokenizer):
-    """Embeddings alone do not tell a model from its fine-tune: the fingerprint samples every tensor."""
-    model, _ = make_model(folder)
-    path = tmp_path / stage_file.STAGE_FILE
-    stage_file.save_stage(model, path, {})
-    tuned = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        tuned.model.layers[3].mlp.down_proj.weight[:, 5] += 0.1
-    tuned.save_pretrained(tmp_path / "tuned")
-    tokenizer.save_pretrained(tmp_path / "tuned")
-    assert torch.equal(tuned.get_input_embeddings().weight, model.get_input_embeddings().weight)
-    with pytest.raises(ValueError, match="was trained with the language model"):
-        make_model(tmp_path / "tuned", checkpoint=str(path))
-
-
-def test_a_language_model_has_the_same_fingerprint_in_every_form(folder, tmp_path, tokenizer):
-    """In bfloat16, in 4 bits and in files of another cut: a stage file of the float32 model fits all of them."""
-    path = tmp_path / stage_file.STAGE_FILE
-    stage_file.save_stage(make_model(folder)[0], path, {})
-    cut = tmp_path / "cut"
-    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(cut, max_shard_size="20KB")
-    tokenizer.save_pretrained(cut)
-    assert len(list(cut.glob("*.safetensors"))) > 2
-    assert stage_file.weights_fingerprint(cut) == stage_file.weights_fingerprint(folder)
-    for loaded, changes in [(folder, {"dtype": "bfloat16"}), (cut, {})]:
-        make_model(loaded, checkpoint=str(path), **changes)
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    for dequantize_once in (False, True):
-        make_model(folder, checkpoint=str(path), quantization="nf4", dequantize_once=dequantize_once)
-
-
-def test_an_early_stage_file_is_known_by_its_embeddings(folder, tmp_path, tokenizer):
-    """Its header has no fingerprint of all weights."""
-    path = tmp_path / stage_file.STAGE_FILE
-    stage_file.save_stage(make_model(folder)[0], path, {})
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-    del header["language_model_weights"]
-    storage.write_tensors(path, load_file(path), header)
-    make_model(folder, checkpoint=str(path))
-    other = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        other.get_input_embeddings().weight.mul_(2)
-    other.save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="was trained with the language model"):
-        make_model(tmp_path / "other", checkpoint=str(path))
 
 
 @pytest.mark.parametrize(("name", "has_adapters"), [("furniture-stage1", False), ("furniture", True)])
@@ -285,56 +212,36 @@ def test_the_newest_run_answers_where_no_model_is_named(tmp_path, monkeypatch, c
     assert build.default_model() == "runs/demo-2/model"
 
 
-def test_load_without_a_name_takes_the_newest_run(folder, tmp_path, monkeypatch, clouds):
+def test_load_without_a_name_takes_the_newest_run(lively_llm, tmp_path, monkeypatch, clouds):
     monkeypatch.chdir(tmp_path)
-    model, processor = make_model(folder)
+    model, processor = make_model(lively_llm)
     build.export(shaken(model), processor, tmp_path / "runs" / "demo" / "model")
     loaded, again, _ = build.load(device="cpu")
     expected = build.load("runs/demo/model", device="cpu")[0]
     assert torch.equal(logits(loaded, again, clouds), logits(expected, processor, clouds))
 
 
-def test_scalars_are_part_of_a_fingerprint(tmp_path):
-    """Quantised language models hold scales without dimensions."""
-    fingerprints = set()
-    for scale in (1.0, 2.0):
-        save_file({"weight": torch.ones(3, 4), "scale": torch.tensor(scale)}, tmp_path / "model.safetensors")
-        fingerprints.add(stage_file.weights_fingerprint(tmp_path))
-    assert len(fingerprints) == 2
-
-
-def test_weights_in_another_format_have_a_fingerprint_of_their_bytes(tmp_path):
-    path = tmp_path / "pytorch_model.bin"
-    path.write_bytes(bytes(range(256)) * 4096)
-    first = stage_file.weights_fingerprint(tmp_path)
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert stage_file.weights_fingerprint(tmp_path) != first
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="no weights"):
-        stage_file.weights_fingerprint(tmp_path)
-
-
 @pytest.mark.parametrize("changes", [{"lora_rank": 8}, {"lora_targets": ["q_proj"]}])
-def test_other_adapters_are_refused(changes, folder, tmp_path):
-    model, _ = make_model(folder)
+def test_other_adapters_are_refused(changes, lively_llm, tmp_path):
+    model, _ = make_model(lively_llm)
     stage_file.save_stage(model, tmp_path / stage_file.STAGE_FILE, {})
     with pytest.raises(ValueError, match="does not fit this model"):
-        make_model(folder, checkpoint=str(tmp_path), **changes)
+        make_model(lively_llm, checkpoint=str(tmp_path), **changes)
 
 
 @pytest.mark.parametrize("part", ["language_model", "qformer"])
-def test_another_strength_of_the_adapters_is_refused(part, folder, tmp_path):
+def test_another_strength_of_the_adapters_is_refused(part, lively_llm, tmp_path):
     """The tensors are the same for every alpha: only the file's header tells."""
     trained = {"lora_alpha": 8, "qformer_lora_rank": 2}
-    model, _ = make_model(folder, **trained)
+    model, _ = make_model(lively_llm, **trained)
     model.config.adapters[part] = model.config.adapters[part] | {"lora_alpha": 5}
     stage_file.save_stage(model, tmp_path / stage_file.STAGE_FILE, {})
     with pytest.raises(ValueError, match=f"trained with lora_alpha=5 on the {part}, this model has [84]: "):
-        make_model(folder, checkpoint=str(tmp_path), **trained)
+        make_model(lively_llm, checkpoint=str(tmp_path), **trained)
 
 
-def test_a_stage_file_alone_answers_as_the_one_in_training(folder, tmp_path, clouds):
-    trained = options(folder, lora_alpha=3, lora_targets=["q_proj", "v_proj"], qformer_lora_rank=2)
+def test_a_stage_file_alone_answers_as_the_one_in_training(lively_llm, tmp_path, clouds):
+    trained = options(lively_llm, lora_alpha=3, lora_targets=["q_proj", "v_proj"], qformer_lora_rank=2)
     data = DataOptions(num_points=256, up_axis="z")
     model, processor = build.build_model(trained, data)
     shaken(model)
@@ -355,8 +262,8 @@ def test_a_stage_file_alone_answers_as_the_one_in_training(folder, tmp_path, clo
         build.load(path)
 
 
-def test_a_partial_or_truncated_stage_is_refused(folder, tmp_path):
-    model, _ = make_model(folder)
+def test_a_partial_or_truncated_stage_is_refused(lively_llm, tmp_path):
+    model, _ = make_model(lively_llm)
     path = tmp_path / stage_file.STAGE_FILE
     stage_file.save_stage(model, path, {})
     whole = load_file(path)
@@ -370,19 +277,19 @@ def test_a_partial_or_truncated_stage_is_refused(folder, tmp_path):
         kept = {name: one for name, one in whole.items() if lost not in name}
         storage.write_tensors(path, kept, header)
         with pytest.raises(ValueError, match=f"missing .*{re.escape(lost)}"):
-            make_model(folder, checkpoint=str(path))
+            make_model(lively_llm, checkpoint=str(path))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
-        make_model(folder, checkpoint=str(path))
+        make_model(lively_llm, checkpoint=str(path))
 
 
-def test_an_unknown_checkpoint_is_named(folder):
+def test_an_unknown_checkpoint_is_named(lively_llm):
     with pytest.raises(FileNotFoundError, match=r"model\.checkpoint='nowhere'"):
-        make_model(folder, checkpoint="nowhere")
+        make_model(lively_llm, checkpoint="nowhere")
 
 
-def test_merged_adapters_answer_alike_and_leave_the_plain_layout(folder, clouds):
-    model, processor = make_model(folder)
+def test_merged_adapters_answer_alike_and_leave_the_plain_layout(lively_llm, clouds):
+    model, processor = make_model(lively_llm)
     shaken(model)
     before = logits(model, processor, clouds)
     with_adapters = {name for name in model.state_dict() if ".lora_" not in name}
@@ -390,14 +297,14 @@ def test_merged_adapters_answer_alike_and_leave_the_plain_layout(folder, clouds)
     torch.testing.assert_close(logits(model, processor, clouds), before, atol=1e-4, rtol=1e-4)
     plain = build.PointAlignForConditionalGeneration(model.config)
     assert set(model.state_dict()) == set(plain.state_dict()) == {n.replace(".base_layer", "") for n in with_adapters}
-    unmoved, _ = make_model(folder)
+    unmoved, _ = make_model(lively_llm)
     build.merge_adapters(unmoved)
     assert not torch.allclose(logits(unmoved.eval(), processor, clouds), before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_exported_model_answers_as_the_one_in_training(dtype, folder, clouds, tmp_path):
-    model, processor = make_model(folder, dtype=dtype)
+def test_an_exported_model_answers_as_the_one_in_training(dtype, lively_llm, clouds, tmp_path):
+    model, processor = make_model(lively_llm, dtype=dtype)
     shaken(model)
     build.export(model, processor, tmp_path / "model")
     loaded, again, _ = build.load(tmp_path / "model")

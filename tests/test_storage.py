@@ -5,11 +5,11 @@ import json
 import os
 import random
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from made_processes import in_processes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -218,26 +218,24 @@ def test_the_commit_of_another_repository_is_not_ours(monkeypatch, tmp_path):
 
 # -- locks -------------------------------------------------------------------------------------------------------------
 
-TRY_LOCK = """
-import sys
-from pathlib import Path
-from pointalign.storage import lock
-with lock(Path(sys.argv[1]), wait=False) as held:
-    print(held)
-"""
+
+def try_lock(path) -> None:
+    with storage.lock(path, wait=False) as held:
+        print(held)
 
 
 def lock_in_another_process(path) -> str:
-    command = [sys.executable, "-c", TRY_LOCK, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    [ended] = in_processes(path.parents[1], try_lock, path, count=1)
+    assert ended.status == 0, ended
+    return ended.output.splitlines()[-1]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="without flock there is no lock")
 def test_one_process_at_a_time_holds_a_lock(tmp_path):
     path = tmp_path / "new folder" / "name.lock"
     with storage.lock(path) as held:
-        assert held and lock_in_another_process(path) == "False\n"
-    assert lock_in_another_process(path) == "True\n"
+        assert held and lock_in_another_process(path) == "False"
+    assert lock_in_another_process(path) == "True"
     with pytest.raises(KeyError), storage.lock(path):
         raise KeyError
-    assert lock_in_another_process(path) == "True\n"
+    assert lock_in_another_process(path) == "True"
