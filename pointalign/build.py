@@ -22,6 +22,7 @@ from pointalign.models import (
 from pointalign.models.configuration import PointBertConfig
 from pointalign.models.modeling import LOADING_PROBLEMS
 from pointalign.options import READING_OPTIONS, DataOptions, ModelOptions
+from pointalign.precision import resolve_dtype
 
 MODEL_TYPE = PointAlignConfig.model_type
 # Modules of a converted model outside the decoder blocks: they stay in their dtype.
@@ -33,25 +34,6 @@ NOT_QUANTIZED = (
     "model.modality_projector",
     "model.language_model.lm_head",
 )
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """The language model's dtype; `auto` is bfloat16 where this machine computes in it, else float32.
-
-    On a GPU that only emulates bfloat16 (T4, V100, RTX 20) the choice and the faster one are printed.
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        print(
-            "model.dtype=auto: float32, because this GPU only emulates bfloat16; float16 is faster and smaller: "
-            "--model.dtype float16 --training.fp16 true",
-            file=sys.stderr,
-        )
-        return torch.float32
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def build_model(

@@ -24,7 +24,7 @@ READERS = (  # what reads clouds knows nothing of the embedded objects; data set
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
     ["pointalign_kernels", "pointalign.command_line"],
-    ["pointalign.training_command"],
+    ["pointalign.training_command", "pointalign.precision"],
     ["pointalign.alignment", "pointalign.storage", "pointalign.training_checks", "pointalign.allocator"],
     ["pointalign.options", "pointalign.run_checkpoints"],
     [f"pointalign.attached_{part}" for part in ("logging", "model", "targets")],
@@ -51,7 +51,7 @@ LAYERS = [
     ["pointalign.efficient"],
     ["pointalign.embedded.descent", "pointalign.embedded.views", "pointalign.embedded.words"],
     ["pointalign.convert", "pointalign.language_model"],
-    ["pointalign.stage_file"],
+    ["pointalign.stage_file", "pointalign.training_dtype"],
     ["pointalign.build"],
     ["pointalign.feature_cache", "pointalign.trainer", "pointalign.certainty", "pointalign.attention_maps"],
     ["pointalign.conversation"],
