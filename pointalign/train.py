@@ -317,7 +317,7 @@ def write_results(
 def write_cards(options: "Options", trainer: "PointAlignTrainer", folder: Path) -> None:
     """The model cards of the exported model and its adapter, with the results of the run."""
     from pointalign import model_card, stage_file
-    from pointalign.options import CHECKPOINTS
+    from pointalign.model_options import CHECKPOINTS
 
     start = options.model.checkpoint or options.model.point_branch
     shipped = start is not None and stage_file.find_stage(start).parent == CHECKPOINTS

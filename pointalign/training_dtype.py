@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pointalign import language_model, run_checkpoints
-from pointalign.options import ModelOptions, Options
+from pointalign.model_options import ModelOptions
+from pointalign.options import Options
 from pointalign.precision import dtype_name, resolve_dtype
 
 DTYPES = (torch.float32, torch.bfloat16)

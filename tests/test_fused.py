@@ -13,8 +13,8 @@ from transformers.models.phi import modeling_phi
 
 from pointalign import build
 from pointalign.efficient import fused_lora, fused_parts
+from pointalign.model_options import ModelOptions
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignPhiConfig, PointAlignPhiForCausalLM
-from pointalign.options import ModelOptions
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from random_language_model import random_language_model

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pointalign import build, stage_file, storage
-from pointalign.options import PARTS, DataOptions, ModelOptions
+from pointalign.model_options import PARTS, DataOptions, ModelOptions
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from conftest import tiny_text_config
 from test_train import arguments, language_model, tiny_preset  # noqa: F401
 
 from pointalign import run_checkpoints, train, training_dtype
-from pointalign.options import DataOptions, MixturePart, ModelOptions, Options, TrainingOptions
+from pointalign.model_options import DataOptions, MixturePart, ModelOptions
+from pointalign.options import Options, TrainingOptions
 
 BFLOAT16_WINS = {"float32": 0.02, "bfloat16": 0.01}
 FLOAT32_WINS = {"float32": 0.01, "bfloat16": 0.02}
