@@ -23,8 +23,8 @@ from pointalign.alignment import AlignmentConfig
 from pointalign.data.collator import pack
 from pointalign.efficient import fused_parts, memory, quantization
 from pointalign.efficient.varlen_attention import choose_attention
+from pointalign.model_options import ModelOptions
 from pointalign.models import PointAlignForConditionalGeneration
-from pointalign.options import ModelOptions
 from pointalign.trainer import AlignedModel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -22,18 +22,24 @@ the terminal, and `pointalign train RECIPE --help` also what the recipe sets. Th
 options: see their `--help`.
 """
 GROUPS = (  # title, introduction, file, class, section
-    ("Model", "`pointalign train`, `pointalign features`: what is trained.", "options.py", "ModelOptions", "model"),
+    (
+        "Model",
+        "`pointalign train`, `pointalign features`: what is trained.",
+        "model_options.py",
+        "ModelOptions",
+        "model",
+    ),
     (
         "Data",
         "`pointalign train`, `pointalign features`: what it is trained on. Without paths, the embedded objects.",
-        "options.py",
+        "model_options.py",
         "DataOptions",
         "data",
     ),
     (
         "A part of a mixture",
         "Entries of `data.mixture`, in a recipe only.",
-        "options.py",
+        "model_options.py",
         "MixturePart",
         "",
     ),

@@ -20,8 +20,8 @@ from pointalign.evaluation import markdown_table
 from pointalign.evaluation.naming import random_yaw
 from pointalign.evaluation.statistics import cluster_mean
 from pointalign.evaluation.tasks import ObjectSet, embedded_objects
+from pointalign.model_options import DataOptions, ModelOptions
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
-from pointalign.options import DataOptions, ModelOptions
 
 BATCH = 32
 

@@ -3,14 +3,18 @@
 import json
 import sys
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from pointalign import language_model, stage_file, storage
 from pointalign.efficient import quantization
+from pointalign.model_options import READING_OPTIONS, DataOptions, ModelOptions
 from pointalign.models import (
     PointAlignConfig,
     PointAlignFeatureExtractor,
@@ -21,7 +25,7 @@ from pointalign.models import (
 )
 from pointalign.models.configuration import PointBertConfig
 from pointalign.models.modeling import LOADING_PROBLEMS
-from pointalign.options import READING_OPTIONS, DataOptions, ModelOptions
+from pointalign.precision import resolve_dtype
 
 MODEL_TYPE = PointAlignConfig.model_type
 # Modules of a converted model outside the decoder blocks: they stay in their dtype.
@@ -35,33 +39,16 @@ NOT_QUANTIZED = (
 )
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """The language model's dtype; `auto` is bfloat16 where this machine computes in it, else float32.
-
-    On a GPU that only emulates bfloat16 (T4, V100, RTX 20) the choice and the faster one are printed.
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        print(
-            "model.dtype=auto: float32, because this GPU only emulates bfloat16; float16 is faster and smaller: "
-            "--model.dtype float16 --training.fp16 true",
-            file=sys.stderr,
-        )
-        return torch.float32
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
 def build_model(
-    options: ModelOptions, data: DataOptions, point_branch_only: bool = False
+    options: ModelOptions, data: DataOptions, point_branch_only: bool = False, merged: bool = False
 ) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
     """Model with adapters, and its processor, from options; only the parts in `options.train` require gradients.
 
     Args:
         point_branch_only: enough to encode clouds. Nothing requires gradients, and the language model stays on the meta
             device, without adapters (that of a converted folder is read with the rest).
+        merged: to answer, from `options.checkpoint`: its adapters are folded into weights that are not in 4 bits; a
+            converted model, which may bring others, keeps them beside the weights.
 
     Raises:
         FileNotFoundError: a folder or file that the options name is missing.
@@ -71,16 +58,23 @@ def build_model(
 
     folder = language_model.find_folder(options.llm)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = load_model(folder, options, point_branch_only)
+    merged = merged and model_type(folder) != MODEL_TYPE
+    model = load_model(folder, options, point_branch_only, draw=not merged)
     # a language model without weights takes no adapters
     adapter_options = replace(options, lora_rank=0) if point_branch_only else options
-    if options.checkpoint is not None:
+    if merged:
+        stage = stage_file.find_stage(str(options.checkpoint))
+        parts = stage_file.adapted_parts(stage)
+        described = {part: adapter for part, adapter in new_adapters(options).items() if part in parts}
+        stage_file.load_merged(model, stage, described)
+    elif options.checkpoint is not None:
         stage = stage_file.find_stage(options.checkpoint)
         add_adapters(model, adapter_options, stage_file.adapted_parts(stage))
         stage_file.load_stage(model, stage, point_branch_only)
     elif options.point_branch is not None:
         stage_file.load_point_branch(model, stage_file.find_stage(options.point_branch))
-    add_adapters(model, adapter_options)  # new ones, on parts that no earlier stage adapted
+    if not merged:
+        add_adapters(model, adapter_options)  # new ones, on parts that no earlier stage adapted
     choose_experts(model, options)
     set_trainable(model, [] if point_branch_only else options.train)
     point = model.config.point_config
@@ -99,8 +93,14 @@ def build_model(
     return model, processor
 
 
-def load_model(folder: Path, options: ModelOptions, point_branch_only: bool) -> PointAlignForConditionalGeneration:
-    """A converted model, or a language model behind a point branch drawn by `options.seed`; without new adapters."""
+def load_model(
+    folder: Path, options: ModelOptions, point_branch_only: bool, draw: bool = True
+) -> PointAlignForConditionalGeneration:
+    """A converted model, or a language model behind a point branch drawn by `options.seed`; without new adapters.
+
+    Args:
+        draw: otherwise the point branch holds whatever was in memory: a file fills all of it.
+    """
     converted = model_type(folder) == MODEL_TYPE
     if converted:
         model = load_converted(folder, options)
@@ -113,7 +113,8 @@ def load_model(folder: Path, options: ModelOptions, point_branch_only: bool) -> 
         else:
             llm = load_language_model(folder, options)
         torch.manual_seed(options.seed)
-        model = PointAlignForConditionalGeneration.from_language_model(llm, options.preset)
+        with nullcontext() if draw else no_init_weights():
+            model = PointAlignForConditionalGeneration.from_language_model(llm, options.preset)
     if not point_branch_only:
         fingerprint = stage_file.weights_fingerprint(folder, "model.language_model." if converted else "")
         model.model.language_model.weights_fingerprint = fingerprint
@@ -206,26 +207,35 @@ def model_type(folder: Path) -> str | None:
     return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
 
 
+def new_adapters(options: ModelOptions) -> dict[str, dict[str, Any]]:
+    """The options' adapters: arguments of `adapters.add` by part."""
+    described: dict[str, dict[str, Any]] = {}
+    if options.lora_rank:
+        described["language_model"] = {
+            "r": options.lora_rank,
+            "lora_alpha": options.lora_alpha,
+            "lora_dropout": options.lora_dropout,
+            "target_modules": options.lora_targets,
+        }
+    if rank := options.qformer_lora_rank:
+        described["qformer"] = {
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "lora_dropout": adapters.QFORMER_DROPOUT,
+            "target_modules": adapters.QFORMER_TARGETS,
+        }
+    return described
+
+
 def add_adapters(
     model: PointAlignForConditionalGeneration,
     options: ModelOptions,
     parts: Collection[str] = ("language_model", "qformer"),
 ) -> None:
     """Put the options' adapters on those of `parts` that have none."""
-    missing = set(parts) - set(model.config.adapters or {})
-    if options.lora_rank and "language_model" in missing:
-        adapters.add(
-            model,
-            "language_model",
-            r=options.lora_rank,
-            lora_alpha=options.lora_alpha,
-            lora_dropout=options.lora_dropout,
-            target_modules=options.lora_targets,
-        )
-    if options.qformer_lora_rank and "qformer" in missing:
-        rank, dropout = options.qformer_lora_rank, adapters.QFORMER_DROPOUT
-        targets = adapters.QFORMER_TARGETS
-        adapters.add(model, "qformer", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets)
+    for part, described in new_adapters(options).items():
+        if part in parts and part not in (model.config.adapters or {}):
+            adapters.add(model, part, **described)
 
 
 def choose_experts(model: PointAlignForConditionalGeneration, options: ModelOptions) -> None:
@@ -374,8 +384,8 @@ def load(
         options, data = stage_file.trained_options(source)
         rounded &= options.quantization != quantization
         options = replace(options, quantization=quantization or options.quantization)
-        model, processor = build_model(options, data)
-        if quantization is None:
+        model, processor = build_model(options, data, merged=options.quantization == "none")
+        if quantization is None and (model.config.adapters or options.quantization != "none"):
             merge_adapters(model)
         files = [source]
     if rounded:

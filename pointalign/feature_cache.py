@@ -17,7 +17,7 @@ import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +30,9 @@ from pointalign.data.dataset import ConversationDataset, find_cloud
 from pointalign.data.point_cloud import augment, load_point_cloud
 from pointalign.efficient import frozen_parts
 from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration, PointAlignProcessor
-from pointalign.options import Options
+
+if TYPE_CHECKING:
+    from pointalign.options import Options
 
 FORMAT = 1
 SHARD_SIZE = 4096
@@ -182,7 +184,7 @@ class FeatureCache:
 
 
 def open_cache(
-    model: PointAlignForConditionalGeneration, extractor: PointAlignFeatureExtractor, options: Options
+    model: PointAlignForConditionalGeneration, extractor: PointAlignFeatureExtractor, options: "Options"
 ) -> FeatureCache | None:
     """The feature cache of `--data.feature_cache`, checked against the model and the preprocessing in use.
 
@@ -330,7 +332,7 @@ def entries(datasets: Sequence[ConversationDataset], views: int) -> list[str]:
 
 
 def write_for(
-    options: Options,
+    options: "Options",
     model: PointAlignForConditionalGeneration,
     processor: PointAlignProcessor,
     datasets: Sequence[ConversationDataset],

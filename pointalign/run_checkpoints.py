@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from pointalign import storage
+from pointalign.precision import dtype_name, resolve_dtype
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -164,6 +165,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -
     Raises: CheckpointError: something changed that the run cannot go on with.
     """
     old, new = _by_dotted_name(before), _by_dotted_name(now)
+    if old.get("model.dtype") == "auto":  # written before runs recorded their dtype, which a rule then gave
+        old["model.dtype"] = dtype_name(resolve_dtype("auto"))
     changed = {
         name: f"{name} was {old.get(name, 'the default')}, is {new.get(name, 'the default')}"
         for name in sorted({*old, *new})

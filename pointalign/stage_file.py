@@ -6,6 +6,7 @@ weights would answer garbage without an error.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pointalign import storage
-from pointalign.models import PointAlignForConditionalGeneration
-from pointalign.options import CHECKPOINTS, READING_OPTIONS, DataOptions, ModelOptions
+from pointalign.model_options import CHECKPOINTS, READING_OPTIONS, DataOptions, ModelOptions
+from pointalign.models import PointAlignForConditionalGeneration, adapters
 
 STAGE_FILE = "stage.safetensors"
 EXPERTS = "model.query_experts.queries"
@@ -240,6 +241,40 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
 
     Raises: ValueError: it belongs to another language model, to other adapters, or does not fit.
     """
+    _take_settings(model, path, model.config.adapters or {}, point_branch_only)
+    _load(model, path, (".language_model.",) if point_branch_only else ())
+
+
+def load_merged(model: PointAlignForConditionalGeneration, path: Path, described: dict[str, dict[str, Any]]) -> None:
+    """Load a stage file with its adapters folded into the weights, to answer: see `adapters.merge`.
+
+    Args:
+        model: without adapters.
+        described: arguments of `adapters.add` for every part that the stage was trained with adapters on.
+
+    Raises: ValueError: it belongs to another language model, to other adapters, or does not fit.
+    """
+    _take_settings(model, path, described)
+    stored = {name.replace(".base_layer.", "."): tensor for name, tensor in storage.load_tensors(path).items()}
+    state = {name: tensor for name, tensor in stored.items() if ".lora_" not in name}
+    storage.require_names(path, state, set(stage_state(model)))
+    storage.copy_state(model, path, state)
+    try:
+        adapters.merge(model, {name: stored[name] for name in stored.keys() - state.keys()}, described)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _take_settings(
+    model: PointAlignForConditionalGeneration,
+    path: Path,
+    described: Mapping[str, Mapping[str, Any]],
+    point_branch_only: bool = False,
+) -> None:
+    """Check that a stage file belongs to the model and its adapters, and take over what its header says.
+
+    Raises: ValueError: it does not.
+    """
     header, shapes = _contents(path)
     fingerprints = {} if point_branch_only else _fingerprints(model.model.language_model)
     for name, current in fingerprints.items():
@@ -252,7 +287,7 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
     settings = _settings(path, header)
     if not point_branch_only:
         model.config.name_threshold = settings.get("name_threshold", 0.0)
-    for part, adapter in (model.config.adapters or {}).items():
+    for part, adapter in described.items():
         before = settings["adapters"].get(part, adapter)["lora_alpha"]
         if before != adapter["lora_alpha"]:
             raise ValueError(
@@ -269,7 +304,6 @@ def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_bran
             model.model.add_query_experts(shapes[EXPERTS][0])
         if settings.get("query_routing") is not None and settings.get("query_top_k") is not None:
             model.model.route_queries(settings["query_routing"], settings["query_top_k"])
-    _load(model, path, (".language_model.",) if point_branch_only else ())
 
 
 def load_point_branch(model: PointAlignForConditionalGeneration, path: Path) -> None:

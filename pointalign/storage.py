@@ -273,10 +273,15 @@ def read_tensors(path: Path, expected: set[str], ignored: Collection[str] = ()) 
         ValueError: the names differ from `expected`, or the file is damaged.
     """
     state = {key: tensor for key, tensor in load_tensors(path).items() if not any(part in key for part in ignored)}
+    require_names(path, state, expected)
+    return state
+
+
+def require_names(path: Path, state: Mapping[str, Tensor], expected: set[str]) -> None:
+    """Raises: ValueError: the names of the tensors of the file `path` differ from `expected`."""
     problems = [f"missing {key}" for key in sorted(expected - state.keys())]
     problems += [f"unexpected {key}" for key in sorted(state.keys() - expected)]
     _refuse(path, problems)
-    return state
 
 
 def _refuse(path: Path, problems: list[str]) -> None:
@@ -290,7 +295,14 @@ def load_state(model: nn.Module, path: Path, expected: set[str], ignored: Collec
 
     Raises: ValueError: a key is missing, unexpected, or of another shape: nothing is ever loaded in part.
     """
-    state = read_tensors(path, expected, ignored)
+    copy_state(model, path, read_tensors(path, expected, ignored))
+
+
+def copy_state(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
+    """Put the tensors of the file `path` into a model that has all of their names, cast to the model's dtypes.
+
+    Raises: ValueError: one is of another shape: nothing is ever loaded in part.
+    """
     parameters = model.state_dict(keep_vars=True)
     problems = [
         f"{key} has shape {list(value.shape)}, the model's is {list(parameters[key].shape)}"

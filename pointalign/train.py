@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def run(options: "Options", folder: Path) -> int:
         if checkpoint := options.training.resume_from_checkpoint:  # refused before the folder changes
             manifest = run_checkpoints.verify(Path(checkpoint))
             run_checkpoints.differences(manifest["run"], trainer.depends_on, Path(checkpoint))
-        storage.write_json(folder / run_folder.OPTIONS, describe(options))
+        storage.write_json(folder / run_folder.OPTIONS, describe(options) | trained_in(trainer))
         if options.recipe:
             with storage.replacing(folder / training_command.RUN_RECIPE) as temporary:
                 temporary.write_text(options.recipe, encoding="utf-8")
@@ -88,7 +89,7 @@ def run(options: "Options", folder: Path) -> int:
     if not main_process:
         return 0
     if gathered is not None:  # this process trained shards: save from a complete model
-        model, processor = complete_model(options, gathered)
+        model, processor = complete_model(options, trained_in(trainer)["dtype"], gathered)
     if evaluation is not None:
         evaluation.calibrate(model, processor)
     written = write_results(trainer, model, processor, options, folder)
@@ -122,6 +123,7 @@ def make_trainer(
     from pointalign.efficient import memory, training_form
     from pointalign.held_out_losses import HeldOutLosses
     from pointalign.trainer import AlignedModel, PointAlignTrainer
+    from pointalign.training_dtype import training_dtype
 
     data, training = options.data, options.training
     options.check()
@@ -132,7 +134,8 @@ def make_trainer(
         data.feature_cache = str(Path(training.output_dir or "runs") / "features")
     build.require_trained_parts(options.model)
     datasets = make_datasets(options)
-    model, processor = build.build_model(options.model, data)
+    dtype = training_dtype(options)
+    model, processor = build.build_model(replace(options.model, dtype=dtype), data)
     features = point_features(model, processor, datasets, options)
     check_data(datasets, processor, features, options)
     aligned = AlignedModel(model, options.alignment, choose_impl(options.fused))
@@ -164,7 +167,7 @@ def make_trainer(
         data_collator=MixtureCollator(collator) if data.mixture else collator,
         point_learning_rate=training.point_learning_rate,
         batch_sampler=sampler,
-        depends_on=depends_on(options, model),
+        depends_on=depends_on(options, model, dtype),
         budget=budget,
     )
     if held_out := HeldOutLosses.of(trainer, aligned, processor, options):
@@ -274,12 +277,12 @@ def choose_impl(fused: bool) -> str:
 
 
 def complete_model(
-    options: "Options", state: "dict[str, Tensor]"
+    options: "Options", dtype: str, state: "dict[str, Tensor]"
 ) -> "tuple[PointAlignForConditionalGeneration, PointAlignProcessor]":
     """A model in this process alone, with what an `AlignedModel` trained, and its processor."""
     from pointalign import build, stage_file
 
-    model, processor = build.build_model(options.model, options.data)
+    model, processor = build.build_model(replace(options.model, dtype=dtype), options.data)
     for name, tensor in stage_file.stage_state(model).items():
         tensor.copy_(state[f"model.{name}"])
     return model, processor
@@ -300,7 +303,7 @@ def write_results(
     history = trainer.state.log_history
     loss_curves(history, folder / "loss.png", options.alignment.weight)
     last = next((entry for entry in reversed(history) if "ntp_loss" in entry), None)
-    description = describe(options) | {"steps": trainer.state.global_step, "last_log": last}
+    description = describe(options) | trained_in(trainer) | {"steps": trainer.state.global_step, "last_log": last}
     if trainer.early_stopping is not None:
         description["best_step"], description["held_out_loss"], _ = standing(history)
     stage_file.save_stage(model, folder / stage_file.STAGE_FILE, description)
@@ -314,7 +317,7 @@ def write_results(
 def write_cards(options: "Options", trainer: "PointAlignTrainer", folder: Path) -> None:
     """The model cards of the exported model and its adapter, with the results of the run."""
     from pointalign import model_card, stage_file
-    from pointalign.options import CHECKPOINTS
+    from pointalign.model_options import CHECKPOINTS
 
     start = options.model.checkpoint or options.model.point_branch
     shipped = start is not None and stage_file.find_stage(start).parent == CHECKPOINTS
@@ -336,17 +339,28 @@ def example_cloud(trainer: "PointAlignTrainer", options: "Options") -> str:
         return "CLOUD"
 
 
-def depends_on(options: "Options", model: "PointAlignForConditionalGeneration") -> dict[str, Any]:
-    """What the checkpoints of a run can be resumed with: its options, and hashes of what the options name by path."""
+def depends_on(options: "Options", model: "PointAlignForConditionalGeneration", dtype: str) -> dict[str, Any]:
+    """What the checkpoints of a run can be resumed with: its options, and hashes of what the options name by path.
+
+    Args:
+        dtype: that the run trains in; it stands in the place of `auto`.
+    """
     from pointalign import stage_file, storage
 
     training, start = options.training, options.model.checkpoint or options.model.point_branch
-    return describe(options) | {
+    described = describe(options)
+    described["model"]["dtype"] = dtype
+    return described | {
         "language_model": getattr(model.model.language_model, "weights_fingerprint", None),
         "start_sha256": storage.file_hash(stage_file.find_stage(start)) if start else None,
         "processes": training.world_size,
         "samples_per_step": training.per_device_train_batch_size * training.gradient_accumulation_steps,
     }
+
+
+def trained_in(trainer: "PointAlignTrainer") -> dict[str, str]:
+    """The dtype of the language model in this run; `model.dtype` may be `auto`, so that a GPU loads what fits it."""
+    return {"dtype": trainer.depends_on["model"]["dtype"]}
 
 
 def describe(options: "Options") -> dict[str, Any]:

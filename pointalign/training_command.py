@@ -82,7 +82,8 @@ def training_command(name: str = "train") -> Command:
 
 
 def _file_of(section: str) -> Path:
-    return PACKAGE / ("alignment.py" if section == "alignment" else "options.py")
+    files = {"model": "model_options.py", "data": "model_options.py", "alignment": "alignment.py"}
+    return PACKAGE / files.get(section, "options.py")
 
 
 def _all_fields(section: str) -> list[str]:

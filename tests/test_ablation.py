@@ -25,7 +25,7 @@ from pointalign.alignment import AlignmentConfig, LayerTap
 from pointalign.evaluation import probe, statistics, tasks
 from pointalign.evaluation.probe import linear_cka, point_states, ridge_probe, similarity
 from pointalign.evaluation.tasks import EncodedObjects
-from pointalign.options import ModelOptions
+from pointalign.model_options import ModelOptions
 from pointalign.trainer import AlignedModel
 
 

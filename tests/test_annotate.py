@@ -99,7 +99,7 @@ def readme_lines() -> list[list[str]]:
 def test_the_lines_of_the_readme_lead_from_files_to_an_answer(tmp_path, tokenizer, monkeypatch, capsys):
     """As written, but two steps of a tiny model; the printed chat line is run too."""
     from pointalign.build import build_model
-    from pointalign.options import DataOptions, ModelOptions
+    from pointalign.model_options import DataOptions, ModelOptions
     from pointalign.stage_file import save_stage
 
     monkeypatch.setitem(configuration.PRESETS, "mini", TINY)
@@ -140,7 +140,7 @@ def test_another_language_model_behind_the_point_branch_of_a_stage(tmp_path, tok
 
     from pointalign import train
     from pointalign.build import build_model
-    from pointalign.options import DataOptions, ModelOptions
+    from pointalign.model_options import DataOptions, ModelOptions
     from pointalign.stage_file import save_stage
 
     monkeypatch.setitem(configuration.PRESETS, "mini", TINY)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GenerationConfi
 from pointalign import train
 from pointalign.build import load, load_converted
 from pointalign.convert import __main__ as convert
-from pointalign.options import ModelOptions
+from pointalign.model_options import ModelOptions
 
 SIZES = {
     "vocab_size": 259, "hidden_size": 40, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -66,7 +66,7 @@ DOCUMENTS = [
 @pytest.fixture
 def small(tmp_path, tokenizer, monkeypatch):
     """A folder with the examples, a tiny language model, a stage to start from and, where none is named, its model."""
-    from pointalign.options import DataOptions, ModelOptions
+    from pointalign.model_options import DataOptions, ModelOptions
     from pointalign.stage_file import save_stage
 
     monkeypatch.setitem(configuration.PRESETS, "mini", TINY)

@@ -17,8 +17,8 @@ from pointalign.command_line import PACKAGE, bracketed, options_of, shown_value,
 
 ROOT = Path(__file__).parents[1]
 CLASSES = {  # every class whose fields are options: file, section
-    "pointalign.options.ModelOptions": "model",
-    "pointalign.options.DataOptions": "data",
+    "pointalign.model_options.ModelOptions": "model",
+    "pointalign.model_options.DataOptions": "data",
     "pointalign.options.TrainingOptions": "training",
     "pointalign.alignment.AlignmentConfig": "alignment",
     "pointalign.evaluation.results.EvaluationOptions": "",

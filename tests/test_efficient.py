@@ -18,6 +18,7 @@ from pointalign import build, features, train
 from pointalign.data.collator import token_counts
 from pointalign.data.dataset import ConversationDataset, make_datasets
 from pointalign.efficient import memory
+from pointalign.model_options import DataOptions, MixturePart, ModelOptions
 from pointalign.models import (
     PointAlignFeatureExtractor,
     PointAlignForConditionalGeneration,
@@ -26,7 +27,7 @@ from pointalign.models import (
     PointAlignProcessor,
     configuration,
 )
-from pointalign.options import DataOptions, MixturePart, ModelOptions, Options, TrainingOptions
+from pointalign.options import Options, TrainingOptions
 from pointalign.trainer import AlignedModel
 
 

@@ -182,7 +182,7 @@ def test_chat_and_evaluate_load_the_same_weights_of_a_run(tmp_path, tokenizer, m
     from transformers import AutoModelForCausalLM
 
     from pointalign import build, chat, stage_file
-    from pointalign.options import DataOptions, ModelOptions
+    from pointalign.model_options import DataOptions, ModelOptions
 
     AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
@@ -214,7 +214,7 @@ def test_a_stage_file_and_its_exported_folder_answer_alike(tmp_path, tokenizer):
 
     from pointalign import build, stage_file
     from pointalign.build import load
-    from pointalign.options import DataOptions, ModelOptions
+    from pointalign.model_options import DataOptions, ModelOptions
 
     AutoModelForCausalLM.from_config(tiny_text_config("llama")).save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")

@@ -12,7 +12,7 @@ from conftest import CLOUDS, tiny_text_config
 from transformers import AutoModelForCausalLM
 
 from pointalign import build, model_card, stage_file
-from pointalign.options import DataOptions, ModelOptions
+from pointalign.model_options import DataOptions, ModelOptions
 
 DESCRIBED = {
     "data": {"annotations": "private/folder/mine.json", "up_axis": "z"},

@@ -13,7 +13,8 @@ from pointalign.build import load
 from pointalign.convert import __main__ as convert
 from pointalign.data.dataset import make_datasets
 from pointalign.efficient import quantization
-from pointalign.options import DataOptions, parse
+from pointalign.model_options import DataOptions
+from pointalign.options import parse
 
 VOCABULARY = 264
 DATA = ["--data.annotations", str(CLOUDS / "annotations.json"), "--data.clouds", str(CLOUDS), "--data.num_points", "64"]

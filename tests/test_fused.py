@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from pointalign import build
 from pointalign.efficient import fused_lora, fused_parts
+from pointalign.model_options import ModelOptions
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignPhiConfig, PointAlignPhiForCausalLM
-from pointalign.options import ModelOptions
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from random_language_model import random_language_model

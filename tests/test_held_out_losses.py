@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from pointalign import assets, held_out_losses, train, trainer
 from pointalign.efficient import training_form
 from pointalign.held_out_losses import HeldOutLosses
+from pointalign.model_options import MixturePart
 from pointalign.models import configuration
-from pointalign.options import MixturePart, Options, TrainingOptions, parse
+from pointalign.options import Options, TrainingOptions, parse
 
 pytestmark = pytest.mark.usefixtures("random_point_branch")
 PARTS = {"simple_description": "[simple_description]", "single_round": "[single_round, multi_round]"}

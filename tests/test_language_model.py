@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from pointalign.build import build_model
 from pointalign.language_model import find_folder
-from pointalign.options import DataOptions, ModelOptions
+from pointalign.model_options import DataOptions, ModelOptions
 
 
 @pytest.fixture

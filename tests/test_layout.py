@@ -25,9 +25,10 @@ READERS = (  # what reads clouds knows nothing of the embedded objects; data set
 # A package or module may be imported by those that come later, never the other way; modules on one line are peers.
 LAYERS = [
     ["pointalign_kernels", "pointalign.command_line"],
-    ["pointalign.training_command"],
+    ["pointalign.training_command", "pointalign.precision"],
     ["pointalign.alignment", "pointalign.storage", "pointalign.training_checks", "pointalign.allocator"],
-    ["pointalign.options", "pointalign.run_checkpoints"],
+    ["pointalign.model_options", "pointalign.run_checkpoints"],
+    ["pointalign.options"],
     [f"pointalign.attached_{part}" for part in ("logging", "model", "targets")],
     ["pointalign.attachment"],
     ["pointalign.step_checks", "pointalign.interruptions"],
@@ -52,7 +53,7 @@ LAYERS = [
     ["pointalign.efficient"],
     ["pointalign.embedded.descent", "pointalign.embedded.views", "pointalign.embedded.words"],
     ["pointalign.convert", "pointalign.language_model"],
-    ["pointalign.stage_file"],
+    ["pointalign.stage_file", "pointalign.training_dtype"],
     ["pointalign.build"],
     ["pointalign.feature_cache", "pointalign.trainer", "pointalign.certainty", "pointalign.attention_maps"],
     ["pointalign.conversation"],

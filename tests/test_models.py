@@ -261,6 +261,40 @@ def test_clouds_are_encoded_once_and_the_cache_changes_nothing(processor, clouds
     assert len(calls) == 1 + 8
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_computes_the_logits_of_the_last_place_alone(architecture, beams, processor, clouds):
+    model = lively(tiny_model(architecture))
+    batch = prompts(processor, [user("What?", clouds[0])], [user("And which is taller?", clouds[1], clouds[2])])
+    rows = []
+    model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[:2]))
+    last = answers(model, batch, num_beams=beams)
+    assert rows == [(2 * beams, 1)] * 8
+    rows.clear()
+    everywhere = answers(model, batch, num_beams=beams, logits_to_keep=0)
+    assert rows[0] == (2 * beams, batch["input_ids"].shape[1]), "this test can fail"
+    assert last == everywhere
+
+
+@pytest.mark.parametrize("slices", [True, False], ids=["the language model slices", "it does not know how"])
+def test_logits_to_keep_chooses_places(slices, processor, clouds, monkeypatch):
+    model = lively(tiny_model())
+    batch = prompts(processor, [user("What?", clouds[0])])
+    everywhere = model(**batch).logits
+    if not slices:
+        language_model = model.model.language_model
+        forward = language_model.forward
+
+        def without(inputs_embeds, attention_mask=None, labels=None):
+            return forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels)
+
+        monkeypatch.setattr(language_model, "forward", without)
+    torch.testing.assert_close(model(**batch, logits_to_keep=3).logits, everywhere[:, -3:])
+    places = torch.tensor([0, 5])
+    torch.testing.assert_close(model(**batch, logits_to_keep=places).logits, everywhere[:, places])
+    torch.testing.assert_close(model(**batch).logits, everywhere)
+
+
 def test_features_computed_before_replace_clouds(processor, clouds):
     model = lively(tiny_model())
     batch = prompts(processor, [user("What?", clouds[0])], [user("And this one?", clouds[1])])

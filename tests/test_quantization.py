@@ -10,7 +10,7 @@ from torch import nn
 
 from pointalign import build
 from pointalign.efficient import quantization
-from pointalign.options import ModelOptions
+from pointalign.model_options import ModelOptions
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from random_language_model import random_language_model
@@ -33,7 +33,7 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def make_model(folder, **options):
-    from pointalign.options import DataOptions
+    from pointalign.model_options import DataOptions
 
     chosen = ModelOptions(llm=str(folder), dtype="float32", lora_dropout=0.0, lora_rank=4, **options)
     return build.build_model(chosen, DataOptions(num_points=256))
@@ -134,7 +134,7 @@ def test_a_stage_answers_in_the_weights_that_it_trained_on(folder, tmp_path, clo
     from pointalign import chat, stage_file
 
     chosen = ModelOptions(llm=str(folder), dtype="float32", lora_rank=4, quantization="nf4")
-    from pointalign.options import DataOptions
+    from pointalign.model_options import DataOptions
 
     trained, processor = build.build_model(chosen, DataOptions(num_points=256))
     with torch.no_grad():

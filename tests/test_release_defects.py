@@ -185,7 +185,7 @@ def test_7_a_language_model_in_the_wrong_format_is_refused(tmp_path, tokenizer):
     import made_published as made
 
     from pointalign import build
-    from pointalign.options import DataOptions, ModelOptions
+    from pointalign.model_options import DataOptions, ModelOptions
 
     fused = made.save_llm(tmp_path / "fused", made.phi(fused=True), shards=1)
     tokenizer.save_pretrained(fused)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pointalign import build, stage_file, storage
-from pointalign.options import PARTS, DataOptions, ModelOptions
+from pointalign.model_options import PARTS, DataOptions, ModelOptions
 
 
 def options(folder, **changes) -> ModelOptions:

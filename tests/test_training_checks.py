@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pointalign import build
-from pointalign.options import DataOptions, ModelOptions, Options, TrainingOptions, parse
+from pointalign.model_options import DataOptions, ModelOptions
+from pointalign.options import Options, TrainingOptions, parse
 
 NOWHERE = ["align", "--model.llm", "nowhere", "--data.annotations", "none.json", "--data.clouds", "none"]
 

@@ -31,9 +31,9 @@ from pointalign.evaluation import tasks
 from pointalign.evaluation.probe import probe_layers, probe_property, spaced
 from pointalign.evaluation.results import versions
 from pointalign.evaluation.tasks import EncodedObjects
+from pointalign.model_options import DataOptions
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 from pointalign.models.chat_layout import PLAIN_CHAT_TEMPLATE
-from pointalign.options import DataOptions
 from pointalign.storage import lock
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.ablation.train_arm import Arm, Schedule
-from pointalign.options import ModelOptions
+from pointalign.model_options import ModelOptions
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -9,13 +10,15 @@ from pointalign.efficient import fused_parts
 from pointalign.efficient.varlen_attention import choose_attention
 from pointalign.models import PointAlignForConditionalGeneration
 from pointalign.models.modeling import PointAlignModel
-from pointalign.options import Options
+
+if TYPE_CHECKING:
+    from pointalign.options import Options
 
 FROZEN = ("point_encoder", "point_mlp", "qformer")  # and query_tokens, a parameter, or query_experts
 
 
 @contextmanager
-def training_form(model: PointAlignForConditionalGeneration, options: Options) -> Iterator[dict[str, int]]:
+def training_form(model: PointAlignForConditionalGeneration, options: "Options") -> Iterator[dict[str, int]]:
     """Within the block the model has the attention, fused parts and point branch that the options ask for.
 
     After it the model is an ordinary one again, which reads padded batches, answers, and can be saved.

@@ -279,7 +279,7 @@ def train_stage1(options: argparse.Namespace) -> None:
     """Train as the options say and write `stage.safetensors`, for `--model.checkpoint`, with its description."""
     from pointalign import build, stage_file
     from pointalign.evaluation.tasks import embedded_objects
-    from pointalign.options import DataOptions, ModelOptions
+    from pointalign.model_options import DataOptions, ModelOptions
 
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     described = options.output / "settings.json"

@@ -5,12 +5,14 @@ Loading is all or nothing: without its adapters a model trained with them answer
 """
 
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from pointalign.models.phi import PointAlignPhiForCausalLM
@@ -47,6 +49,53 @@ def add(model: nn.Module, part: str, **options: Any) -> None:
     inject_adapter_in_model(LoraConfig(**options), adapted)
     adapted.train(adapted.training)  # peft leaves its new layers in training mode, with dropout
     model.config.adapters = (model.config.adapters or {}) | {part: options}  # pyright: ignore[reportOperatorIssue]
+
+
+def adapted_layers(part: nn.Module, targets: str | Collection[str]) -> set[str]:
+    """Names of the linear layers of a part that `add` wraps: `all-linear` but for the head, or those that end so."""
+    linear = {name: module for name, module in part.named_modules() if isinstance(module, nn.Linear)}
+    if targets == "all-linear":
+        head = part.get_output_embeddings() if isinstance(part, PreTrainedModel) else None
+        return {name for name, module in linear.items() if module is not head}
+    names = [targets] if isinstance(targets, str) else targets
+    return {name for name in linear if any(f".{name}".endswith(f".{target}") for target in names)}
+
+
+@torch.no_grad()
+def merge(model: nn.Module, tensors: dict[str, Tensor], described: Mapping[str, Mapping[str, Any]]) -> None:
+    """Fold stored LoRA into the weights that it adapts, as `add`, loading and peft's merging would, without peft.
+
+    To import peft takes seconds, to wrap every layer of a language model another.
+
+    Args:
+        model: without adapters, its weights not in 4 bits.
+        tensors: of a file, all whose names hold `.lora_`; in the dtype in which they are multiplied.
+        described: part of the model -> arguments of `add`.
+
+    Raises: ValueError: a tensor is missing, unexpected, or of another shape; nothing has been changed.
+    """
+    changes, expected = {}, set()
+    problems = []
+    for part, options in described.items():
+        for layer in sorted(adapted_layers(model.get_submodule(f"model.{part}"), options["target_modules"])):
+            name = f"model.{part}.{layer}"
+            down, up = (f"{name}.lora_{factor}.default.weight" for factor in "AB")
+            expected |= {down, up}
+            weight = model.get_submodule(name).weight
+            if down not in tensors or up not in tensors:
+                continue
+            shapes = tuple(tensors[down].shape), tuple(tensors[up].shape)
+            if shapes != ((options["r"], weight.shape[1]), (weight.shape[0], options["r"])):
+                problems.append(f"of another shape {name}.lora_")
+                continue
+            changes[name] = (down, up, options["lora_alpha"] / options["r"])
+    problems += [f"missing {name}" for name in sorted(expected - tensors.keys())]
+    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected)]
+    if problems:
+        raise ValueError(f"adapters do not fit this model ({len(problems)} problems): {', '.join(problems[:3])}")
+    for name, (down, up, scale) in changes.items():
+        weight = model.get_submodule(name).weight
+        weight += ((tensors[up].float() @ tensors[down].float()) * scale).to(weight.dtype)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ features beside xyz; T' tokens of width D from the point encoder; Q query tokens
 Q-Former; H width of the language model.
 """
 
+import inspect
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -228,6 +229,7 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         point_mask: `[B, T]`, true at the Q places of every cloud.
         query_features: `[C, Q, Dq]` outputs of the Q-Former that replace `point_values`.
         encoder_tokens: `[C, T', D]` beside `query_features`, where the alignment loss compares with the encoder.
+        logits_to_keep: logits of this many last places only, or of these places; 0 for all. `generate` asks for 1.
     """
 
     def __init__(self, config: PointAlignConfig, language_model: PreTrainedModel | None = None):
@@ -312,6 +314,7 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         point_mask: Tensor | None = None,
         query_features: Tensor | None = None,
         encoder_tokens: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> PointAlignOutput:
         features = None
@@ -322,12 +325,15 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         if labels is not None and self.training and not self._rescales_logits:
             loss = self._supervised_loss(inputs_embeds, attention_mask, labels, **kwargs)
             return PointAlignOutput(loss=loss, point_features=features)
-        outputs = self.model.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs
-        )
+        language_model = self.model.language_model
+        slices = "logits_to_keep" in inspect.signature(language_model.forward).parameters
+        if slices:
+            kwargs["logits_to_keep"] = logits_to_keep
+        outputs = language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs)
+        places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return PointAlignOutput(
             loss=outputs.loss,
-            logits=outputs.logits,
+            logits=outputs.logits if slices else outputs.logits[:, places],
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
