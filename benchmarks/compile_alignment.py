@@ -19,30 +19,38 @@ from triton.compiler import ASTSource
 
 from pointalign.storage import provenance
 from pointalign_kernels import alignment_triton as kernels
+from pointalign_kernels.alignment_tiles import TILES, BackwardTile, Tile
 
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most that one block may have
 DOT = {"PRECISION": "ieee"}
-INTEGERS = ("num_rows", "M", "R", "N", "K", "D", "part_size", "dx_tiles", "dw_tiles")
+INTEGERS = ("num_rows", "M", "R", "N", "K", "D", "part_size", "dx_tiles", "db_tiles")
+
+
+def linear_case(tile: Tile, silu: bool = True) -> tuple[object, dict, dict]:
+    """Kernel, constants and pointer types that are not bf16."""
+    constants = {"SILU": silu, "EVEN": True, **DOT, **kernels._options(tile)}
+    return kernels.linear_kernel, constants, {"b_ptr": "fp32"} | ({} if silu else {"z_ptr": "fp32"})
+
+
+def backward_case(tile: BackwardTile) -> tuple[object, dict, dict]:
+    constants = {
+        "DSILU": True,
+        "SCALE": True,
+        "EVEN_N": True,
+        "EVEN_R": False,
+        **DOT,
+        **kernels._backward_options(tile),
+    }
+    return kernels.backward_kernel, constants, {"upstream_ptr": "fp32", "dw_ptr": "fp32", "db_ptr": "fp32"}
 
 
 def cases(capability: int, every_tile: bool) -> list[tuple[str, object, dict, dict]]:
     """(name, kernel, constants, pointer types that are not bf16) of what a training step in bf16 launches."""
-    tiles = kernels.TILES[capability]
+    tiles = TILES[capability]
     rows = []
-    for tile in tiles if every_tile else tiles[:1]:
-        options = kernels._options(tile)
-        linear = {"EVEN": True, **DOT, **options}
-        backward = {"EVEN_N": True, "EVEN_R": True, **DOT, **options}
-        rows += [
-            ("linear+silu", kernels.linear_kernel, {"SILU": True, **linear}, {"b_ptr": "fp32"}),
-            ("linear split-K", kernels.linear_kernel, {"SILU": False, **linear}, {"b_ptr": "fp32", "z_ptr": "fp32"}),
-            (
-                "backward",
-                kernels.backward_kernel,
-                {"DSILU": True, "SCALE": True, **backward, "EVEN_R": False},
-                {"upstream_ptr": "fp32", "dw_ptr": "fp32", "db_ptr": "fp32"},
-            ),
-        ]
+    for tile in tiles.linear if every_tile else tiles.linear[:1]:
+        rows += [("linear+silu", *linear_case(tile)), ("linear split-K", *linear_case(tile, silu=False))]
+    rows += [("backward", *backward_case(tile)) for tile in (tiles.backward if every_tile else tiles.backward[:1])]
     options = {"EPS": 1e-8, "PARTS": 2, "BIAS": True, "LIMIT": 0.0, "ROWS": 1, "num_stages": 3}
     for width in (768, 2560):
         block = triton.next_power_of_2(width)
@@ -51,9 +59,8 @@ def cases(capability: int, every_tile: bool) -> list[tuple[str, object, dict, di
         rows.append((f"cosine D={width}", kernels.cosine_kernel, constants, pointers))
     if every_tile:
         fp32 = {name: "fp32" for name in kernels.backward_kernel.arg_names if name.endswith("_ptr")}
-        for tile in kernels.FLOAT32_TILES:
-            constants = {"DSILU": True, "SCALE": True, "EVEN_N": True, "EVEN_R": False, **DOT, **kernels._options(tile)}
-            rows.append(("backward fp32", kernels.backward_kernel, constants, fp32))
+        for tile in kernels.FLOAT32_TILES.backward:
+            rows.append(("backward fp32", *backward_case(tile)[:2], fp32))
         pointers = {"cos_ptr": "fp32", "loss_ptr": "fp32"}
         rows.append(("mean", kernels.mean_kernel, {"BLOCK": 1024, "num_warps": 4, "num_stages": 3}, pointers))
     return rows
@@ -67,8 +74,9 @@ def compile_case(capability: int, kernel, constants: dict, pointers: dict) -> di
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = "i32" if name in INTEGERS else "*" + pointers.get(name, "bf16")
-        if name not in ("dx_tiles", "dw_tiles"):
+        kind = pointers.get(name, "bf16")
+        signature[name] = "i32" if name in INTEGERS else kind if kind.startswith("tensordesc") else f"*{kind}"
+        if name not in ("dx_tiles", "db_tiles") and not kind.startswith("tensordesc"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -81,7 +89,8 @@ def compile_case(capability: int, kernel, constants: dict, pointers: dict) -> di
         ).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     ptx = compiled.asm["ptx"]
-    tile = [constants[key] for key in ("ROWS", "COLS", "DEPTH") if "DEPTH" in constants]
+    sizes = ("ROWS", "COLS", "DEPTH", "DX_ROWS", "DX_COLS", "DX_DEPTH", "DW_ROWS", "DW_COLS", "DW_DEPTH")
+    tile = [constants[key] for key in sizes if key in constants and {"DEPTH", "DX_DEPTH"} & constants.keys()]
     return {
         "capability": capability,
         "tile": tile,
@@ -103,7 +112,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = [
         {"kernel": name, **compile_case(capability, kernel, constants, pointers)}
-        for capability in kernels.TILES
+        for capability in TILES
         for name, kernel, constants, pointers in cases(capability, options.tiles == "all")
     ]
     content = {"provenance": provenance(torch.device("cpu")), "tiles": options.tiles, "rows": rows}

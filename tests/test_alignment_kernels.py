@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pointalign_kernels
 from pointalign_kernels import alignment, reference
+from pointalign_kernels.alignment_tiles import TILES, BackwardTile, Tile, Tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
@@ -125,9 +126,28 @@ def test_several_layers(shared, dtype):
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU runs the tiles of its own table")
 @pytest.mark.parametrize("shared", (False, True), ids=("stacked", "shared"))
 def test_many_small_tiles_and_split_k(monkeypatch, shared):
-    monkeypatch.setattr(kernels, "INTERPRETER_TILES", (kernels.Tile(32, 16, 16, 4, 1), kernels.Tile(16, 16, 16, 4, 1)))
+    large, small, wide = Tile(32, 16, 16, 4, 1), Tile(16, 16, 16, 4, 1), Tile(16, 32, 32, 4, 1)
+    tiles = Tiles((large, small), 0.75, (BackwardTile(large, wide), BackwardTile(small, large)), 0.375)
+    monkeypatch.setattr(kernels, "INTERPRETER_TILES", tiles)
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 64)
     assert_as_accurate(problem((33, 50, 41, 23), layers=2, shared=shared))
+
+
+def table_tiles() -> list[Tiles]:
+    """Each tile of the table of sm_90 as the only choice."""
+    table = TILES[90]
+    count = max(len(table.linear), len(table.backward))
+    pairs = [(table.linear[i % len(table.linear)], table.backward[i % len(table.backward)]) for i in range(count)]
+    return [Tiles((linear,), 0, (backward,), 0) for linear, backward in pairs]
+
+
+@pytest.mark.parametrize("rows", (1, 33, 127))
+@pytest.mark.parametrize("tiles", table_tiles(), ids=lambda tiles: f"{tiles.linear[0][:3]}-{tiles.backward[0].dw[:3]}")
+def test_every_tile_of_the_table_is_exact_and_writes_everything(monkeypatch, tiles, rows):
+    monkeypatch.setattr(kernels, "_tiles", lambda device, dtype: tiles)
+    tensors = problem((rows, 144, 136, 72))
+    assert_as_accurate(tensors)
+    assert_written_and_bit_equal(tensors)
 
 
 @pytest.mark.parametrize("layers,shared", ((None, False), (2, False), (2, True)))
@@ -209,9 +229,8 @@ def test_expanded_upstream_gradient():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
-def test_every_output_is_written_and_runs_are_bit_equal():
+def assert_written_and_bit_equal(tensors) -> None:
     """Deterministic mode fills fresh memory with NaN, so what no kernel wrote shows."""
-    tensors = problem((127, 65, 47, 30))
     first = evaluate(tensors, "triton")
     enabled = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -220,8 +239,12 @@ def test_every_output_is_written_and_runs_are_bit_equal():
         second = evaluate(tensors, "triton")
     finally:
         torch.use_deterministic_algorithms(enabled)
-    for one, other in zip(first, second, strict=True):
-        assert one.isfinite().all() and torch.equal(one, other)
+    for before, after in zip(first, second, strict=True):
+        assert before.isfinite().all() and torch.equal(before, after)
+
+
+def test_every_output_is_written_and_runs_are_bit_equal():
+    assert_written_and_bit_equal(problem((127, 65, 47, 30)))
 
 
 @pytest.mark.parametrize("hidden_dtype", (torch.float32, None), ids=("fp32-hidden", "half-hidden"))

@@ -7,8 +7,9 @@
     B3..B1  dx = dz W * silu'(z), dW = dz^T x, db      `backward_kernel`, one launch per linear
 
 L runs before the upstream gradient is known, so it writes the gradient of a single row's `1 - cos`; B3 multiplies its
-fp32 accumulators by upstream / M, read on the device. dx and dW of a linear share a launch, so that the many short
-tiles of dW fill the multiprocessors that the few long tiles of dx leave idle.
+fp32 accumulators by upstream / M, read on the device. dx, db and dW of a linear share a launch, in this order: the many
+short tiles of dW fill the multiprocessors that the few long tiles of dx leave idle, and db, which waits for memory at
+every step of its loop, does not come last. dx and dW have tiles of their own (`alignment_tiles.py`).
 
 Shape legend: L tapped layers, M rows of point tokens, C hidden size, H projector width, D target width; G projectors
 (L when stacked, 1 when shared) with R rows each (G * R = L * M); a linear maps K inputs to N outputs.
@@ -18,44 +19,30 @@ Shape legend: L tapped layers, M rows of point tokens, C hidden size, H projecto
 # (Triton types a launch as a plain call of the kernel)
 
 import os
-from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pointalign_kernels.alignment_tiles import BackwardTile, Tile, Tiles, choose_backward, choose_linear, same, tiles_of
 from pointalign_kernels.reference import EPSILON
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Tile(NamedTuple):
-    """Output rows and columns of a program, depth of a step of its loop, warps and pipeline stages."""
-
-    rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# By compute capability, largest first: the first tile whose programs fill FILL of the card's multiprocessors is taken.
-# The choices are predictions from shared memory, registers and the number of programs.
-TILES = {
-    80: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4)),
-    86: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
-    89: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
-    90: (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5), Tile(64, 32, 128, 4, 4)),
-    100: (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 8, 4), Tile(64, 32, 128, 4, 4)),
-    120: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
-}
-FLOAT32_TILES = (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2))  # fp32 without tf32 does not use the tensor cores
-INTERPRETER_TILES = (Tile(128, 256, 256, 4, 1),)  # few, large steps: each step is a numpy call
-FILL = 0.75
+FLOAT32_TILES = Tiles(  # fp32 without tf32 does not use the tensor cores
+    linear=(Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
+    linear_share=0.75,
+    backward=same(Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
+    backward_share=0.375,
+)
+INTERPRETER_TILES = Tiles(  # few, large steps: each step is a numpy call
+    (Tile(128, 256, 256, 4, 1),), 0, (BackwardTile(Tile(128, 256, 256, 4, 1), Tile(256, 128, 128, 4, 1)),), 0
+)
 MAX_PARTS = 4  # K-slices of the last linear
+BIAS_BLOCK = {"BIAS_ROWS": 128, "BIAS_COLS": 64}  # of dz, per step of a program that sums db
 
 
 # ---------------------------------------------------------------- kernels
@@ -109,6 +96,11 @@ def linear_kernel(
         x_ptr + group * R * K, K, 1, w_ptr + group * N * K, 1, K,
         rows, cols, R, N, first, tl.minimum(first + part_size, K), DEPTH, EVEN, PRECISION,
     )  # fmt: skip
+    _store_linear(z, rows, cols, group, part, b_ptr, z_ptr, a_ptr, R, N, SILU)
+
+
+@triton.jit
+def _store_linear(z, rows, cols, group, part, b_ptr, z_ptr, a_ptr, R, N, SILU: tl.constexpr):
     mask = (rows[:, None] < R) & (cols[None, :] < N)
     place = rows[:, None] * N + cols[None, :]
     if SILU:
@@ -170,6 +162,11 @@ def _input_gradient(
     rows = tile % row_tiles * ROWS + tl.arange(0, ROWS)
     cols = tile // row_tiles * COLS + tl.arange(0, COLS)
     dx = _product(dz_ptr, N, 1, w_ptr, K, 1, rows, cols, R, K, 0, N, DEPTH, EVEN, PRECISION)
+    _store_input_gradient(dx, rows, cols, z_ptr, dx_ptr, scale, R, K, DSILU)
+
+
+@triton.jit
+def _store_input_gradient(dx, rows, cols, z_ptr, dx_ptr, scale, R, K, DSILU: tl.constexpr):
     mask = (rows[:, None] < R) & (cols[None, :] < K)
     place = rows[:, None] * K + cols[None, :]
     if DSILU:
@@ -188,19 +185,25 @@ def _weight_gradient(
     rows = tile // col_tiles * ROWS + tl.arange(0, ROWS)
     cols = tile % col_tiles * COLS + tl.arange(0, COLS)
     dw = _product(dz_ptr, 1, N, x_ptr, K, 1, rows, cols, N, K, 0, R, DEPTH, EVEN, PRECISION)
+    _store_weight_gradient(dw, rows, cols, dw_ptr, scale, N, K)
+
+
+@triton.jit
+def _store_weight_gradient(dw, rows, cols, dw_ptr, scale, N, K):
     mask = (rows[:, None] < N) & (cols[None, :] < K)
     tl.store(dw_ptr + rows[:, None] * K + cols[None, :], (dw * scale).to(dw_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _bias_gradient(tile, dz_ptr, db_ptr, scale, R, N, COLS: tl.constexpr, DEPTH: tl.constexpr):
+def _bias_gradient(tile, dz_ptr, db_ptr, scale, R, N, ROWS: tl.constexpr, COLS: tl.constexpr):
     cols = tile * COLS + tl.arange(0, COLS)
-    total = tl.zeros((DEPTH, COLS), tl.float32)
-    for start in range(0, R, DEPTH):
-        rows = start + tl.arange(0, DEPTH)
+    total = tl.zeros((COLS,), tl.float32)
+    for start in range(0, R, ROWS):
+        rows = start + tl.arange(0, ROWS)
         mask = (rows[:, None] < R) & (cols[None, :] < N)
-        total += tl.load(dz_ptr + rows[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(db_ptr + cols, (tl.sum(total, 0) * scale).to(db_ptr.dtype.element_ty), mask=cols < N)
+        block = tl.load(dz_ptr + rows[:, None] * N + cols[None, :], mask=mask, other=0.0)
+        total += tl.sum(block.to(tl.float32), 0)
+    tl.store(db_ptr + cols, (total * scale).to(db_ptr.dtype.element_ty), mask=cols < N)
 
 
 @triton.jit
@@ -213,11 +216,13 @@ def backward_kernel(
     dx_ptr,  # [G, R, K]
     dw_ptr,  # [G, N, K]
     db_ptr,  # [G, N]
-    R, N, K, dx_tiles, dw_tiles,
+    R, N, K, dx_tiles, db_tiles,
     DSILU: tl.constexpr, SCALE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_R: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    DX_ROWS: tl.constexpr, DX_COLS: tl.constexpr, DX_DEPTH: tl.constexpr,
+    DW_ROWS: tl.constexpr, DW_COLS: tl.constexpr, DW_DEPTH: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Programs in this order: tiles of dx (the longest first), tiles of dW, column blocks of db."""
+    """Programs in this order: tiles of dx (the longest first), column blocks of db, tiles of dW."""
     tile = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     dz_ptr += group * R * N
@@ -227,26 +232,26 @@ def backward_kernel(
     if tile < dx_tiles:
         _input_gradient(
             tile, dz_ptr, w_ptr + group * N * K, z_ptr + group * R * K, dx_ptr + group * R * K, scale, R, N, K,
-            DSILU, EVEN_N, PRECISION, ROWS, COLS, DEPTH,
+            DSILU, EVEN_N, PRECISION, DX_ROWS, DX_COLS, DX_DEPTH,
         )  # fmt: skip
-    elif tile < dx_tiles + dw_tiles:
-        _weight_gradient(
-            tile - dx_tiles, dz_ptr, x_ptr + group * R * K, dw_ptr + group * N * K, scale, R, N, K,
-            EVEN_R, PRECISION, ROWS, COLS, DEPTH,
-        )  # fmt: skip
+    elif tile < dx_tiles + db_tiles:
+        _bias_gradient(tile - dx_tiles, dz_ptr, db_ptr + group * N, scale, R, N, BIAS_ROWS, BIAS_COLS)
     else:
-        _bias_gradient(tile - dx_tiles - dw_tiles, dz_ptr, db_ptr + group * N, scale, R, N, COLS, DEPTH)
+        _weight_gradient(
+            tile - dx_tiles - db_tiles, dz_ptr, x_ptr + group * R * K, dw_ptr + group * N * K, scale, R, N, K,
+            EVEN_R, PRECISION, DW_ROWS, DW_COLS, DW_DEPTH,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- launches
 
 
-def _tiles(device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:
+def _tiles(device: torch.device, dtype: torch.dtype) -> Tiles:
     if INTERPRETED:
         return INTERPRETER_TILES
     if dtype == torch.float32:
         return FLOAT32_TILES
-    return TILES[max(capability for capability in TILES if capability <= _capability(device))]
+    return tiles_of(_capability(device))
 
 
 @cache
@@ -264,12 +269,6 @@ def _ceil(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _choose(device: torch.device, dtype: torch.dtype, programs: Callable[[Tile], int]) -> Tile:
-    """The largest tile whose `programs(tile)` fill the card."""
-    tiles = _tiles(device, dtype)
-    return next((tile for tile in tiles if programs(tile) >= FILL * _multiprocessors(device)), tiles[-1])
-
-
 def _precision(dtype: torch.dtype) -> str:
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
@@ -277,6 +276,12 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _options(tile: Tile) -> dict[str, int]:
     return dict(zip(("ROWS", "COLS", "DEPTH", "num_warps", "num_stages"), tile, strict=True))
+
+
+def _backward_options(tile: BackwardTile) -> dict[str, int]:
+    names = ("DX_ROWS", "DX_COLS", "DX_DEPTH", "DW_ROWS", "DW_COLS", "DW_DEPTH")
+    sizes = dict(zip(names, (*tile.dx[:3], *tile.dw[:3]), strict=True))
+    return {**sizes, **BIAS_BLOCK, "num_warps": tile.dx.warps, "num_stages": tile.dx.stages}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: Tensor | None) -> Tensor:
@@ -289,15 +294,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, a: 
     outputs = weight.shape[1]
     sliced = z is None
 
-    def tiles(tile: Tile) -> int:
-        return _ceil(rows, tile.rows) * _ceil(outputs, tile.cols)
-
-    tile = _choose(x.device, x.dtype, lambda tile: tiles(tile) * groups * (MAX_PARTS if sliced else 1))
+    tile = choose_linear(
+        _tiles(x.device, x.dtype), _multiprocessors(x.device), groups * (MAX_PARTS if sliced else 1), rows, outputs
+    )
+    tiles = _ceil(rows, tile.rows) * _ceil(outputs, tile.cols)
     steps = _ceil(inputs, tile.depth)
-    room = _multiprocessors(x.device) // (tiles(tile) * groups)
+    room = _multiprocessors(x.device) // (tiles * groups)
     parts = max(1, min(MAX_PARTS, steps, room)) if sliced else 1
     out = x.new_empty((parts, groups, rows, outputs), dtype=torch.float32) if z is None else z
-    linear_kernel[(tiles(tile), groups, parts)](
+    linear_kernel[(tiles, groups, parts)](
         x, weight, bias, out, a, rows, outputs, inputs, _ceil(steps, parts) * tile.depth,
         SILU=not sliced, EVEN=inputs % tile.depth == 0, PRECISION=_precision(x.dtype), **_options(tile),
     )  # fmt: skip
@@ -344,24 +349,15 @@ def backward(
     groups, rows, outputs = dz.shape
     inputs = x.shape[2]
 
-    def counts(tile: Tile) -> tuple[int, int, int]:
-        cols = _ceil(inputs, tile.cols)
-        return (
-            _ceil(rows, tile.rows) * cols if dx is not None else 0,
-            _ceil(outputs, tile.rows) * cols if dw is not None else 0,
-            _ceil(outputs, tile.cols) if db is not None else 0,
-        )
-
-    def programs(tile: Tile) -> int:
-        # A tile of dx takes several times as long as a tile of dW: those of dx must fill half of the card alone.
-        dx_tiles, dw_tiles, _ = counts(tile)
-        return groups * (2 * dx_tiles if dx_tiles else dw_tiles)
-
-    tile = _choose(dz.device, dz.dtype, programs)
-    dx_tiles, dw_tiles, db_tiles = counts(tile)
-    backward_kernel[(dx_tiles + dw_tiles + db_tiles, groups)](
+    tile = choose_backward(
+        _tiles(dz.device, dz.dtype), _multiprocessors(dz.device), groups, rows, outputs, inputs, dx is not None
+    )
+    dx_tiles = _ceil(rows, tile.dx.rows) * _ceil(inputs, tile.dx.cols) if dx is not None else 0
+    db_tiles = _ceil(outputs, BIAS_BLOCK["BIAS_COLS"]) if db is not None else 0
+    dw_tiles = _ceil(outputs, tile.dw.rows) * _ceil(inputs, tile.dw.cols) if dw is not None else 0
+    backward_kernel[(dx_tiles + db_tiles + dw_tiles, groups)](
         dz, weight, x, *(dz if tensor is None else tensor for tensor in (z, upstream, dx, dw, db)),
-        rows, outputs, inputs, dx_tiles, dw_tiles,
-        DSILU=z is not None, SCALE=upstream is not None, EVEN_N=outputs % tile.depth == 0,
-        EVEN_R=rows % tile.depth == 0, PRECISION=_precision(dz.dtype), **_options(tile),
+        rows, outputs, inputs, dx_tiles, db_tiles,
+        DSILU=z is not None, SCALE=upstream is not None, EVEN_N=outputs % tile.dx.depth == 0,
+        EVEN_R=rows % tile.dw.depth == 0, PRECISION=_precision(dz.dtype), **_backward_options(tile),
     )  # fmt: skip
