@@ -26,9 +26,9 @@ GROUP = 32  # buckets, which grouping tests only where the box around all of the
 NEIGHBOURS = 32
 SCAN_CENTRES = 4  # that a warp of the scan searches for at once
 CELL_BITS = (4, 5, 7)  # cells per axis that the sort tells apart: 16 in the CUDA kernels, 128 on the CPU
-WARPS = (4, 8, 16, 32)  # of a block, buckets dealt out in turn
-CHOSEN = {"cell_bits": 4, "warps": 8}  # what the kernel for up to 8,192 points has; larger clouds have 16 warps
-SIZES = (1024, 2048, 4096, 8192, 16384, 65536)
+WARPS = (8, 16, 32)  # of a block, buckets dealt out in turn
+CHOSEN = {"cell_bits": 4, "warps": 16}  # as in csrc/sorted_clouds.cuh and point_ops_buckets.cuh
+SIZES = (8192, 2048, 4096, 16384, 65536)
 BATCHES = (1, 16)
 
 # Cycles and instructions were counted in the kernels' machine code; latencies are those published for sm_80 and sm_90.
@@ -37,13 +37,17 @@ MODEL = {
     "multiprocessors": 132,
     "launch_us": 2.0,  # of a kernel that follows another in the same stream
     "sort_cycles": 9000,  # one block, 8,192 points; in proportion to the points above that
+    "sampling_setup_cycles": 4500,  # reading the sorted cloud, likewise
     # Sampling: cycles per sample = serial + what the busiest warp of the block adds.
     "scan_serial": 270,
     "scan_instructions_per_point": 12.2,  # of a lane; two warps share a scheduler
     "streamed_bytes_per_cycle": 64,  # from L2 to one multiprocessor, 16 bytes a point
-    "bucket_serial": 290,  # broadcast, box test, two reductions in the warp, barrier, two reductions over the warps
+    # Of buckets: the warp's offer (three reductions), barrier, the bound (one); then per sample two reductions, the
+    # coordinates from their lane, the box test; then per pair of buckets, whose latencies overlap, three reductions.
+    "bucket_round": 270,
+    "bucket_sample": 140,
     "bucket_box_instructions": 22,  # for each box that a lane holds
-    "bucket_pair": 160,  # cycles to update two buckets, whose latencies overlap
+    "bucket_pair": 200,
     "l2_latency": 250,
     # Grouping: instructions, of which a scheduler issues this share of one a cycle.
     "issue_rate": 0.65,
@@ -66,13 +70,11 @@ def normalised(points: np.ndarray) -> np.ndarray:
 def clouds_of(points: int) -> dict[str, list[np.ndarray]]:
     """Clouds `[points, 3]` by kind: the benchmark's, objects of many parts, and noise that has no surface."""
     rng = np.random.default_rng(0)
-    nouns = sorted(procedural.MAKERS)[:: len(procedural.MAKERS) // 4][:4]
+    nouns = sorted(procedural.MAKERS)[:: len(procedural.MAKERS) // 2][:2]
     return {
-        "ellipsoids and boxes": list(surfaces(4, points).numpy()),
-        "procedural objects": [
-            normalised(procedural.procedural_object(noun, rng, points)[1][:, :3]) for noun in nouns
-        ],
-        "uniform in a cube": [rng.random((points, 3), dtype=np.float32) for _ in range(2)],
+        "ellipsoids and boxes": list(surfaces(2, points).numpy()),
+        "procedural objects": [normalised(procedural.procedural_object(noun, rng, points)[1][:, :3]) for noun in nouns],
+        "uniform in a cube": [rng.random((points, 3), dtype=np.float32)],
     }
 
 
@@ -109,15 +111,41 @@ def opened_buckets(points: np.ndarray, samples: np.ndarray) -> np.ndarray:
     return opened
 
 
-def sampling_counts(points: np.ndarray, num_samples: int, bits: int) -> dict[str, Any]:
-    """Buckets opened per sample, and pairs of buckets that the busiest warp opens, for every number of warps."""
+def rounds_of(points: np.ndarray, samples: np.ndarray, opened: np.ndarray, warps: int) -> dict[str, float]:
+    """How many samples share a round, and pairs of buckets that a round's busiest warp opens.
+
+    Each warp offers the farthest of its points. A sample needs no new round while it is among those offered and farther
+    than any point that was not. `[N, 3]` in bucket order, `[K, 3]`, bool `[K - 1, N / 32]`.
+    """
+    of_warps = np.arange(len(points)).reshape(-1, warps, BUCKET).swapaxes(0, 1).reshape(warps, -1)
+    nearest, starts = np.square(points - samples[0]).sum(axis=1), [0]
+    offered, others = np.empty(0, int), np.float32(np.inf)
+    for step, sample in enumerate(samples[1:], start=1):
+        farthest = int(nearest.argmax())
+        if not (farthest in offered and nearest[farthest] > others):
+            starts.append(step)
+            distances = nearest[of_warps]
+            offered = of_warps[np.arange(warps), distances.argmax(axis=1)]
+            others = np.partition(distances, -2, axis=1)[:, -2].max()
+        np.minimum(nearest, np.square(points - sample).sum(axis=1), out=nearest)
+    pairs = np.ceil(opened.reshape(len(opened), -1, warps).sum(axis=1) / 2)
+    busiest = [part.sum(axis=0).max() for part in np.split(pairs, starts[1:]) if len(part)]
+    return {"samples": len(samples) / len(starts), "pairs": float(np.sum(busiest)) / len(opened)}
+
+
+def sampling_counts(points: np.ndarray, num_samples: int, bits: int) -> dict[str, float]:
+    """Buckets opened per sample; for every number of warps, samples per round and pairs of buckets per sample."""
     index = farthest_point_sample(torch.from_numpy(points)[None], num_samples)[0].numpy()
-    opened = opened_buckets(points[morton_order(points, bits)], points[index])
-    counts: dict[str, Any] = {"buckets": opened.shape[1], "opened": float(opened.sum(axis=1).mean())}
-    for warps in WARPS:
-        dealt = opened.reshape(len(opened), -1, warps) if opened.shape[1] % warps == 0 else opened[:, :, None]
-        busiest = dealt.sum(axis=1).max(axis=1)
-        counts[f"pairs_of_busiest_of_{warps}"] = float(np.ceil(busiest / 2).mean())
+    ordered, samples = points[morton_order(points, bits)], points[index]
+    opened = opened_buckets(ordered, samples)
+    counts = {"buckets": opened.shape[1], "opened": float(opened.sum(axis=1).mean())}
+    warps_of_kernel = WARPS if len(points) == 8192 else (CHOSEN["warps"],)
+    for warps in warps_of_kernel if bits == CHOSEN["cell_bits"] else ():
+        of_warps = rounds_of(ordered, samples, opened, warps)
+        counts |= {f"{name}_{warps}": value for name, value in of_warps.items()}
+        counts[f"alone_{warps}"] = float(
+            np.ceil(opened.reshape(len(opened), -1, warps).sum(axis=1).max(axis=1) / 2).mean()
+        )
     return counts
 
 
@@ -203,14 +231,14 @@ def sampling_us(counts: dict[str, Any], points: int, samples: int, clock: float)
         scan = MODEL["scan_serial"] + 2 * MODEL["scan_instructions_per_point"] * points / 256
     else:
         scan = MODEL["scan_serial"] + MODEL["l2_latency"] + 16 * points / MODEL["streamed_bytes_per_cycle"]
-    warps = CHOSEN["warps"] if in_shared_memory else 16
-    latency = 0 if in_shared_memory else MODEL["l2_latency"]
+    warps, latency = CHOSEN["warps"], 0 if in_shared_memory else MODEL["l2_latency"]
     boxes = -(-counts["buckets"] // (32 * warps)) * MODEL["bucket_box_instructions"] * warps / 4
-    pairs = counts[f"pairs_of_busiest_of_{warps}"] * (MODEL["bucket_pair"] + latency)
-    sort = MODEL["sort_cycles"] * max(1, points / 8192) / clock * 1e6 + MODEL["launch_us"]
+    buckets = (MODEL["bucket_round"] + latency) / counts[f"samples_{warps}"] + MODEL["bucket_sample"] + boxes
+    buckets += counts[f"pairs_{warps}"] * (MODEL["bucket_pair"] + latency)
+    setup = (MODEL["sort_cycles"] + MODEL["sampling_setup_cycles"]) * max(1, points / 8192)
     return {
         "scan": scan * samples / clock * 1e6,
-        "buckets": (MODEL["bucket_serial"] + latency + boxes + pairs) * samples / clock * 1e6 + sort,
+        "buckets": (buckets * samples + setup) / clock * 1e6 + MODEL["launch_us"],
     }
 
 
@@ -240,8 +268,9 @@ def simulate(points: int, samples: int) -> list[dict[str, Any]]:
     """Counts of every kind of cloud, means over its clouds, and the microseconds they predict."""
     rows = []
     for kind, clouds in clouds_of(points).items():
+        cell_bits = CELL_BITS if points == 8192 else (CHOSEN["cell_bits"],)
         sampling = {
-            str(bits): mean_of([sampling_counts(cloud, samples, bits) for cloud in clouds]) for bits in CELL_BITS
+            str(bits): mean_of([sampling_counts(cloud, samples, bits) for cloud in clouds]) for bits in cell_bits
         }
         row: dict[str, Any] = {"clouds": kind, "points": points, "samples": samples, "sampling": sampling}
         chosen = sampling[str(CHOSEN["cell_bits"])]
@@ -249,9 +278,7 @@ def simulate(points: int, samples: int) -> list[dict[str, Any]]:
         if points == 8192:
             row["grouping"] = grouping(clouds, samples)
             row["grouping_us"] = {
-                str(batch): [
-                    grouping_us(row["grouping"], points, samples, batch, clock) for clock in MODEL["clock_hz"]
-                ]
+                str(batch): [grouping_us(row["grouping"], points, samples, batch, clock) for clock in MODEL["clock_hz"]]
                 for batch in BATCHES
             }
         rows.append(row)

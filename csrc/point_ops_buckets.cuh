@@ -10,14 +10,25 @@ constexpr int kSharedPoints = 8192;  // sampling holds up to so many in shared m
 
 // ---- farthest-point sampling: one block per cloud, buckets dealt out to the warps in turn ----
 
-// A lane holds the box, the largest distance and where it is of kHeld buckets. Points lie in shared memory (kShared,
-// buckets of 32) or in the workspace. A tag orders like the row number: with the place below it where both fit.
-template <int kBlockWarps, int kHeld, bool kShared>
-__global__ void __launch_bounds__(kBlockWarps * 32, 1)
+constexpr int kSampleWarps = 16;
+
+// The farthest point of a warp and a bound on all of its others, as bits of squared distances.
+struct Offer {
+  int bits, tag, others;
+  float x, y, z;
+};
+
+// In every round the warps offer their farthest points. The farthest of these is the next sample; so is each that
+// follows, with its distance to the new samples taken into account, while it is farther than any point not offered.
+// That makes one barrier serve several samples. A lane holds kHeld buckets: box, largest and second largest distance.
+// Points lie in shared memory (kShared, buckets of 32) or in the workspace. A tag orders like the row number: it is
+// that, or has the place below it where both fit.
+template <int kHeld, bool kShared>
+__global__ void __launch_bounds__(kSampleWarps * 32, 1)
     sample_in_buckets(Points points, SortedClouds clouds, int rows_of_bucket, int num_samples, int start_index,
                       int64_t* index) {
   DYNAMIC_SHARED(shared);
-  __shared__ Farthest slots[2][kBlockWarps];
+  __shared__ Offer offers[2][kSampleWarps];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, count = length_of(points, blockIdx.x);
   const float* const rows = points.data + blockIdx.x * points.cloud_stride;
   int64_t* const out = index + static_cast<int64_t>(blockIdx.x) * num_samples;
@@ -25,20 +36,24 @@ __global__ void __launch_bounds__(kBlockWarps * 32, 1)
   float4* const held = kShared ? reinterpret_cast<float4*>(shared) : cloud.points;
   uint16_t* const held_order = reinterpret_cast<uint16_t*>(shared + cloud.padded * sizeof(float4));
   const int height = kShared ? 1 : rows_of_bucket, distinct = min(num_samples, count);
-  const int buckets = cloud.padded / (32 * height), rounds = (buckets + kBlockWarps * 32 - 1) / (kBlockWarps * 32);
-  const auto tag_of = [&](int place) {
-    return kShared ? held_order[place] * kSharedPoints + place : cloud.order[place];
-  };
-  const auto bucket_of = [&](int held_number, int of_lane) {
-    return (held_number * 32 + of_lane) * kBlockWarps + warp;
-  };
+  const int buckets = cloud.padded / (32 * height), rounds = (buckets + kSampleWarps * 32 - 1) / (kSampleWarps * 32);
+  constexpr int kRow = kShared ? kSharedPoints : 1;  // what a tag is divided by to give the row number
+  const auto tag_of = [&](int place) { return kShared ? held_order[place] * kRow + place : cloud.order[place]; };
+  const auto bucket_of = [&](int h, int of_lane) { return (h * 32 + of_lane) * kSampleWarps + warp; };
+  if (kShared) {
+#pragma unroll 4
+    for (int i = thread; i < cloud.padded; i += kSampleWarps * 32) {
+      held[i] = cloud.points[i];
+      held_order[i] = static_cast<uint16_t>(cloud.order[i]);
+    }
+    __syncthreads();
+  }
 
   Box box[kHeld];
-  float highest[kHeld];
-  int tag[kHeld];
+  Offer best[kHeld];  // of each bucket; without coordinates
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
-    highest[h] = -1.0f, tag[h] = kLargest;
+    best[h] = {__float_as_int(-1.0f), kLargest, __float_as_int(-1.0f), 0, 0, 0};
     if (h >= rounds) continue;
     if (bucket_of(h, lane) < buckets)
       for (int row = 0; row < height; ++row) {
@@ -46,82 +61,116 @@ __global__ void __launch_bounds__(kBlockWarps * 32, 1)
         part.load(cloud.bounds, cloud.padded / 32, bucket_of(h, lane) * height + row);
         box[h].include(part.low, part.high);
       }
-#pragma unroll 4
-    for (int member = 0; member < 32; ++member) {  // before the first sample the lowest row is the farthest point
-      const int bucket = bucket_of(h, member);
-      if (bucket >= buckets) break;
-      int lowest = kLargest;
+#pragma unroll 1
+    for (int member = 0; member < 32 && bucket_of(h, member) < buckets; ++member) {
+      int lowest = kLargest;  // before the first sample the farthest point is that of the lowest row
       for (int row = 0; row < height; ++row) {
-        const int place = (bucket * height + row) * 32 + lane;
-        if (kShared) held[place] = cloud.points[place], held_order[place] = static_cast<uint16_t>(cloud.order[place]);
+        const int place = (bucket_of(h, member) * height + row) * 32 + lane;
         if (place < count) lowest = min(lowest, tag_of(place));
       }
       lowest = __reduce_min_sync(kAll, lowest);
-      if (lane == member && lowest != kLargest) highest[h] = INFINITY, tag[h] = lowest;
+      const int infinite = __float_as_int(INFINITY);
+      if (lane == member && lowest != kLargest) best[h] = {infinite, lowest, infinite, 0, 0, 0};
     }
   }
-  __syncthreads();
+
+  // Lowers the distances of the bucket of lane member[u], of two buckets at a time: each hides the other's latency.
+  const auto update = [&](int h, const int* member, float qx, float qy, float qz) {
+    Offer mine[2] = {};
+#pragma unroll 1
+    for (int row = 0; row < height; ++row) {
+      int place[2], tag[2];
+      float4 point[2];
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        place[u] = (bucket_of(h, member[u]) * height + row) * 32 + lane;
+        point[u] = held[place[u]];
+        tag[u] = tag_of(place[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const float distance = squared_distance(point[u].x, point[u].y, point[u].z, qx, qy, qz);
+        const int bits = __float_as_int(fminf(point[u].w, distance));
+        if (distance < point[u].w) held[place[u]].w = distance;
+        if (row == 0)
+          mine[u].bits = bits, mine[u].tag = tag[u], mine[u].others = -kLargest;
+        else if (bits > mine[u].bits || (bits == mine[u].bits && tag[u] < mine[u].tag))
+          mine[u].others = mine[u].bits, mine[u].bits = bits, mine[u].tag = tag[u];
+        else
+          mine[u].others = max(mine[u].others, bits);
+      }
+    }
+    int bits[2], tag[2], others[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) bits[u] = __reduce_max_sync(kAll, mine[u].bits);
+#pragma unroll
+    for (int u = 0; u < 2; ++u) tag[u] = __reduce_min_sync(kAll, mine[u].bits == bits[u] ? mine[u].tag : kLargest);
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+      others[u] = __reduce_max_sync(kAll, mine[u].tag == tag[u] ? mine[u].others : mine[u].bits);
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+      if (lane == member[u]) best[h].bits = bits[u], best[h].tag = tag[u], best[h].others = others[u];
+  };
 
   int newest = min(start_index, count - 1);
-  if (thread == 0) out[0] = newest;
   const float* coordinates = rows + newest * points.row_stride;
-  Farthest of_warp = {-kLargest, kLargest};
-  for (int step = 1; step < distinct; ++step) {
-    const float qx = coordinates[0], qy = coordinates[1], qz = coordinates[2];
-    bool changed = step == 1;
-#pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
-      if (h >= rounds) break;
-      unsigned open = __ballot_sync(kAll, box[h].distance(qx, qy, qz) < highest[h]);
-      changed |= open != 0;
-      while (open != 0) {  // two at a time hide each other's latency; a last one is its own partner
-        int member[2];
-        member[0] = __ffs(static_cast<int>(open)) - 1, open &= open - 1;
-        member[1] = open == 0 ? member[0] : __ffs(static_cast<int>(open)) - 1, open &= open - 1;
-        Farthest mine[2] = {{-kLargest, kLargest}, {-kLargest, kLargest}};
-        for (int row = 0; row < height; ++row) {
-          int place[2], point_tag[2];
-          float4 point[2];
-#pragma unroll
-          for (int u = 0; u < 2; ++u) {
-            place[u] = (bucket_of(h, member[u]) * height + row) * 32 + lane;
-            point[u] = held[place[u]];
-            point_tag[u] = tag_of(place[u]);
-          }
-#pragma unroll
-          for (int u = 0; u < 2; ++u) {
-            const float distance = squared_distance(point[u].x, point[u].y, point[u].z, qx, qy, qz);
-            const int bits = __float_as_int(fminf(point[u].w, distance));
-            if (distance < point[u].w) held[place[u]].w = distance;
-            if (bits > mine[u].bits || (bits == mine[u].bits && point_tag[u] < mine[u].index))
-              mine[u] = {bits, point_tag[u]};
-          }
-        }
-        int bits[2], lowest[2];
-#pragma unroll
-        for (int u = 0; u < 2; ++u) bits[u] = __reduce_max_sync(kAll, mine[u].bits);
-#pragma unroll
-        for (int u = 0; u < 2; ++u) lowest[u] = __reduce_min_sync(kAll, mine[u].bits == bits[u] ? mine[u].index : kLargest);
-#pragma unroll
-        for (int u = 0; u < 2; ++u)
-          if (lane == member[u]) highest[h] = __int_as_float(bits[u]), tag[h] = lowest[u];
-      }
-    }
-    if (changed) {
-      Farthest mine = {-kLargest, kLargest};
+  Offer candidate = {lane == 0 ? kLargest : -kLargest, newest * kRow, 0, coordinates[0], coordinates[1], coordinates[2]};
+  Offer of_warp = candidate;
+  int others = kLargest, step = 0;
+  for (int round = 0;; round ^= 1) {
+    bool changed = false;
+    for (bool certain = true; step < distinct; certain = false) {
+      const Farthest farthest = warp_farthest({candidate.bits, candidate.tag});
+      if (!certain && farthest.bits <= others) break;
+      const bool is_it = candidate.bits == farthest.bits && candidate.tag == farthest.index;
+      const int winner = __ffs(static_cast<int>(__ballot_sync(kAll, is_it))) - 1;
+      const float qx = __shfl_sync(kAll, candidate.x, winner), qy = __shfl_sync(kAll, candidate.y, winner);
+      const float qz = __shfl_sync(kAll, candidate.z, winner);
+      newest = farthest.index / kRow;
+      if (thread == 0) out[step] = newest;
+      ++step;
+      const float distance = squared_distance(candidate.x, candidate.y, candidate.z, qx, qy, qz);
+      candidate.bits = __float_as_int(fminf(__int_as_float(candidate.bits), distance));
 #pragma unroll
       for (int h = 0; h < kHeld; ++h) {
-        const int bits = __float_as_int(highest[h]);
-        if (bits > mine.bits || (bits == mine.bits && tag[h] < mine.index)) mine = {bits, tag[h]};
+        if (h >= rounds) break;
+        unsigned open = __ballot_sync(kAll, box[h].distance(qx, qy, qz) < __int_as_float(best[h].bits));
+        changed |= open != 0;
+        while (open != 0) {  // a last one is its own partner
+          int member[2];
+          member[0] = __ffs(static_cast<int>(open)) - 1, open &= open - 1;
+          member[1] = open == 0 ? member[0] : __ffs(static_cast<int>(open)) - 1, open &= open - 1;
+          update(h, member, qx, qy, qz);
+        }
       }
-      of_warp = warp_farthest(mine);
     }
-    newest = block_farthest<kBlockWarps * 32>(of_warp, slots, step);
-    coordinates = kShared ? &held[newest % kSharedPoints].x : rows + newest * points.row_stride;
-    if (kShared) newest /= kSharedPoints;
-    if (thread == 0) out[step] = newest;
+    if (step == distinct) break;
+
+    if (changed || others == kLargest) {
+      Offer mine = best[0];
+#pragma unroll
+      for (int h = 1; h < kHeld; ++h)
+        if (best[h].bits > mine.bits || (best[h].bits == mine.bits && best[h].tag < mine.tag)) {
+          const int bound = max(mine.bits, best[h].others);
+          mine = best[h], mine.others = bound;
+        } else {
+          mine.others = max(mine.others, best[h].bits);
+        }
+      const Farthest farthest = warp_farthest({mine.bits, mine.tag});
+      of_warp = {farthest.bits, farthest.index, __reduce_max_sync(kAll, mine.tag == farthest.index ? mine.others : mine.bits),
+                 0, 0, 0};
+      if (farthest.index != kLargest) {
+        coordinates = kShared ? &held[farthest.index % kRow].x : rows + farthest.index * points.row_stride;
+        of_warp.x = coordinates[0], of_warp.y = coordinates[1], of_warp.z = coordinates[2];
+      }
+    }
+    if (lane == 0) offers[round][warp] = of_warp;
+    __syncthreads();  // the offers alternate, so nobody overwrites what a slow warp still reads
+    candidate = lane < kSampleWarps ? offers[round][lane] : Offer{-kLargest, kLargest, -kLargest, 0, 0, 0};
+    others = __reduce_max_sync(kAll, candidate.others);
   }
-  for (int step = distinct + thread; step < num_samples; step += kBlockWarps * 32) out[step] = newest;
+  for (int step = distinct + thread; step < num_samples; step += kSampleWarps * 32) out[step] = newest;
 }
 
 // ---- nearest neighbours: one warp per centre, the buckets of the nearest group first ----
@@ -210,10 +259,10 @@ int sample_buckets(const Points& points, int clouds, int num_samples, int start_
   if (const int error = launch_sort(points, clouds, sorted, stream)) return error;
   int bytes;
   if (fits_shared(points.count, limit, &bytes))
-    return launch(sample_in_buckets<8, 1, true>, clouds, 256, bytes, stream, points, sorted, 1, num_samples,
+    return launch(sample_in_buckets<1, true>, clouds, kSampleWarps * 32, bytes, stream, points, sorted, 1, num_samples,
                   start_index, index);
-  return launch(sample_in_buckets<16, 8, false>, clouds, 512, 0, stream, points, sorted, bucket_rows(points.count),
-                num_samples, start_index, index);
+  return launch(sample_in_buckets<kMostBuckets / (kSampleWarps * 32), false>, clouds, kSampleWarps * 32, 0, stream,
+                points, sorted, bucket_rows(points.count), num_samples, start_index, index);
 }
 
 template <typename Source, typename Sink>

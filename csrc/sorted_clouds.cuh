@@ -12,7 +12,7 @@ namespace {
 constexpr int kCellBits = 4, kCells = 1 << 3 * kCellBits;  // per axis, and in all
 constexpr int kGroup = 32 * 32;                            // points
 constexpr int kSortThreads = 1024;
-constexpr int kMostBuckets = 4096;     // that sampling keeps in registers; larger clouds have larger buckets
+constexpr int kMostBuckets = 2048;     // that sampling keeps in registers; larger clouds have larger buckets
 constexpr int kMostSorted = 1 << 28;   // places are ints, and a last bucket may be half empty
 
 // Consecutive points of a sorted cloud that sampling takes as a bucket, as multiples of 32: a power of two.
@@ -113,7 +113,7 @@ __device__ int cell_of(const float* row, const float* low, float scale) {
   int code = 0;
   for (int axis = 0; axis < 3; ++axis) {
     // An extent that overflows or underflows gives NaN or infinity here: fmaxf and fminf turn them into cells.
-    const float cell = fminf(fmaxf((row[axis] - low[axis]) * scale, 0.0f), (1 << kCellBits) - 1.0f);
+    const float cell = fminf(fmaxf((__ldg(row + axis) - low[axis]) * scale, 0.0f), (1 << kCellBits) - 1.0f);
     int bits = static_cast<int>(cell);
     bits = (bits | bits << 4) & 0x0c3;
     bits = (bits | bits << 2) & 0x249;
@@ -137,7 +137,7 @@ __device__ int sum_before(int value, int* totals) {
 
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 1) sort_points(Points points, SortedClouds clouds) {
-  constexpr int kPer = kCells / kThreads;
+  constexpr int kPer = kCells / kThreads, kAhead = 4;
   __shared__ int offsets[kCells], bounds[6], totals[kThreads / 32];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, count = length_of(points, blockIdx.x);
   const float* const rows = points.data + blockIdx.x * points.cloud_stride;
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1) sort_points(Points points, Sorted
   for (int i = thread; i < count; i += kThreads) {
     const float* const row = rows + i * points.row_stride;
     const int target = atomicAdd(offsets + cell_of(row, low, scale), 1);
-    cloud.points[target] = make_float4(row[0], row[1], row[2], INFINITY);
+    cloud.points[target] = make_float4(__ldg(row), __ldg(row + 1), __ldg(row + 2), INFINITY);
     cloud.order[target] = i;
   }
   for (int i = count + thread; i < cloud.padded; i += kThreads) {
@@ -187,14 +187,18 @@ __global__ void __launch_bounds__(kThreads, 1) sort_points(Points points, Sorted
   }
   __syncthreads();
   const int buckets = cloud.padded / 32, groups = cloud.padded / kGroup;
-#pragma unroll 4
-  for (int bucket = warp; bucket < buckets; bucket += kThreads / 32) {
-    const float4 point = cloud.points[bucket * 32 + lane];
-    const float xyz[3] = {point.x, point.y, point.z};
-    Box around;
-    around.include(xyz, xyz);
-    around.unite_lanes();
-    if (lane == 0) around.store(cloud.bounds, buckets, bucket);
+  for (int first = warp; first < buckets; first += kThreads / 32 * kAhead) {
+    float4 point[kAhead];  // all are on their way before the first is needed
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) point[j] = cloud.points[min(first + j * (kThreads / 32), buckets - 1) * 32 + lane];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const float xyz[3] = {point[j].x, point[j].y, point[j].z};
+      Box around;
+      around.include(xyz, xyz);
+      around.unite_lanes();
+      if (lane == 0) around.store(cloud.bounds, buckets, min(first + j * (kThreads / 32), buckets - 1));
+    }
   }
   __syncthreads();
   for (int group = warp; group < groups; group += kThreads / 32) {

@@ -209,6 +209,7 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
+inline float __ldg(const float* place) { return *place; }
 // Threads switch only where they wait, so that a plain update is atomic.
 inline int atomicAdd(int* place, int value) { return std::exchange(*place, *place + value); }
 inline int atomicMin(int* place, int value) { return std::exchange(*place, std::min(*place, value)); }
@@ -219,6 +220,7 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a < b ? b : a; }
 
 struct __half {
   uint16_t bits;
