@@ -23,6 +23,7 @@ SOURCES = ["csrc/schema.cpp", "csrc/bindings_cpu.cpp", "csrc/point_ops_cpu.cpp"]
 CUDA_SOURCES = ["csrc/bindings_cuda.cpp"]
 CUDA_KERNELS = "csrc/point_ops_cuda.cu"
 HEADERS = ["csrc/bindings.h", "csrc/point_ops_cpu.h", "csrc/point_ops_cpu.inl", "csrc/point_ops_cuda.h"]
+CUDA_HEADERS = ["csrc/point_ops_cuda.cuh", "csrc/point_ops_buckets.cuh", "csrc/sorted_clouds.cuh"]
 CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 STABLE_ABI = "0x020b000000000000"  # torch 2.11
 PURE_PYTHON = "installing without the native library, point ops run as plain PyTorch, which is slow"
@@ -91,7 +92,7 @@ class BuildNative(build_ext):
         assert TORCH_HERE is not None
         cuda = build == "cuda"
         ext.sources = SOURCES + CUDA_SOURCES * cuda
-        ext.depends = HEADERS + [CUDA_KERNELS] * cuda
+        ext.depends = HEADERS + [CUDA_KERNELS, *CUDA_HEADERS] * cuda
         ext.include_dirs = [str(TORCH_HERE.folder / "include")]
         ext.library_dirs = [str(TORCH_HERE.folder / "lib")]
         ext.libraries = ["torch_cpu", "torch_cuda"] if cuda else ["torch_cpu"]

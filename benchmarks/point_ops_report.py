@@ -13,17 +13,22 @@ from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 CARDS = ("H100", "H200", "RTX 4090", "RTX 3090")
-# Microseconds of a native op on 16 clouds of 8192 points on an H100: what its design aimed at, and what counted
-# instructions, bytes and launches of the finished kernels predict.
-GOALS = {"sampling": "215-250", "grouping": "40"}
-PREDICTED = {"sampling": "270-300", "grouping": "90-115"}
-PREDICTED_BATCH = 16
-TITLES = {"sampling": "Sampling", "grouping": "Grouping", "pointnet": "Mini-PointNet", "encoder": "Point encoder"}
+GOALS = {"sampling": "150", "grouping": "45"}  # microseconds of a native op on 16 clouds of 8192 points on an H100
+PREDICTED_BATCHES = (16, 1)
+VARIANTS = ("scan", "buckets")  # of the CUDA ops: every point read, or buckets of a sorted cloud
+BENCHMARKED = "ellipsoids and boxes"  # the clouds that the benchmarks time
+TITLES = {
+    "sampling": "Sampling",
+    "grouping": "Grouping",
+    "latency": "Sampling, grouping and waiting",
+    "pointnet": "Mini-PointNet",
+    "encoder": "Point encoder",
+}
 
 
 def _results(name: str) -> list[dict[str, Any]]:
     """Contents of every device's file of a benchmark, with the stem of the `file`."""
-    paths = sorted(RESULTS.glob(f"{name}_*.json"))
+    paths = [path for path in sorted(RESULTS.glob(f"{name}_*.json")) if not path.stem.endswith("_simulated")]
     return [{**json.loads(path.read_text()), "file": path.stem} for path in paths]
 
 
@@ -65,7 +70,7 @@ def _ceilings(result: dict[str, Any]) -> str:
 def _measured(result: dict[str, Any]) -> str:
     """One device: a table for every race but the scaling."""
     parts = [f"{stamp(result['provenance'])}{_ceilings(result)} Timed in turns: {result['rows'][0]['timing']}.\n"]
-    for name in ("sampling", "grouping", "pointnet"):
+    for name in ("sampling", "grouping", "latency", "pointnet"):
         for row in (row for row in result["rows"] if row["race"] == name):
             of = f", {row['samples']} samples" if name == "sampling" else ""
             if name != "sampling":
@@ -74,23 +79,76 @@ def _measured(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _predictions(results: list[dict[str, Any]]) -> str:
+def _simulated() -> dict[str, Any] | None:
+    """Counts and predictions of benchmarks/simulate_point_ops.py; None where there are none."""
+    path = RESULTS / "point_ops_simulated.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _range(predictions: list[dict[str, float]], variant: str) -> str:
+    """Predictions at several clocks, microseconds, to two or three digits."""
+    values = sorted(float(f"{prediction[variant]:.2g}") for prediction in predictions)
+    if values[0] >= 100:
+        values = sorted(5 * round(prediction[variant] / 5) for prediction in predictions)
+    return f"{values[0]:.0f}-{values[-1]:.0f}"
+
+
+def _predicted(simulated: dict[str, Any] | None, race: str, batch: int) -> list[str]:
+    """Predictions for 8192 points, of every variant."""
+    for row in simulated["rows"] if simulated else ():
+        if (row["clouds"], row["points"]) == (BENCHMARKED, 8192):
+            predictions = row["sampling_us"] if race == "sampling" else row["grouping_us"][str(batch)]
+            return [_range(predictions, variant) for variant in VARIANTS]
+    return ["not predicted"] * len(VARIANTS)
+
+
+def _predictions(results: list[dict[str, Any]], simulated: dict[str, Any] | None) -> str:
     """Goals and predictions of the native ops beside what was measured, if anything was."""
     lines = []
-    for name in PREDICTED:
-        line = [f"{TITLES[name]}, {PREDICTED_BATCH} clouds of 8192 points", GOALS[name], PREDICTED[name]]
-        for card in CARDS:
-            medians = [
-                row["contenders"]["native"]["seconds"]["p50"] * 1e6
-                for result in results
-                for row in result["rows"]
-                if card in result["provenance"]["device"] and not result["provenance"].get("rehearsal")
-                if (row["race"], row["batch"], row["points"]) == (name, PREDICTED_BATCH, 8192)
-            ]
-            line.append(_number(medians[0]) if medians else "not measured")
-        lines.append(line)
-    header = ["native op, us", "goal, H100", "predicted, H100", *(f"measured, {card}" for card in CARDS)]
-    return table(header, lines)
+    for batch in PREDICTED_BATCHES:
+        for name, goal in GOALS.items():
+            title = f"{TITLES[name]}, {_clouds({'batch': batch, 'points': 8192})}"
+            line = [title, goal if batch == PREDICTED_BATCHES[0] else "", *_predicted(simulated, name, batch)]
+            for card in CARDS:
+                medians = [
+                    row["contenders"]["native"]["seconds"]["p50"] * 1e6
+                    for result in results
+                    for row in result["rows"]
+                    if card in result["provenance"]["device"] and not result["provenance"].get("rehearsal")
+                    if (row["race"], row["batch"], row["points"]) == (name, batch, 8192)
+                ]
+                line.append(_number(medians[0]) if medians else "not measured")
+            lines.append(line)
+    predicted = [f"predicted, H100, {variant}" for variant in VARIANTS]
+    return table(["native op, us", "goal, H100", *predicted, *(f"measured, {card}" for card in CARDS)], lines)
+
+
+def _counts(simulated: dict[str, Any]) -> str:
+    """What the CUDA ops open and merge, per kind of cloud, and the time on an H100 that this predicts."""
+    warps = simulated["chosen"]["warps"]
+    sampling, grouping = [], []
+    for row in simulated["rows"]:
+        counts = row["sampling"][str(simulated["chosen"]["cell_bits"])]
+        of_buckets = [counts["opened"], counts[f"samples_{warps}"], counts[f"pairs_{warps}"]]
+        title = f"{row['clouds']}, {row['points']} points, {row['samples']} samples"
+        predicted = [_range(row["sampling_us"], variant) for variant in VARIANTS]
+        sampling.append([title, f"{counts['buckets']:.0f}", *map(_number, of_buckets), *predicted])
+        if "grouping" in row:
+            scan, buckets = row["grouping"]["scan"], row["grouping"]["buckets"]
+            cells = [scan["slow_steps"], scan["merges"], buckets["buckets"], buckets["merges"]]
+            predicted = [_range(row["grouping_us"]["16"], variant) for variant in VARIANTS]
+            grouping.append([row["clouds"], *map(_number, cells), *predicted])
+    us = [f"{variant}, us" for variant in VARIANTS]
+    header = ["sampling", "buckets", "opened a sample", "samples a round", "pairs of the busiest warp", *us]
+    text = [
+        "Counted on a CPU (`python benchmarks/simulate_point_ops.py`, which also holds the model of the time); "
+        f"{stamp(simulated['provenance'])} The scan reads every point for every sample. Buckets are 32 points of a "
+        f"sorted cloud, dealt out to {warps} warps.\n",
+        table(header, sampling),
+    ]
+    header = ["grouping, 16 x 512 centres of 8192 points", "scan: steps of 256 with a candidate", "merges (4 centres)"]
+    text.append(table([*header, "buckets: opened a centre", "merges (1 centre)", *us], grouping))
+    return "\n".join(text)
 
 
 def _plot_scaling(result: dict[str, Any]) -> None:
@@ -131,7 +189,9 @@ def point_ops() -> str:
     results = _results("point_ops")
     for result in results:
         _plot_scaling(result)
-    return "\n".join([*(_measured(result) for result in results), _predictions(results)])
+    simulated = _simulated()
+    parts = [*(_measured(result) for result in results), _predictions(results, simulated)]
+    return "\n".join([*parts, *([_counts(simulated)] if simulated else [])])
 
 
 def _required(name: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ set of the reference, or, for samplers that choose their own first point, that e
 """
 
 import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +18,7 @@ import point_op_contenders as contenders
 import pytest
 import torch
 from point_op_contenders import Clouds, make_clouds
+from turns import synchronize
 
 from pointalign.models.point_encoder import fold_pointnet
 from pointalign_kernels import farthest_point_sample, group_points, knn, point_ops, reference
@@ -45,6 +47,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     name = metafunc.function.__name__
     if name in ("test_sampling", "test_grouping"):
         metafunc.parametrize("shape", [(batch, *sizes) for batch in batches], ids=label)
+    elif name == "test_latency":
+        metafunc.parametrize("shape", [(1, *sizes)], ids=label)
     elif name == "test_pointnet":
         metafunc.parametrize("shape", [(2 if small else 16 if CUDA else 1, *sizes)], ids=label)
     elif name == "test_scaling":
@@ -67,6 +71,25 @@ def input_sets(device: torch.device, shape: tuple[int, int, int, int]) -> list[C
 def rotating(call: Callable[[Clouds], object], sets: list[Clouds]) -> Callable[[], object]:
     turn = itertools.count()
     return lambda: call(sets[next(turn) % len(sets)])
+
+
+def cuda_variant(name: str, call: Callable[[Clouds], object]) -> Callable[[Clouds], object]:
+    """`call` with the CUDA ops in that variant, "scan" or "buckets", whatever they would choose."""
+
+    def run(clouds: Clouds) -> object:
+        os.environ["POINTALIGN_CUDA_POINT_OPS"] = name
+        try:
+            return call(clouds)
+        finally:
+            del os.environ["POINTALIGN_CUDA_POINT_OPS"]
+
+    return run
+
+
+def with_variants(device: torch.device, call: Callable[[Clouds], object]) -> dict[str, Callable[[Clouds], object]]:
+    """The native op as it chooses to run and, on a GPU, in both variants."""
+    names = ("scan", "buckets") if device.type == "cuda" else ()
+    return {"native": call} | {f"native, {name}": cuda_variant(name, call) for name in names}
 
 
 def row_of(name: str, shape: tuple[int, int, int, int], device: torch.device) -> dict:
@@ -103,7 +126,8 @@ def check_sampler(sets: list[Clouds], name: str, result) -> None:
 
 
 def samplers(sets: list[Clouds], samples: int, executor: ThreadPoolExecutor) -> dict[str, Callable[[], object]]:
-    calls = {"native": lambda clouds: farthest_point_sample(clouds.points, samples, impl="native")}
+    native = partial(farthest_point_sample, num_samples=samples, impl="native")
+    calls = with_variants(sets[0].points.device, lambda clouds: native(clouds.points))
     calls |= contenders.sampling_peers(sets[0], samples, executor)
     return {name: rotating(call, sets) for name, call in calls.items()}
 
@@ -129,8 +153,8 @@ def groupers(sets: list[Clouds], k: int) -> dict[str, Callable[[], object]]:
     def native(clouds: Clouds, dtype: torch.dtype | None = None) -> torch.Tensor:
         return group_points(clouds.coloured, clouds.index, k, dtype=dtype, impl="native")
 
-    calls = {"native": native, "native, bf16 result": partial(native, dtype=torch.bfloat16)}
     batch, device = len(sets[0].points), sets[0].points.device
+    calls = with_variants(device, native) | {"native, bf16 result": partial(native, dtype=torch.bfloat16)}
     if device.type == "cuda":
         calls["torch distance + topk + gather"] = lambda clouds: contenders.topk_group(clouds.coloured, clouds.index, k)
         if batch == 16:  # one compilation, at the size that the table shows
@@ -156,7 +180,7 @@ def check_grouper(clouds: Clouds, k: int, name: str, result) -> None:
         return
     truth = reference.group_points(points, index, k)
     groups = result[0].cpu().view(truth.shape)
-    if name == "native":
+    if name in ("native", "native, scan", "native, buckets"):
         assert torch.equal(groups, truth)
     elif groups.dtype == torch.bfloat16:
         assert torch.equal(groups, truth.bfloat16())
@@ -169,6 +193,22 @@ def test_grouping(device, race, record_race, shape):
     calls = groupers(sets, shape[3])
     check = partial(check_grouper, sets[0], shape[3])
     run_race(race, record_race, row_of("grouping", shape, device), calls, check)
+
+
+def test_latency(device, race, record_race, shape):
+    """A single cloud as a chat has it: sampled, grouped and waited for."""
+    sets = input_sets(device, shape)
+    _, _, samples, k = shape
+
+    def tokens(clouds: Clouds) -> torch.Tensor:
+        index = farthest_point_sample(clouds.points, samples, impl="native")
+        groups = group_points(clouds.coloured, index, k, impl="native")
+        synchronize(device)
+        return groups
+
+    calls = {name: rotating(call, sets) for name, call in with_variants(device, tokens).items()}
+    check = partial(check_grouper, sets[0], k)
+    run_race(race, record_race, row_of("latency", shape, device), calls, check)
 
 
 def test_pointnet(device, race, record_race, shape):

@@ -5,7 +5,9 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdlib>
 #include <limits>
+#include <string_view>
 
 namespace pointalign {
 namespace {
@@ -35,6 +37,17 @@ void check_launch(int error) {
   if (error != 0) throw std::runtime_error(std::string("CUDA point ops: ") + cuda_error_text(error));
 }
 
+// POINTALIGN_CUDA_POINT_OPS=scan|buckets asks for a variant of every op, so that benchmarks and tests can run both.
+Variant wanted_variant() {
+  const char* const value = std::getenv("POINTALIGN_CUDA_POINT_OPS");
+  const std::string_view name = value == nullptr ? "" : value;
+  check(name.empty() || name == "scan" || name == "buckets", "POINTALIGN_CUDA_POINT_OPS=", name,
+        ": expected scan or buckets");
+  return name.empty() ? Variant::kChosen : name == "scan" ? Variant::kScan : Variant::kBuckets;
+}
+
+Tensor workspace_of(const Tensor& points, int64_t floats) { return empty(points, {floats}, ScalarType::Float); }
+
 Tensor farthest_point_sample_cuda(const Tensor& points_, int64_t num_samples, int64_t start_index,
                                   const std::optional<Tensor>& lengths_) {
   const Tensor points = rows_of(points_, "points");
@@ -42,12 +55,14 @@ Tensor farthest_point_sample_cuda(const Tensor& points_, int64_t num_samples, in
   const auto lengths = lengths_of(lengths_, points);
   const torch::stable::accelerator::DeviceGuard guard(points.get_device_index());
   Tensor index = empty(points, {points.size(0), num_samples}, ScalarType::Long);
-  const bool streamed = points.size(1) > kRegisterPoints;
-  const Tensor workspace = empty(points, {streamed ? points.size(0) * points.size(1) * 4 : 0}, ScalarType::Float);
-  check_launch(launch_farthest_point_sample(
-      points_of(points, lengths), narrow(points.size(0), "batch"), narrow(num_samples, "num_samples"),
-      static_cast<int>(start_index), static_cast<float*>(workspace.data_ptr()),
-      static_cast<int64_t*>(index.data_ptr()), current_stream(points)));
+  const int clouds = narrow(points.size(0), "batch"), count = static_cast<int>(points.size(1));
+  Variant variant = wanted_variant();
+  check_launch(choose_sampling(count, &variant));
+  const Tensor workspace = workspace_of(points, sampling_workspace(clouds, count, variant));
+  check_launch(launch_farthest_point_sample(points_of(points, lengths), clouds, narrow(num_samples, "num_samples"),
+                                            static_cast<int>(start_index), variant,
+                                            static_cast<float*>(workspace.data_ptr()),
+                                            static_cast<int64_t*>(index.data_ptr()), current_stream(points)));
   return index;
 }
 
@@ -59,8 +74,11 @@ std::tuple<Tensor, Tensor> knn_cuda(const Tensor& query_, const Tensor& points_,
   const torch::stable::accelerator::DeviceGuard guard(points.get_device_index());
   Tensor distance = empty(points, {points.size(0), query.size(1), k}, ScalarType::Float);
   Tensor index = empty(points, {points.size(0), query.size(1), k}, ScalarType::Long);
-  check_launch(launch_knn(points_of(points, lengths), points_of(query, std::nullopt), narrow(points.size(0), "batch"),
-                          narrow(k, "k"), static_cast<float*>(distance.data_ptr()),
+  const int clouds = narrow(points.size(0), "batch"), count = static_cast<int>(points.size(1));
+  const Variant variant = choose_search(count, narrow(query.size(1), "queries"), wanted_variant());
+  const Tensor workspace = workspace_of(points, search_workspace(clouds, count, variant));
+  check_launch(launch_knn(points_of(points, lengths), points_of(query, std::nullopt), clouds, narrow(k, "k"), variant,
+                          static_cast<float*>(workspace.data_ptr()), static_cast<float*>(distance.data_ptr()),
                           static_cast<int64_t*>(index.data_ptr()), current_stream(points)));
   return {distance, index};
 }
@@ -76,9 +94,14 @@ Tensor group_points_cuda(const Tensor& points_, const Tensor& centre_index_, int
   const GroupType type = dtype == ScalarType::Float  ? GroupType::kFloat
                          : dtype == ScalarType::Half ? GroupType::kHalf
                                                      : GroupType::kBFloat16;
+  const int clouds = narrow(points.size(0), "batch"), count = static_cast<int>(points.size(1));
+  const int centres = narrow(centre_index.size(1), "centres");
+  const Variant variant = choose_search(count, centres, wanted_variant());
+  const Tensor workspace = workspace_of(points, search_workspace(clouds, count, variant));
   check_launch(launch_group_points(points_of(points, lengths), static_cast<const int64_t*>(centre_index.data_ptr()),
-                                   narrow(points.size(0), "batch"), narrow(centre_index.size(1), "centres"),
-                                   narrow(k, "k"), type, groups.data_ptr(), current_stream(points)));
+                                   clouds, centres, narrow(k, "k"), type, variant,
+                                   static_cast<float*>(workspace.data_ptr()), groups.data_ptr(),
+                                   current_stream(points)));
   return groups;
 }
 

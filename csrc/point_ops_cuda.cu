@@ -1,65 +1,15 @@
-// CUDA point ops. Distances are (dx^2 + dy^2) + dz^2 in fp32 with explicit roundings, so that no multiply-add is fused
-// and every index equals the CPU's and the reference's, ties included.
-#include "point_ops_cuda.h"
-
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
-namespace pointalign {
-template <typename... Parameters, typename... Arguments>
-static int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int shared_bytes, void* stream,
-                  Arguments... arguments) {
-  if (shared_bytes > 48 * 1024) {
-    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  return cudaGetLastError();
-}
-}  // namespace pointalign
-#endif
+// CUDA point ops: kernels that read every point, and the choice between them and those over buckets of a sorted cloud.
+#include "point_ops_cuda.cuh"
+#include "point_ops_buckets.cuh"
 
 namespace pointalign {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
-constexpr int kLargest = 0x7fffffff;
+// Where nobody chose a variant: predictions of benchmarks/simulate_point_ops.py, until a GPU has measured both.
+constexpr int kScannedPoints = 2048;  // up to so many, reading every point is as fast
+constexpr int kSortingPays = 64;      // centres from which on a search is worth a sort
 
-__device__ float squared_distance(float x, float y, float z, float qx, float qy, float qz) {
-  const float dx = __fsub_rn(x, qx), dy = __fsub_rn(y, qy), dz = __fsub_rn(z, qz);
-  return __fadd_rn(__fadd_rn(__fmul_rn(dx, dx), __fmul_rn(dy, dy)), __fmul_rn(dz, dz));
-}
-
-__device__ int clamp_to(int64_t value, int low, int high) {
-  return value < low ? low : value > high ? high : static_cast<int>(value);
-}
-
-__device__ int length_of(const Points& points, int cloud) {
-  return points.lengths == nullptr ? points.count : clamp_to(points.lengths[cloud], 1, points.count);
-}
-
-// ---- farthest-point sampling: one block per cloud ----
-
-struct Farthest {  // squared distance as int bits (they order like the floats, and -1 below all), lowest index
-  int bits;
-  int index;
-};
-
-__device__ Farthest warp_farthest(Farthest mine) {
-  const int bits = __reduce_max_sync(kAll, mine.bits);
-  return {bits, __reduce_min_sync(kAll, mine.bits == bits ? mine.index : kLargest)};
-}
-
-// One barrier per sample: the slots alternate, so nobody overwrites what a slow warp still reads.
-template <int kThreads>
-__device__ int block_farthest(Farthest of_warp, Farthest (*slots)[kThreads / 32], int step) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (lane == 0) slots[step % 2][warp] = of_warp;
-  __syncthreads();
-  return warp_farthest(lane < kThreads / 32 ? slots[step % 2][lane] : Farthest{-kLargest, kLargest}).index;
-}
+// ---- farthest-point sampling ----
 
 // Coordinates and distances stay in registers: kPoints per thread, thread t holding points t, t + kThreads, ...
 template <int kThreads, int kPoints>
@@ -148,72 +98,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- nearest neighbours: one warp searches for kCentres centres at once ----
 
-constexpr int kWarps = 8, kCentres = 4;
+constexpr int kCentres = 4;  // of a warp
 constexpr int kBufferBytes = kWarps * kCentres * 64 * sizeof(uint64_t);
-constexpr uint64_t kNoKey = ~0ull;
-
-// (distance, index) as one number that orders like the pair.
-__device__ uint64_t key_of(float distance, int index) {
-  return static_cast<uint64_t>(static_cast<unsigned>(__float_as_int(distance))) << 32 | static_cast<unsigned>(index);
-}
-
-__device__ uint64_t exchange(uint64_t key, int distance, bool smaller) {
-  const uint64_t other = __shfl_xor_sync(kAll, key, distance);
-  return (key < other) == smaller ? key : other;
-}
-
-// Bitonic over the lanes, ascending.
-__device__ uint64_t merge_lanes(uint64_t key) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) key = exchange(key, distance, (threadIdx.x & distance) == 0);
-  return key;
-}
-
-__device__ uint64_t sort_lanes(uint64_t key) {
-#pragma unroll
-  for (int size = 2; size < 32; size *= 2)
-#pragma unroll
-    for (int distance = size / 2; distance > 0; distance /= 2)
-      key = exchange(key, distance, ((threadIdx.x & distance) == 0) == ((threadIdx.x & size) == 0));
-  return merge_lanes(key);
-}
-
-// The 32 best keys of one centre, sorted over the lanes, and a buffer in shared memory for those not yet merged.
-struct Selection {
-  uint64_t best, worst;  // worst: that of lane 31
-  float limit;           // the distance in worst: nothing beyond it can enter
-  int buffered;
-
-  __device__ void clear() { best = worst = kNoKey, limit = INFINITY, buffered = 0; }
-
-  __device__ void merge(uint64_t key) {
-    const uint64_t reversed = __shfl_sync(kAll, sort_lanes(key), 31 - threadIdx.x % 32);
-    best = merge_lanes(best < reversed ? best : reversed);
-    worst = __shfl_sync(kAll, best, 31);
-    if (worst != kNoKey) limit = __int_as_float(static_cast<int>(worst >> 32));
-  }
-
-  __device__ void push(uint64_t key, bool wanted, uint64_t* buffer) {
-    const int lane = threadIdx.x % 32;
-    wanted = wanted && key < worst;
-    const unsigned votes = __ballot_sync(kAll, wanted);
-    if (votes == 0) return;
-    if (wanted) buffer[buffered + __popc(votes & ((1u << lane) - 1))] = key;
-    buffered += __popc(votes);
-    __syncwarp();
-    if (buffered < 32) return;
-    merge(buffer[lane]);
-    buffered -= 32;
-    if (lane < buffered) buffer[lane] = buffer[32 + lane];
-    __syncwarp();
-  }
-
-  __device__ void finish(const uint64_t* buffer) {
-    const int lane = threadIdx.x % 32;
-    merge(lane < buffered ? buffer[lane] : kNoKey);
-    __syncwarp();
-  }
-};
 
 // A step that visits every one of `count` places and scatters them: clouds in scan order would otherwise feed the
 // selection ever nearer points.
@@ -305,70 +191,20 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   }
 }
 
-__device__ int index_of(uint64_t key, int count) {  // NaN coordinates leave places unfilled: any point will do
-  return key == kNoKey ? count - 1 : static_cast<int>(key);
+int shared_memory_limit(int* limit) {
+  int device;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  return cudaDeviceGetAttribute(limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-struct QuerySource {
-  Points query;
-  __device__ const float* row(const Points&, int cloud, int q) const {
-    return query.data + cloud * query.cloud_stride + q * query.row_stride;
-  }
-};
-
-struct NeighbourSink {
-  float* distance;
-  int64_t* index;
-  __device__ void write(const Points&, int cloud, int count, int q, const float*, int first, int kept, int k,
-                        int centres, uint64_t key) const {
-    const int lane = threadIdx.x % 32;
-    const int64_t place = (static_cast<int64_t>(cloud) * centres + q) * k + first + lane;
-    if (lane >= kept) return;
-    distance[place] = __int_as_float(static_cast<int>(key >> 32));
-    index[place] = index_of(key, count);
-  }
-};
-
-struct CentreSource {
-  const int64_t* centre_index;
-  int centres;
-  __device__ const float* row(const Points& points, int cloud, int q) const {
-    const int64_t index = centre_index[static_cast<int64_t>(cloud) * centres + q];
-    const int row = clamp_to(index, 0, length_of(points, cloud) - 1);
-    return points.data + cloud * points.cloud_stride + row * points.row_stride;
-  }
-};
-
-__device__ void convert(float value, float* out) { *out = value; }
-__device__ void convert(float value, __half* out) { *out = __float2half_rn(value); }
-__device__ void convert(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
-
-template <typename Out>
-struct GroupSink {
-  Out* out;
-  __device__ void write(const Points& points, int cloud, int count, int q, const float* centre, int first, int kept,
-                        int k, int centres, uint64_t key) const {
-    const int index = index_of(key, count), columns = points.columns;
-    const float* const rows = points.data + cloud * points.cloud_stride;
-    Out* const group = out + ((static_cast<int64_t>(cloud) * centres + q) * k + first) * columns;
-    // Neighbouring lanes take neighbouring columns: whole rows are read and the group is written in order.
-    for (int start = 0; start < kept * columns; start += 32) {
-      const int place = start + threadIdx.x % 32, neighbour = min(place / columns, kept - 1), column = place % columns;
-      const int row = __shfl_sync(kAll, index, neighbour);
-      if (place >= kept * columns) continue;
-      const float value = rows[row * points.row_stride + column];
-      const float origin = column == 0 ? centre[0] : column == 1 ? centre[1] : centre[2];
-      convert(column < 3 ? __fsub_rn(value, origin) : value, group + place);
-    }
-  }
-};
-
 template <typename Source, typename Sink>
-int launch_search(const Points& points, int clouds, int centres, int k, Source source, Sink sink, void* stream) {
+int launch_search(const Points& points, int clouds, int centres, int k, Source source, Sink sink, Variant variant,
+                  float* workspace, void* stream) {
   if (clouds == 0 || centres == 0) return cudaSuccess;
-  int device, limit;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
+  if (variant == Variant::kBuckets)
+    return launch_search_buckets(points, clouds, centres, k, source, sink, workspace, stream);
+  int limit;
+  if (const int error = shared_memory_limit(&limit)) return error;
   const int fitting = (limit - kBufferBytes) / (3 * static_cast<int>(sizeof(float)));
   const int whole = (points.count + 31) / 32 * 32;
   const int tile_points = whole <= fitting ? whole : fitting / 1024 * 1024;
@@ -381,9 +217,41 @@ int launch_search(const Points& points, int clouds, int centres, int k, Source s
 
 }  // namespace
 
-int launch_farthest_point_sample(const Points& points, int clouds, int num_samples, int start_index, float* workspace,
-                                 int64_t* index, void* stream) {
+int choose_sampling(int count, Variant* variant) {
+  if (count > kMostSorted) *variant = Variant::kScan;
+  if (*variant != Variant::kChosen) return cudaSuccess;
+  int limit, bytes;
+  if (const int error = shared_memory_limit(&limit)) return error;
+  const bool held = count <= kRegisterPoints;  // by the scan, in registers
+  const bool buckets = !held || (count > kScannedPoints && fits_shared(count, limit, &bytes));
+  *variant = buckets ? Variant::kBuckets : Variant::kScan;
+  return cudaSuccess;
+}
+
+Variant choose_search(int count, int centres, Variant variant) {
+  if (count > kMostSorted) return Variant::kScan;
+  if (variant != Variant::kChosen) return variant;
+  const bool buckets = count > kScannedPoints && centres >= kSortingPays;
+  return buckets ? Variant::kBuckets : Variant::kScan;
+}
+
+int64_t sampling_workspace(int clouds, int count, Variant variant) {
+  if (variant == Variant::kBuckets) return SortedClouds::floats(clouds, count);
+  return count > kRegisterPoints ? static_cast<int64_t>(clouds) * count * 4 : 0;
+}
+
+int64_t search_workspace(int clouds, int count, Variant variant) {
+  return variant == Variant::kBuckets ? SortedClouds::floats(clouds, count) : 0;
+}
+
+int launch_farthest_point_sample(const Points& points, int clouds, int num_samples, int start_index, Variant variant,
+                                 float* workspace, int64_t* index, void* stream) {
   if (clouds == 0) return cudaSuccess;
+  if (variant == Variant::kBuckets) {
+    int limit;
+    if (const int error = shared_memory_limit(&limit)) return error;
+    return sample_buckets(points, clouds, num_samples, start_index, limit, workspace, index, stream);
+  }
   const auto in_registers = [&](auto kernel) {
     return launch(kernel, clouds, 256, 0, stream, points, num_samples, start_index, index);
   };
@@ -396,20 +264,21 @@ int launch_farthest_point_sample(const Points& points, int clouds, int num_sampl
                 reinterpret_cast<float4*>(workspace), index);
 }
 
-int launch_knn(const Points& points, const Points& query, int clouds, int k, float* distance, int64_t* index,
-               void* stream) {
-  return launch_search(points, clouds, query.count, k, QuerySource{query}, NeighbourSink{distance, index}, stream);
+int launch_knn(const Points& points, const Points& query, int clouds, int k, Variant variant, float* workspace,
+               float* distance, int64_t* index, void* stream) {
+  return launch_search(points, clouds, query.count, k, QuerySource{query}, NeighbourSink{distance, index}, variant,
+                       workspace, stream);
 }
 
 int launch_group_points(const Points& points, const int64_t* centre_index, int clouds, int centres, int k,
-                        GroupType type, void* out, void* stream) {
-  const CentreSource source{centre_index, centres};
-  if (type == GroupType::kHalf)
-    return launch_search(points, clouds, centres, k, source, GroupSink<__half>{static_cast<__half*>(out)}, stream);
-  if (type == GroupType::kBFloat16)
-    return launch_search(points, clouds, centres, k, source,
-                         GroupSink<__nv_bfloat16>{static_cast<__nv_bfloat16*>(out)}, stream);
-  return launch_search(points, clouds, centres, k, source, GroupSink<float>{static_cast<float*>(out)}, stream);
+                        GroupType type, Variant variant, float* workspace, void* out, void* stream) {
+  const auto search_into = [&](auto sink) {
+    return launch_search(points, clouds, centres, k, CentreSource{centre_index, centres}, sink, variant, workspace,
+                         stream);
+  };
+  if (type == GroupType::kHalf) return search_into(GroupSink<__half>{static_cast<__half*>(out)});
+  if (type == GroupType::kBFloat16) return search_into(GroupSink<__nv_bfloat16>{static_cast<__nv_bfloat16*>(out)});
+  return search_into(GroupSink<float>{static_cast<float*>(out)});
 }
 
 const char* cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -169,9 +169,9 @@ def tracked_results() -> dict[str, bytes]:
 def test_the_benchmark_command_times_writes_and_is_reported(tmp_path, monkeypatch):
     before = tracked_results()
     out = run_benchmarks("--benchmark-only", "--results", str(tmp_path))
-    assert "7 passed" in out and "skipped" not in out
+    assert "8 passed" in out and "skipped" not in out
     content = json.loads((tmp_path / "point_ops_cpu.json").read_text())
-    assert {row["race"] for row in content["rows"]} == {"sampling", "scaling", "grouping", "pointnet"}
+    assert {row["race"] for row in content["rows"]} == {"sampling", "scaling", "grouping", "latency", "pointnet"}
     assert min(content["ceilings"][name] for name in ("flops", "flops_fp32", "bytes")) > 0
     assert content["provenance"]["rehearsal"]
     assert content["provenance"]["load_average"] is not None and content["rows"][0]["timing"]
@@ -201,17 +201,28 @@ def result(device: str, race: str, seconds: float, rehearsal: bool = False) -> d
 def test_predictions_stand_beside_cells_until_a_gpu_fills_them(tmp_path, monkeypatch):
     monkeypatch.setattr(point_ops_report, "RESULTS", tmp_path)
 
-    def line(title: str) -> list[str]:
-        found = [line for line in point_ops_report.point_ops().splitlines() if line.startswith(f"| {title}, 16")]
+    def line(title: str, clouds: str = "16 clouds") -> list[str]:
+        start = f"| {title}, {clouds} of 8192 points |"
+        found = [line for line in point_ops_report.point_ops().splitlines() if line.startswith(start)]
         return [cell.strip() for cell in found[-1].split("|")[2:-1]]
 
-    assert "predicted, H100" in point_ops_report.point_ops()
-    assert line("Sampling") == ["215-250", "270-300", *["not measured"] * 4]
+    assert line("Sampling") == ["150", *["not predicted"] * 2, *["not measured"] * 4]
+    row = {"clouds": "ellipsoids and boxes", "points": 8192, "samples": 512}
+    row["sampling"] = {"4": {"buckets": 256, "opened": 13.5, "samples_16": 3.4, "pairs_16": 0.9}}
+    row["sampling_us"] = [{"scan": 306.6, "buckets": 152.0}, {"scan": 271.8, "buckets": 134.7}]
+    row["grouping"] = {"scan": {"slow_steps": 197.4, "merges": 39.1}, "buckets": {"buckets": 13.5, "merges": 5.1}}
+    row["grouping_us"] = {"1": [{"scan": 27.2, "buckets": 12.4}], "16": [{"scan": 105.4, "buckets": 32.6}]}
+    origin = result("AMD EPYC", "sampling", 1.0)["provenance"]
+    content = {"chosen": {"cell_bits": 4, "warps": 16}, "rows": [row], "provenance": origin}
+    (tmp_path / "point_ops_simulated.json").write_text(json.dumps(content))
+    assert line("Sampling") == ["150", "270-305", "135-150", *["not measured"] * 4]
+    assert line("Grouping", "1 cloud") == ["", "27-27", "12-12", *["not measured"] * 4]
+    assert "| 256 | 13.5 | 3.4 | 0.9 | 270-305 | 135-150 |" in point_ops_report.point_ops()
     (tmp_path / "point_ops_small.json").write_text(json.dumps(result("NVIDIA H200", "sampling", 1e-4, rehearsal=True)))
-    assert line("Sampling")[3] == "not measured"
+    assert line("Sampling")[4] == "not measured"
     (tmp_path / "point_ops_h100.json").write_text(json.dumps(result("NVIDIA H100 80GB HBM3", "sampling", 285e-6)))
-    assert line("Sampling") == ["215-250", "270-300", "285", *["not measured"] * 3]
-    assert line("Grouping") == ["40", "90-115", *["not measured"] * 4]
+    assert line("Sampling") == ["150", "270-305", "135-150", "285", *["not measured"] * 3]
+    assert line("Grouping") == ["45", "105-105", "33-33", *["not measured"] * 4]
 
 
 def test_a_section_that_was_not_measured_names_its_file(tmp_path, monkeypatch):

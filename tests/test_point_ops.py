@@ -93,6 +93,34 @@ def check_all(points, num_samples, k, start_index=0, lengths=None, device="cpu")
     assert torch.equal(groups.cpu(), reference.group_points(points, centre_index, k, lengths))
 
 
+@pytest.fixture(params=["scan", "buckets"])
+def cuda_variant(request, monkeypatch):
+    """How the CUDA ops work, whatever they would choose."""
+    monkeypatch.setenv("POINTALIGN_CUDA_POINT_OPS", request.param)
+
+
+needs_cuda = pytest.mark.skipif(
+    "cuda" not in point_ops.NATIVE_DEVICES or not torch.cuda.is_available(), reason="needs a CUDA build and a GPU"
+)
+
+
+@needs_cuda
+@pytest.mark.usefixtures("cuda_variant")
+@pytest.mark.parametrize("make", CLOUDS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("num_points", [1, 33, 1000, 5000, 8192, 20000, 150000])
+def test_both_cuda_variants_equal_the_reference(make, num_points):
+    points = make(2, num_points, torch.Generator().manual_seed(num_points))
+    lengths = torch.tensor([num_points, (num_points + 1) // 2])
+    check_all(points, min(num_points + 2, 200), min(num_points + 3, 40), num_points // 3, lengths, device="cuda")
+
+
+@needs_cuda
+def test_an_unknown_cuda_variant_is_refused(monkeypatch):
+    monkeypatch.setenv("POINTALIGN_CUDA_POINT_OPS", "fast")
+    with pytest.raises((ValueError, RuntimeError), match="expected scan or buckets"):
+        farthest_point_sample(torch.rand(1, 50, 3, device="cuda"), 4, impl="native")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("make", CLOUDS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("num_points", [1, 2, 15, 16, 17, 255, 256, 257, 1000, 8191])
@@ -438,9 +466,8 @@ def test_scipy_agrees():
     assert same > 0.999  # in float64 a few near-ties order differently
 
 
-@pytest.mark.skipif(
-    "cuda" not in point_ops.NATIVE_DEVICES or not torch.cuda.is_available(), reason="needs a CUDA build and a GPU"
-)
+@needs_cuda
+@pytest.mark.usefixtures("cuda_variant")
 def test_cuda_survives_bad_input():
     """No synchronising check: results of NaN points are unspecified but stay inside the cloud."""
     points = uniform(3, 3000, torch.Generator().manual_seed(16)).cuda()
@@ -456,9 +483,8 @@ def test_cuda_survives_bad_input():
     assert (farthest_point_sample(points, 100, 0, short, impl="native") >= 0).all()
 
 
-@pytest.mark.skipif(
-    "cuda" not in point_ops.NATIVE_DEVICES or not torch.cuda.is_available(), reason="needs a CUDA build and a GPU"
-)
+@needs_cuda
+@pytest.mark.usefixtures("cuda_variant")
 def test_cuda_graph_and_streams():
     points = torch.rand(4, 8192, 6, device="cuda")
     stream = torch.cuda.Stream()

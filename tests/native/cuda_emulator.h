@@ -1,4 +1,5 @@
-// Runs a .cu file on the CPU, one fiber per CUDA thread: enough of CUDA C++ for csrc/point_ops_cuda.cu. Blocks run one
+// Runs a .cu file on the CPU, one fiber per CUDA thread: enough of CUDA C++ for csrc/point_ops_cuda.cu and what
+// it includes. Blocks run one
 // after the other. Within a block any thread that is not waiting may run next, in an order drawn at random, so that a
 // missing barrier shows as a wrong result. A warp operation that not all 32 lanes reach, or a barrier that not all
 // threads reach, aborts. Shared memory starts as NaN.
@@ -13,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -181,6 +183,12 @@ inline int __reduce_min_sync(unsigned mask, int value) {
   for (int i = 1; i < 32; ++i) best = static_cast<int>(all[i]) < best ? static_cast<int>(all[i]) : best;
   return best;
 }
+inline int __reduce_add_sync(unsigned mask, int value) {
+  const uint64_t* all = emulator::warp_operation("reduce_add", mask, static_cast<uint32_t>(value));
+  int sum = 0;
+  for (int i = 0; i < 32; ++i) sum += static_cast<int>(all[i]);
+  return sum;
+}
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   const uint64_t* all = emulator::warp_operation("ballot", mask, vote);
   unsigned votes = 0;
@@ -200,12 +208,19 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
   return __shfl_sync(mask, value, static_cast<int>((threadIdx.x % 32) ^ distance));
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline float __ldg(const float* place) { return *place; }
+// Threads switch only where they wait, so that a plain update is atomic.
+inline int atomicAdd(int* place, int value) { return std::exchange(*place, *place + value); }
+inline int atomicMin(int* place, int value) { return std::exchange(*place, std::min(*place, value)); }
+inline int atomicMax(int* place, int value) { return std::exchange(*place, std::max(*place, value)); }
 inline int __float_as_int(float value) { return emulator::bits<int>(value); }
 inline float __int_as_float(int value) { return emulator::bits<float>(value); }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a < b ? b : a; }
 
 struct __half {
   uint16_t bits;
