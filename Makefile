@@ -32,7 +32,7 @@ test: setup
 
 test-long: assets
 	POINTALIGN_LONG_TESTS=1 POINTALIGN_FUZZ_CASES=5000 $(BIN)/python -m pytest tests/test_build.py tests/test_native.py \
-	  tests/test_damaged_files.py tests/test_resume_demo.py tests/test_attach_training.py tests/test_public_names.py \
+	  tests/test_damaged_files.py tests/test_resume_demo.py tests/test_attach_training.py \
 	  tests/test_benchmarks.py tests/test_interruptions.py tests/test_code_blocks.py \
 	  tests/test_notebook.py tests/test_wheel.py tests/test_indexed_conversations.py \
 	  tests/test_alignment_interpreted.py -rs -q

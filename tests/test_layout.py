@@ -1,6 +1,7 @@
 """The house rules that a machine can check."""
 
 import ast
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -108,11 +109,17 @@ def imported_modules(module: str, source: str, is_package: bool, modules: set[st
     return {name for name in imported if name in modules and name != module}
 
 
+@functools.cache
 def import_graph() -> dict[str, set[str]]:
     return {
         module: imported_modules(module, path.read_text(), path.name == "__init__.py", set(SOURCES))
         for module, path in SOURCES.items()
     }
+
+
+@functools.cache
+def calls_of(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
 
 
 def find_circle(graph: dict[str, set[str]]) -> list[str]:
@@ -208,8 +215,8 @@ def test_no_model_folder_brings_code():
     """Left out, `trust_remote_code` asks the user; a `y` on standard input then runs the folder's own program."""
     offending = []
     for module, path in SOURCES.items():
-        for call in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+        for call in calls_of(path):
+            if not isinstance(call.func, ast.Attribute):
                 continue
             loads = call.func.attr in ("from_pretrained", "from_config")
             if loads and ast.unparse(call.func.value).startswith(("Auto", "PointAlignProcessor")):
@@ -232,11 +239,7 @@ def names_no_encoding(call: ast.Call) -> bool:
 
 
 def test_text_is_utf_8_in_every_locale():
-    calls = {
-        module: [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        for module, path in SOURCES.items()
-        if not module.startswith("experiments")
-    }
+    calls = {module: calls_of(path) for module, path in SOURCES.items() if not module.startswith("experiments")}
     assert [f"{m}:{call.lineno}" for m, found in calls.items() for call in found if names_no_encoding(call)] == []
     (call,) = (node for node in ast.walk(ast.parse("path.open('a')")) if isinstance(node, ast.Call))
     assert names_no_encoding(call), "the test can fail"
