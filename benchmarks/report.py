@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 from evidence_tables import ablation, audit, audit_card, evaluation, lambdas, probe, procedural_neighbours, token_words
 from fading_tables import fading, fading_answer, fading_longer
+from feature_cache_table import feature_cache
 from point_ops_report import chat, encoder, point_ops
 from reliability_tables import chaos, fuzz, long_run, resume_matrix
 from tables import stamp, table
@@ -340,6 +341,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "fading": fading,
     "fading_answer": fading_answer,
     "fading_longer": fading_longer,
+    "feature_cache": feature_cache,
     "fuzz": fuzz,
     "held_out_naming": held_out_naming,
     "lambdas": lambdas,

@@ -29,7 +29,8 @@ def write(arguments: list[str]) -> None:
     model, processor = build.build_model(options.model, options.data, point_branch_only=True)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        # more processes than cards share them: reading clouds takes a process longer than encoding them takes a card
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     count = write_for(options, model, processor, datasets, device, rank, world)
     if rank == 0:
         print(f"{count} entries in {options.data.feature_cache}; now train with the same --data.feature_cache")

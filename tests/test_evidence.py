@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence_tables
+import feature_cache_table
 
 from experiments import held_out_naming
 from pointalign.embedded import catalogue
@@ -84,6 +85,22 @@ def test_probes_are_shown_by_layer(results):
     text = evidence_tables.probe()
     assert "| noun (accuracy) | 0.500 | 0.400 |" in text and "| CKA |  | 0.300 |" in text
     assert "](../benchmarks/results/probe/layers.png)" in text
+
+
+def test_hours_of_a_feature_cache_follow_from_what_was_measured(results, monkeypatch):
+    monkeypatch.setattr(feature_cache_table, "RESULTS", results)
+    row = {"operations": 5e10, "read_seconds": 0.003, "encode_seconds": 0.9, "batch": 2}
+    errors = {"bfloat16 autocast": {"all": 0.0123, "worst": 0.02}}
+    provenance = VERSIONS | {"driver": None, "triton": None, "uncommitted_changes": False, "date": "2026-11-27"}
+    content = {"provenance": provenance, "minigpt3d-phi2": row, "mini": row, "write_seconds": 0.001}
+    content["precision"] = {"stage": "s", "objects": 16, "errors": errors, "nearest_other_object": 0.5}
+    (results / "feature_cache_cpu.json").write_text(json.dumps(content))
+    text = feature_cache_table.feature_cache()
+    assert "| minigpt3d-phi2 | 50 | 3 | 900 | 1 | 1.11 |" in text
+    card = 5e10 / 25e12 + feature_cache_table.point_op_seconds()  # float32: 2 ms of products
+    alone, shared = 660_000 * (card + 0.004) / 3600, 660_000 * card / 3600
+    assert f"| float32 | {card * 1e3:.2g} | {alone:.2g} | {shared:.2g} | {shared:.2g} |" in text
+    assert "| bfloat16 autocast | 1.2e-02 | 2.0e-02 |" in text
 
 
 STAGE = {

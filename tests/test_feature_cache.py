@@ -189,6 +189,30 @@ def test_a_view_is_the_same_in_every_process_and_the_first_half_keeps_the_pose(p
     assert min(distances) > 1e-2, "no two views are alike"
 
 
+def test_processes_beyond_the_cards_share_them(monkeypatch, tmp_path, capsys):
+    from types import SimpleNamespace
+
+    from pointalign import build, features, options, training_command
+    from pointalign.data import dataset
+
+    seen = []
+    parsed = SimpleNamespace(data=SimpleNamespace(feature_cache=str(tmp_path)), model=None)
+    monkeypatch.setattr(training_command, "prepare", lambda *_: None)
+    monkeypatch.setattr(options, "parse", lambda *_: parsed)
+    monkeypatch.setattr(dataset, "make_datasets", lambda _: [])
+    monkeypatch.setattr(build, "build_model", lambda *_, **__: (None, None))
+    monkeypatch.setattr(feature_cache, "write_for", lambda *given: seen.append(given[4:]) or 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        features.write([])
+    assert seen == [(torch.device("cuda", rank % 2), rank, 4) for rank in range(4)]
+    assert capsys.readouterr().out.count("entries in") == 1, "the first process reports"
+
+
 def test_660_thousand_objects_are_mapped_not_read(tmp_path):
     """32 GB of features, in files with holes: the index is the only thing that is read."""
     count, shard_size, shape = 660_000, 4096, (32, 768)
