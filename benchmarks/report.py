@@ -44,6 +44,8 @@ COLUMNS = {
     "explicit": "explicit",
     "fused": "fused, launched",
     "fused-graph": "fused, CUDA graph",
+    "fused-earlier-graph": "earlier tiles, CUDA graph",
+    "fused-tma-graph": "TMA, CUDA graph",
 }
 # part of the device's own name: compute capability, dense bf16 FLOP/s, bytes/s: attainable rates, assumed
 CARDS = {
