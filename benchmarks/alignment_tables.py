@@ -72,8 +72,8 @@ def alignment_traffic() -> str:
     intro = (
         f"H100, bf16, predicted us of forward + backward. A model, not a measurement (`benchmarks/alignment_model.py`; "
         f"{low_high[0] / 1e12:g} to {low_high[1] / 1e12:g} TB/s from L2 and the other rates are assumed); triton "
-        f"{origin['triton']}, commit {origin['commit']}, {origin['date']}. Best: for each launch the candidate tile with "
-        "the least predicted time, of those that spill no registers.\n\n"
+        f"{origin['triton']}, commit {origin['commit']}, {origin['date']}. Best: for each launch the candidate tile "
+        "with the least predicted time, of those that spill no registers.\n\n"
     )
     text = intro + table(["hidden-width", "M", "earlier tiles", "the table's tiles", "best"], lines)
     lines = []
