@@ -27,11 +27,10 @@ store_linear, store_input_gradient = library._store_linear, library._store_input
 store_weight_gradient, bias_gradient = library._store_weight_gradient, library._bias_gradient
 
 TILES = Tiles(
-    linear=(Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 128, 4, 4)),
+    linear=(Tile(128, 128, 64, 8, 4), Tile(64, 64, 128, 4, 4)),
     linear_share=0.33,
     backward=(
         BackwardTile(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
-        BackwardTile(Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3)),
         BackwardTile(Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 4, 3)),
     ),
     backward_share=0.3,

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment_candidates import BACKWARD, EARLIER, LINEAR
+from alignment_candidates import BACKWARD, EARLIER, LINEAR, SPILLING_BACKWARD, SPILLING_LINEAR
 from alignment_model import CARDS, END_US, LATENCY_US, LAUNCH_US, START_US, Card, Known, Resources, predict, words
 
 from pointalign_kernels.alignment_tiles import BackwardTile, Tile, Tiles, tiles_of
@@ -32,8 +32,10 @@ def expected_registers(tile: Tile | BackwardTile) -> int:
 def candidates(capability: int) -> tuple[list[Tile], list[BackwardTile]]:
     """Tiles of the library's table, of the earlier table and of what the model chooses from."""
     tables = [tiles_of(capability), *([EARLIER[capability]] if capability in EARLIER else [])]
-    linear = [*(tile for table in tables for tile in table.linear), *LINEAR.get(capability, ())]
-    backward = [*(tile for table in tables for tile in table.backward), *BACKWARD.get(capability, ())]
+    linear = [tile for table in tables for tile in table.linear]
+    linear += [*LINEAR.get(capability, ()), *SPILLING_LINEAR.get(capability, ())]
+    backward = [tile for table in tables for tile in table.backward]
+    backward += [*BACKWARD.get(capability, ()), *SPILLING_BACKWARD.get(capability, ())]
     return list(dict.fromkeys(linear)), list(dict.fromkeys(backward))
 
 

@@ -20,27 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from alignment_candidates import BACKWARD, LINEAR, under
+from alignment_model import words
+from alignment_tma import by_tma
 from torch import Tensor
 
 from pointalign.storage import device_name, provenance
 from pointalign_kernels import alignment_triton as kernels
 from pointalign_kernels import farthest_point_sample, group_points
+from pointalign_kernels.alignment_tiles import BackwardTile, Tile, Tiles
 
 ROWS, HIDDEN, WIDTH, FEATURES = 512, 2560, 1664, 768
 CARD = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CARD else torch.device("cpu")
 TOP_KERNELS = 25
-# Beside the tiles of the table: two blocks to a multiprocessor, or fewer bytes from L2 for each product.
-CANDIDATES = {
-    90: (
-        kernels.Tile(128, 256, 64, 8, 3),
-        kernels.Tile(256, 128, 64, 8, 3),
-        kernels.Tile(128, 128, 64, 8, 3),
-        kernels.Tile(128, 128, 64, 4, 3),
-        kernels.Tile(128, 64, 64, 4, 4),
-        kernels.Tile(64, 256, 64, 4, 3),
-    )
-}
 
 
 def median_us(call: Callable[[], object]) -> float:
@@ -98,28 +91,31 @@ def launches() -> dict[str, dict[str, float | str]]:
             lambda: (a[0] @ w1[0], a[0].mT @ x[0]),
         ),
     }
-    tiles = [*kernels._tiles(x.device, x.dtype), *CANDIDATES.get(kernels._capability(x.device), ())]
+    table, capability = kernels._tiles(x.device, x.dtype), kernels._capability(x.device)
+    linear = dict.fromkeys([*table.linear, *LINEAR.get(capability, ())])
+    backward = dict.fromkeys([*table.backward, *BACKWARD.get(capability, ())])
     measured = {}
     for name, (ours, cublas) in calls.items():
         times: dict[str, float | str] = {"table": median_us(ours), "cuBLAS, no epilogue": median_us(cublas)}
-        for tile in tiles:
-            times["x".join(map(str, tile))] = _under_tile(tile, ours)
+        for tile in linear if name.startswith("F") else backward:
+            times[words(tile)] = _under_tile(tile, ours)
+        if capability == 90:
+            with by_tma():
+                times["TMA"] = median_us(ours)
         measured[name] = times
     return measured
 
 
-def _under_tile(tile: kernels.Tile, launch: Callable[[], object]) -> float | str:
+def _under_tile(tile: Tile | BackwardTile, launch: Callable[[], object]) -> float | str:
     """Microseconds of a launch that takes this tile, or what a tile too large for the card raises."""
     from triton.runtime.errors import OutOfResources
 
-    choose = kernels._choose
-    kernels._choose = lambda device, dtype, programs: tile
+    linear, backward = ((), (tile,)) if isinstance(tile, BackwardTile) else ((tile,), ())
     try:
-        return median_us(launch)
+        with under(Tiles(linear, 0, backward, 0)):
+            return median_us(launch)
     except (OutOfResources, RuntimeError) as error:  # one tile that fails must not lose the others' times
         return str(error)[:200]
-    finally:
-        kernels._choose = choose
 
 
 def by_kernel(call: Callable[[], object], repeats: int) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def rows(*names: str) -> str:
 STAGES = (
     Stage("build", 20, 60, ("{python} benchmarks/gpu_check.py --output {results} {rehearse}",)),
     Stage("smoke", 60, 150, (f"{{pytest}} {GPU_TESTS} -k '{SMOKE}'",)),
-    Stage("alignment", 100, 200, (f"{{pytest}} benchmarks/test_alignment_loss.py -k 512-2560 {BENCHMARK}",)),
+    Stage("alignment", 120, 240, (f"{{pytest}} benchmarks/test_alignment_loss.py -k 512-2560 {BENCHMARK}",)),
     Stage("points", 55, 150, (f"{{pytest}} benchmarks/test_point_ops.py {BENCHMARK}",)),
     Stage("step", 80, 200, (f"{{pytest}} {rows('e', 'b', 'b3')} {BENCHMARK}",), needs=("bitsandbytes",)),
     Stage("probe", 130, 200, ("{python} benchmarks/gpu_probe.py --output {results} {rehearse}",)),
@@ -106,7 +106,7 @@ STAGES = (
         needs=("bitsandbytes",),
     ),
     Stage("parity", 40, 120, ("{python} benchmarks/parity.py --output {results}",)),
-    Stage("sizes", 240, 500, (f"{{pytest}} benchmarks/test_alignment_loss.py -k 'not 512-2560' {BENCHMARK}",)),
+    Stage("sizes", 320, 500, (f"{{pytest}} benchmarks/test_alignment_loss.py -k 'not 512-2560' {BENCHMARK}",)),
     Stage("tests", 240, 500, (f"{{pytest}} -n {{workers}} {GPU_TESTS}",), needs=("xdist",)),
     Stage(
         "sanitizer",

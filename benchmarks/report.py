@@ -16,6 +16,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from alignment_tables import alignment_cards, alignment_resources, alignment_traffic
 from evidence_tables import ablation, audit, audit_card, evaluation, lambdas, probe, procedural_neighbours, token_words
 from fading_tables import fading, fading_answer, fading_longer
 from feature_cache_table import feature_cache
@@ -45,17 +46,9 @@ COLUMNS = {
     "explicit": "explicit",
     "fused": "fused, launched",
     "fused-graph": "fused, CUDA graph",
+    "fused-earlier-graph": "earlier tiles, CUDA graph",
+    "fused-tma-graph": "TMA, CUDA graph",
 }
-# part of the device's own name: compute capability, dense bf16 FLOP/s, bytes/s: attainable rates, assumed
-CARDS = {
-    "H100": (90, 790e12, 3.0e12),
-    "H200": (90, 790e12, 4.3e12),
-    "RTX 4090": (89, 165e12, 1.0e12),
-    "RTX 3090": (86, 71e12, 0.94e12),
-}
-
-# (precision, rows) -> us on an H100: 128 x 128 tiles read 465 MB from L2, one block per multiprocessor
-PREDICTED = {("bf16", 512): "90 to 110", ("autocast", 512): "110 to 130"}
 
 EXPLICIT = (
     '"explicit" is the same forward and backward as one autograd function in plain tensor operations: on a CPU, where '
@@ -98,57 +91,6 @@ def _measured(result: dict) -> str:
     return text
 
 
-def _cards(results: list[dict]) -> str:
-    """Floor and prediction of forward + backward beside what was measured, if anything was."""
-    measured = {
-        (card, row["rows"], row["hidden"], row["precision"]): f"{1e6 * row['seconds']['p50']:.0f}"
-        for result in results
-        for card in CARDS
-        if card in result["provenance"]["device"]
-        for row in result["rows"]
-        if (row["implementation"], row["pass"]) == ("fused-graph", "both")
-    }
-    lines = []
-    for precision in ("autocast", "bf16"):
-        for tokens in (128, 256, 512, 1024):
-            case = Case(tokens, 2560, precision)
-            line = [precision, str(tokens), PREDICTED.get((precision, tokens), "")]
-            for card, (_, flops, moved) in CARDS.items():
-                floor = case.floor({"flops": flops, "bytes": moved})
-                line += [f"{1e6 * floor:.0f}", measured.get((card, tokens, 2560, precision), "not measured")]
-            lines.append(line)
-    header = [
-        "precision",
-        "M",
-        "H100: predicted",
-        *(title for card in CARDS for title in (f"{card}: floor", "measured")),
-    ]
-    intro = (
-        "Forward + backward, 2560-1664-1664-768, us. Floor: operations and bytes at attainable rates. Predicted: from "
-        "the traffic and occupancy of the finished kernels. Measured: the fused kernels as a CUDA graph.\n\n"
-    )
-    return intro + table(header, lines)
-
-
-def _resources() -> str:
-    """The most that any tile of each kernel needs."""
-    content = json.loads((RESULTS / "alignment_resources.json").read_text())
-    lines = []
-    for card, (capability, _, _) in CARDS.items():
-        rows = [row for row in content["rows"] if row["capability"] == capability]
-        for kernel in dict.fromkeys(row["kernel"] for row in rows):
-            same = [row for row in rows if row["kernel"] == kernel]
-            registers, spills, shared = (
-                max(row[name] for row in same) for name in ("registers", "stack_bytes", "shared_kib")
-            )
-            limit, instruction = same[0]["shared_limit_kib"], same[0]["matrix_instruction"] or "none"
-            lines.append([f"{card}, {kernel}", str(registers), str(spills), f"{shared:.1f} of {limit}", instruction])
-    header = ["kernel", "registers", "spilled bytes", "shared KiB", "matrix instruction"]
-    origin = content["provenance"]
-    where = f"triton {origin['triton']}, commit {origin['commit']}, {origin['date']}"
-    return f"Compiled ahead of time, the largest need over all tiles; {where}.\n\n{table(header, lines)}"
-
-
 def _plot(results: list[dict]) -> None:
     for result in results:
         rows = [row for row in result["rows"] if (row["pass"], row["precision"]) == ("both", "autocast")]
@@ -176,7 +118,7 @@ def alignment() -> str:
         results.append({**json.loads(path.read_text()), "file": path.stem})
     _plot(results)
     parts = [_measured(result) for result in results]
-    return "\n".join([*parts, EXPLICIT, _cards(results), _resources()])
+    return "\n".join([*parts, EXPLICIT, alignment_cards(results), alignment_traffic(), alignment_resources()])
 
 
 def conversion() -> str:

@@ -3,12 +3,14 @@
 Every row starts from the same leaves and ends with the gradients of all of them in the leaves' dtypes, so casts lie
 inside the timed region: "autocast" has fp32 parameters and bf16 hidden states under bf16 autocast, as the trainer has;
 "bf16" has everything in bf16. "explicit" is benchmarks/explicit_alignment.py. "-graph" captures the whole pass once per
-set, for torch.compile too: its own reduce-overhead mode would copy weights that are not module parameters. Inputs
-rotate over several sets that together exceed the L2 cache.
+set, for torch.compile too: its own reduce-overhead mode would copy weights that are not module parameters. "earlier"
+takes the tiles of benchmarks/alignment_candidates.py, "tma" the launches of benchmarks/alignment_tma.py: one call
+measures them beside the library's table. Inputs rotate over several sets that together exceed the L2 cache.
 """
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -28,6 +30,8 @@ IMPLEMENTATIONS = ("reference", "compile")
 IMPLEMENTATIONS += ("compile-graph",) if DEVICE == "cuda" else ("explicit",)
 if fused_available(DEVICE):
     IMPLEMENTATIONS += ("fused", "fused-graph") if DEVICE == "cuda" else ("fused",)
+if fused_available(DEVICE) and DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+    IMPLEMENTATIONS += ("fused-earlier-graph", "fused-tma-graph")
 SETS = 4 if DEVICE == "cuda" else 2
 
 
@@ -79,6 +83,19 @@ def gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad])
 
 
+def launches_of(implementation: str) -> AbstractContextManager[None]:
+    """What the fused kernels launch inside; of graphs it is what they capture."""
+    if "earlier" in implementation:
+        from alignment_candidates import EARLIER, under
+
+        return under(EARLIER[90])
+    if "tma" in implementation:
+        from alignment_tma import by_tma
+
+        return by_tma()
+    return nullcontext()
+
+
 @lru_cache(maxsize=1)  # forward and both share one compilation
 def passes(case: Case, implementation: str) -> tuple[list[list[Tensor]], dict[str, Callable[[int], Any]]]:
     """Sets of leaves, and `forward(i)` and `both(i)` on the i-th of them."""
@@ -98,7 +115,9 @@ def passes(case: Case, implementation: str) -> tuple[list[list[Tensor]], dict[st
 
     if not implementation.endswith("-graph"):
         return sets, {"forward": lambda i: loss(sets[i % SETS]), "both": lambda i: both(sets[i % SETS])}
-    captured = {name: [_capture(work, leaves) for leaves in sets] for name, work in (("forward", loss), ("both", both))}
+    works = {"forward": loss, "both": both}
+    with launches_of(implementation):
+        captured = {name: [_capture(work, leaves) for leaves in sets] for name, work in works.items()}
 
     def replay(name: str) -> Callable[[int], Any]:
         def run(index: int) -> object:

@@ -12,6 +12,8 @@ import time
 
 import torch
 import triton
+from alignment_candidates import EARLIER, under
+from alignment_tma import by_tma
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -85,9 +87,14 @@ def main() -> None:
     capability = parser.parse_args().capability
     start = time.monotonic()
     compiled = compile_only(capability)
-    for rows in ROWS:
-        for parameters in (torch.float32, torch.bfloat16):
-            launch_step(rows, parameters)
+    ways = [contextlib.nullcontext]
+    if capability == 90:
+        ways += [lambda: under(EARLIER[90]), by_tma]
+    for way in ways:
+        for rows in ROWS:
+            for parameters in (torch.float32, torch.bfloat16):
+                with way():
+                    launch_step(rows, parameters)
     import gpu_probe  # it launches other tiles as well
 
     gpu_probe.launches()

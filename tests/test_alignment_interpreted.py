@@ -19,11 +19,11 @@ def test_kernels_in_the_interpreter():
     pytest.importorskip("triton", reason="the kernels need triton")
     if version("triton") < (3, 7) and version("numpy") >= (2, 4):
         pytest.skip("the interpreter of triton < 3.7 cannot loop to a run-time bound with numpy >= 2.4")
-    tests = Path(__file__).with_name("test_alignment_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(tests)]
+    tests = [Path(__file__).with_name(f"test_alignment_{name}.py") for name in ("kernels", "variants")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *map(str, tests)]
     # A single BLAS thread is several times faster at the small products of the interpreter.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tests.parents[1])
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tests[0].parents[1])
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert "passed" in run.stdout.splitlines()[-1]
 

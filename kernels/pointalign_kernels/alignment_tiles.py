@@ -62,14 +62,14 @@ TILES = {
     86: _filling(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
     89: _filling(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
     90: Tiles(
-        linear=(Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 128, 4, 4)),
+        linear=(Tile(128, 128, 64, 8, 4), Tile(64, 64, 128, 4, 4)),
         linear_share=0.33,
         backward=(
             BackwardTile(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
             BackwardTile(Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3)),
             BackwardTile(Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 4, 3)),
         ),
-        backward_share=0.3,
+        backward_share=0.4,
     ),
     100: _filling(Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 8, 4), Tile(64, 32, 128, 4, 4)),
     120: _filling(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)),
