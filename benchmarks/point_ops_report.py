@@ -86,11 +86,10 @@ def _simulated() -> dict[str, Any] | None:
 
 
 def _range(predictions: list[dict[str, float]], variant: str) -> str:
-    """Predictions at several clocks, microseconds, to two or three digits."""
-    values = sorted(float(f"{prediction[variant]:.2g}") for prediction in predictions)
-    if values[0] >= 100:
-        values = sorted(5 * round(prediction[variant] / 5) for prediction in predictions)
-    return f"{values[0]:.0f}-{values[-1]:.0f}"
+    """Predictions at several clocks, in microseconds; from 100 on, to the nearest 5."""
+    values = sorted(prediction[variant] for prediction in predictions)
+    low, high = (5 * round(value / 5) if value >= 100 else round(value) for value in (values[0], values[-1]))
+    return f"{low}-{high}"
 
 
 def _predicted(simulated: dict[str, Any] | None, race: str, batch: int) -> list[str]:

@@ -28,7 +28,7 @@ SCAN_CENTRES = 4  # that a warp of the scan searches for at once
 CELL_BITS = (4, 5, 7)  # cells per axis that the sort tells apart: 16 in the CUDA kernels, 128 on the CPU
 WARPS = (8, 16, 32)  # of a block, buckets dealt out in turn
 CHOSEN = {"cell_bits": 4, "warps": 16}  # as in csrc/sorted_clouds.cuh and point_ops_buckets.cuh
-SIZES = (8192, 2048, 4096, 16384, 65536)
+SIZES = (8192, 2048, 4096, 16384)
 BATCHES = (1, 16)
 
 # Cycles and instructions were counted in the kernels' machine code; latencies are those published for sm_80 and sm_90.

@@ -115,7 +115,8 @@ __global__ void __launch_bounds__(kSampleWarps * 32, 1)
 
   int newest = min(start_index, count - 1);
   const float* coordinates = rows + newest * points.row_stride;
-  Offer candidate = {lane == 0 ? kLargest : -kLargest, newest * kRow, 0, coordinates[0], coordinates[1], coordinates[2]};
+  Offer candidate = {lane == 0 ? kLargest : -kLargest, newest * kRow, 0,
+                     coordinates[0], coordinates[1], coordinates[2]};
   Offer of_warp = candidate;
   int others = kLargest, step = 0;
   for (int round = 0;; round ^= 1) {
@@ -158,8 +159,8 @@ __global__ void __launch_bounds__(kSampleWarps * 32, 1)
           mine.others = max(mine.others, best[h].bits);
         }
       const Farthest farthest = warp_farthest({mine.bits, mine.tag});
-      of_warp = {farthest.bits, farthest.index, __reduce_max_sync(kAll, mine.tag == farthest.index ? mine.others : mine.bits),
-                 0, 0, 0};
+      const int bound = __reduce_max_sync(kAll, mine.tag == farthest.index ? mine.others : mine.bits);
+      of_warp = {farthest.bits, farthest.index, bound, 0, 0, 0};
       if (farthest.index != kLargest) {
         coordinates = kShared ? &held[farthest.index % kRow].x : rows + farthest.index * points.row_stride;
         of_warp.x = coordinates[0], of_warp.y = coordinates[1], of_warp.z = coordinates[2];
@@ -249,8 +250,9 @@ __global__ void __launch_bounds__(kWarps * 32, 4)
 
 // Whether sampling has room for the cloud in shared memory; `bytes` is what it takes.
 bool fits_shared(int count, int limit, int* bytes) {
-  *bytes = count <= kSharedPoints ? SortedClouds::padded_of(count) * static_cast<int>(sizeof(float4) + sizeof(uint16_t)) : 0;
-  return count <= kSharedPoints && *bytes + 1024 <= limit;  // of the kernel's static arrays
+  if (count > kSharedPoints) return false;
+  *bytes = SortedClouds::padded_of(count) * static_cast<int>(sizeof(float4) + sizeof(uint16_t));
+  return *bytes + 1024 <= limit;  // 1,024 for the kernel's static arrays
 }
 
 int sample_buckets(const Points& points, int clouds, int num_samples, int start_index, int limit, float* workspace,

@@ -147,7 +147,10 @@ __global__ void __launch_bounds__(kThreads, 1) sort_points(Points points, Sorted
   if (thread < 6) bounds[thread] = ordered(thread < 3 ? INFINITY : -INFINITY);
   Box box;
 #pragma unroll 4
-  for (int i = thread; i < count; i += kThreads) box.include(rows + i * points.row_stride, rows + i * points.row_stride);
+  for (int i = thread; i < count; i += kThreads) {
+    const float* const row = rows + i * points.row_stride;
+    box.include(row, row);
+  }
   box.unite_lanes();
   __syncthreads();
   if (lane == 0)
@@ -164,7 +167,8 @@ __global__ void __launch_bounds__(kThreads, 1) sort_points(Points points, Sorted
   const float scale = extent > 0 ? (1 << kCellBits) / extent : 0;
 
 #pragma unroll 4
-  for (int i = thread; i < count; i += kThreads) atomicAdd(offsets + cell_of(rows + i * points.row_stride, low, scale), 1);
+  for (int i = thread; i < count; i += kThreads)
+    atomicAdd(offsets + cell_of(rows + i * points.row_stride, low, scale), 1);
   __syncthreads();
   int counts[kPer], sum = 0;
   for (int j = 0; j < kPer; ++j) sum += counts[j] = offsets[thread * kPer + j];
