@@ -22,7 +22,7 @@ from pointalign_kernels import alignment_triton as kernels
 
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most that one block may have
 DOT = {"PRECISION": "ieee"}
-INTEGERS = ("num_rows", "M", "R", "N", "K", "D", "part_size", "dx_tiles", "dw_tiles")
+ANY = ("dx_tiles", "dw_tiles", "ranges", "adapters", "threshold", "scale")  # no multiples of 16
 
 
 def cases(capability: int, every_tile: bool) -> list[tuple[str, object, dict, dict]]:
@@ -60,6 +60,7 @@ def cases(capability: int, every_tile: bool) -> list[tuple[str, object, dict, di
 
 
 def compile_case(capability: int, kernel, constants: dict, pointers: dict) -> dict:
+    """What a kernel needs; `pointers`: types of pointers that are not bf16 and of numbers that are not i32."""
     constants = dict(constants)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     signature, attributes = {}, {}
@@ -67,8 +68,9 @@ def compile_case(capability: int, kernel, constants: dict, pointers: dict) -> di
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = "i32" if name in INTEGERS else "*" + pointers.get(name, "bf16")
-        if name not in ("dx_tiles", "dw_tiles"):
+        pointer = name.endswith("_ptr")
+        signature[name] = "*" + pointers.get(name, "bf16") if pointer else pointers.get(name, "i32")
+        if name not in ANY and not kernel.params[place].do_not_specialize:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
