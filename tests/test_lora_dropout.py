@@ -1,4 +1,4 @@
-"""Masks from a counter: the published bits, the statistics of dropout, and the kernels in the interpreter or on a GPU."""
+"""Masks from a counter: the published bits, the statistics of dropout, the kernels in the interpreter or on a GPU."""
 
 import os
 import subprocess

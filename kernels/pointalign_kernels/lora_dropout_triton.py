@@ -12,8 +12,8 @@ for these kernels, which read what several adapters share from the L2 cache or o
     dA             x * mask reads 3, writes 2; the product reads 2          7 an adapter    2 all adapters
     dx             the product writes 2; the sum reads 5, writes 2          9 an adapter    4 all adapters
 
-So masked products do not go to cuBLAS. Philox costs about 9 integer instructions an element and use instead, and thus
-bounds the kernels: a slice of 7 rounds serves eight columns, in the order in which a thread loads 16 bytes.
+So masked products do not go to cuBLAS. Philox costs about 9 integer instructions an element and use instead, which
+may bound the kernels: a call serves eight columns, in the order in which a thread loads 16 bytes.
 
 Shape legend: R rows; K inputs; A adapters of rank r, each in `ranges` of RANK; S = A r.
 """
@@ -26,11 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pointalign_kernels.alignment_triton import INTERPRETED, _ceil, _multiprocessors, _precision
+from pointalign_kernels.alignment_triton import _ceil, _multiprocessors, _precision
 from pointalign_kernels.lora_dropout import ROUNDS
 
 # Rows and columns of a tile of x, warps, pipeline stages; predictions from registers and shared memory, not measured.
-DOWN_TILE = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 3}
+DOWN_TILE = {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 3}
 DOWN_GRADIENT_TILE = {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 3}
 INPUT_GRADIENT_TILE = {"ROWS": 64, "COLS": 128, "num_warps": 8, "num_stages": 2}
 LARGEST_RANGE = 64
