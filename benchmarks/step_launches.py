@@ -4,9 +4,9 @@
 
 An operator of PyTorch counts as one launch, a view as none. That is close to what CUDA launches: of these operators
 only those over lists of tensors (`_foreach`, `_fused`) need several kernels, one per some hundred tensors. LoRA's
-dropout is counted as its kernels, which a CPU computes by their reference. On CUDA liger-kernel's rotary embedding and a
-single kernel of the residual dropout replace about thirty operators of a layer. The launches of a layer are the
-difference between models of three layers and of two.
+dropout is counted as its kernels, which a CPU computes by their reference. On CUDA liger-kernel's rotary embedding
+replaces about thirty operators of a layer. The launches of a layer are the difference between models of three layers
+and of two.
 """
 
 import argparse

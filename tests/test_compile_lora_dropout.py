@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
-REGISTERS = {"down": 128, "down gradient": 128, "input gradient": 192}  # most per thread
+REGISTERS = {"down": 96, "down gradient": 128, "input gradient": 192}  # most per thread
 
 
 def test_resources(tmp_path):
