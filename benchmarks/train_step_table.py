@@ -166,7 +166,7 @@ def train_step() -> str:
 
 
 def launches() -> str:
-    """Operators that launch a kernel, before adapters were cast and scaled together and dropped by a counter, and after."""
+    """Operators that launch a kernel: before adapters were cast, scaled and dropped together, and after."""
     before, after = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in ("step_launches_before", "step_launches")
     )
