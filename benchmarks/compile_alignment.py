@@ -23,7 +23,7 @@ from pointalign_kernels.alignment_tiles import TILES, BackwardTile, Tile
 
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # most that one block may have
 DOT = {"PRECISION": "ieee"}
-INTEGERS = ("num_rows", "M", "R", "N", "K", "D", "part_size", "dx_tiles", "db_tiles")
+ANY = ("dx_tiles", "db_tiles", "ranges", "adapters", "threshold", "scale")  # no multiples of 16
 
 
 def linear_case(tile: Tile, silu: bool = True) -> tuple[object, dict, dict]:
@@ -67,6 +67,7 @@ def cases(capability: int, every_tile: bool) -> list[tuple[str, object, dict, di
 
 
 def compile_case(capability: int, kernel, constants: dict, pointers: dict) -> dict:
+    """What a kernel needs; `pointers`: types of pointers that are not bf16 and of numbers that are not i32."""
     constants = dict(constants)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     signature, attributes = {}, {}
@@ -74,9 +75,11 @@ def compile_case(capability: int, kernel, constants: dict, pointers: dict) -> di
         if name in constants:
             signature[name] = "constexpr"
             continue
-        kind = pointers.get(name, "bf16")
-        signature[name] = "i32" if name in INTEGERS else kind if kind.startswith("tensordesc") else f"*{kind}"
-        if name not in ("dx_tiles", "db_tiles") and not kind.startswith("tensordesc"):
+        pointer = name.endswith("_ptr")
+        kind = pointers.get(name, "bf16" if pointer else "i32")
+        described = kind.startswith("tensordesc")
+        signature[name] = f"*{kind}" if pointer and not described else kind
+        if name not in ANY and not described and not kernel.params[place].do_not_specialize:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

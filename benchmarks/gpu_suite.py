@@ -79,9 +79,15 @@ SANITIZED = (
     "tests/test_alignment_kernels.py -k several_layers",
     "tests/test_point_ops.py -k '{device} and (lengths or batches or bad_input or every_sample)'",
 )
-GPU_TESTS = "tests/test_alignment_kernels.py tests/test_lean_cuda.py tests/test_point_ops.py"
+GPU_TESTS = (
+    "tests/test_alignment_kernels.py tests/test_lean_cuda.py tests/test_point_ops.py tests/test_lora_dropout.py "
+    "tests/test_counter_dropout.py"
+)
 # liger-kernel, nf4, varlen attention and the memory cap are tests/test_lean_cuda.py
-SMOKE = "lean_cuda or several_layers or autocast or cuda_graph or every_output or test_batches or test_lengths"
+SMOKE = (
+    "lean_cuda or lora_dropout or several_layers or autocast or cuda_graph or every_output or test_batches "
+    "or test_lengths"
+)
 
 
 def rows(*names: str) -> str:

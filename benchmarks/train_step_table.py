@@ -166,7 +166,7 @@ def train_step() -> str:
 
 
 def launches() -> str:
-    """Operators that launch a kernel, before and after adapters were cast and scaled together."""
+    """Operators that launch a kernel: before adapters were cast, scaled and dropped together, and after."""
     before, after = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in ("step_launches_before", "step_launches")
     )
@@ -178,8 +178,8 @@ def launches() -> str:
     head = ["row", "a layer, before", "a layer", f"a step of {after['layers']} layers, before", "a step"]
     return (
         "Operators that launch a kernel, counted on a CPU (`python benchmarks/step_launches.py`); commits "
-        f"{commits[0]} (before) and {commits[1]}. On CUDA liger-kernel's rotary embedding and a single dropout kernel "
-        "replace about thirty of a layer's.\n\n" + table(head, lines)
+        f"{commits[0]} (before) and {commits[1]}. LoRA's dropout counts as its kernels; on CUDA liger-kernel's rotary "
+        "embedding replaces about thirty of a layer's.\n\n" + table(head, lines)
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pointalign.efficient.quantization import full_weight, is_4bit
+from pointalign_kernels import lora_dropout
 
 # Layers of a decoder block that read the same tensor. In Phi's parallel block the MLP reads the attention's input.
 SAME_INPUT = {
@@ -24,9 +25,11 @@ SAME_INPUT = {
 class LoraProducts(torch.autograd.Function):
     """`y_i = x W_i^T + b_i + s_i (dropout(x) A_i^T) B_i^T` for layers i that read the same x; W and b are frozen.
 
-    Saves x, the rank-r products and, with dropout, masks of one byte per element. The scale s and dropout's 1 / (1 - p)
-    are applied to tensors of width r only. The products that make up the gradient with respect to x accumulate in
-    place, and the gradients of all adapters are parts of one buffer, which is cast to the adapters' dtype once.
+    Saves x, the rank-r products and, with dropout, a seed: the kernels of `lora_dropout` draw the masks again from it.
+    Where they cannot run, PyTorch's masks of one byte per element are saved instead. The scale s and dropout's
+    1 / (1 - p) are applied to tensors of width r only. The products that make up the gradient with respect to x
+    accumulate in place, and the gradients of all adapters are parts of one buffer, which is cast to the adapters' dtype
+    once.
 
     Args of `apply`:
         x: `[..., K]`.
@@ -42,8 +45,14 @@ class LoraProducts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         down, ups = group.factors(adapters, dtype)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        masks: list[Tensor] = []
-        if dropout > 0:
+        masks: list[Tensor] = []  # or the seed of all masks
+        counted = dropout > 0 and group.draws_from_counter(rows)
+        if counted:
+            dropout = lora_dropout.dropped_share(dropout)
+            masks = [lora_dropout.draw_seed(rows.device)]
+            scale = group.scales[0] * _rescale(dropout)
+            low = lora_dropout.lora_dropout_down(rows, down, masks[0], len(group.bases), dropout, scale)
+        elif dropout > 0:
             low = rows.new_empty(len(rows), len(down))  # [R, sum of ranks]
             for part, down_i in zip(low.split(group.ranks, 1), down.split(group.ranks), strict=True):
                 dropped, mask = torch.native_dropout(rows, dropout, True)
@@ -51,11 +60,13 @@ class LoraProducts(torch.autograd.Function):
                 masks.append(mask)
         else:
             low = rows @ down.mT
-        group.scale(low)
+        if not counted:
+            group.scale(low)
         outputs = []
         for y, low_i, up in zip(group.products(rows), low.split(group.ranks, 1), ups, strict=True):
             outputs.append(y.addmm_(low_i, up.mT).view(*x.shape[:-1], -1))
-        ctx.group, ctx.dropout, ctx.shape, ctx.x_dtype = group, dropout, x.shape, x.dtype
+        ctx.group, ctx.dropout, ctx.counted = group, dropout, counted
+        ctx.shape, ctx.x_dtype = x.shape, x.dtype
         ctx.adapter_dtypes = [adapter.dtype for adapter in adapters]
         ctx.save_for_backward(rows, low, down, *ups, *masks)
         return tuple(outputs)
@@ -65,7 +76,7 @@ class LoraProducts(torch.autograd.Function):
         group, count = ctx.group, len(ctx.group.bases)
         rows, low, down, *rest = ctx.saved_tensors
         ups, masks = rest[:count], rest[count:]
-        dtype, dropout_scale = rows.dtype, 1 / (1 - ctx.dropout) if ctx.dropout < 1 else 0.0
+        dtype = rows.dtype
         dy = [
             rows.new_zeros(len(rows), base.out_features)
             if gradient is None
@@ -75,13 +86,15 @@ class LoraProducts(torch.autograd.Function):
         dlow = torch.empty_like(low)
         for part, dy_i, up in zip(dlow.split(group.ranks, 1), dy, ups, strict=True):
             torch.mm(dy_i, up, out=part)
-        group.scale(dlow, dropout_scale)
+        group.scale(dlow, _rescale(ctx.dropout))
 
         # The gradients of all A `[sum of ranks, K]`, then those of the B, end to end.
         buffer = rows.new_empty(down.numel() + sum(up.numel() for up in ups))
         d_down, *d_ups = buffer.split([down.numel(), *(up.numel() for up in ups)])
         d_down, d_ups = d_down.view_as(down), [part.view_as(up) for part, up in zip(d_ups, ups, strict=True)]
-        if masks:
+        if ctx.counted:
+            lora_dropout.lora_dropout_down_gradient(rows, dlow, masks[0], count, ctx.dropout, d_down)
+        elif masks:
             for part, dlow_i, mask in zip(d_down.split(group.ranks), dlow.split(group.ranks, 1), masks, strict=True):
                 torch.mm(dlow_i.mT, rows * mask, out=part)
         else:
@@ -95,7 +108,9 @@ class LoraProducts(torch.autograd.Function):
                 weight = full_weight(base).to(dtype)
                 dx = dy_i @ weight if dx is None else dx.addmm_(dy_i, weight)
             assert dx is not None
-            if masks:
+            if ctx.counted:
+                lora_dropout.lora_dropout_input_gradient_(dx, dlow, down, masks[0], count, ctx.dropout)
+            elif masks:
                 parts = zip(dlow.split(group.ranks, 1), down.split(group.ranks), masks, strict=True)
                 for dlow_i, down_i, mask in parts:
                     dx.addcmul_(dlow_i @ down_i, mask)
@@ -109,6 +124,11 @@ class LoraProducts(torch.autograd.Function):
             *(part.view_as(up) for part, up in zip(d_ups, ups, strict=True)),
         ]
         return dx, None, None, None, *(part.to(kind) for part, kind in zip(parts, ctx.adapter_dtypes, strict=True))
+
+
+def _rescale(dropout: float) -> float:
+    """What dropout multiplies the elements with that it keeps."""
+    return 1 / (1 - dropout) if dropout < 1 else 0.0
 
 
 class AdapterGroup:
@@ -151,6 +171,11 @@ class AdapterGroup:
         dropout = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
         with torch.autocast(kind, enabled=False):
             return LoraProducts.apply(x, self, dtype, dropout, *self.adapters())  # type: ignore[return-value]
+
+    def draws_from_counter(self, rows: Tensor) -> bool:
+        """Whether dropout's masks come from a counter: where the kernels run, and ranks and scales are equal."""
+        uniform = len(set(self.ranks)) == len(set(self.scales)) == 1
+        return uniform and lora_dropout.counter_dropout_available(rows)
 
     def adapters(self) -> list[Tensor]:
         """The parameters: all A `[r, K]`, then all B `[N, r]`."""
