@@ -50,6 +50,7 @@ def in_processes(folder: Path, function: Callable, *arguments, count: int = 2, *
         patch.syspath_prepend(Path(__file__).parent)  # the folder of benchmarks has a conftest.py too
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # by which the server finds what it imports
         for rank, log in enumerate(logs):
+            log.touch()  # also of a process that ends before it writes
             given = job | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(context.Process(target=_run, args=(function, arguments, given, log)))
             processes[-1].start()
