@@ -6,10 +6,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 
 PRELOADED = ["test_trainer", "test_sharded", "test_train"]
@@ -31,19 +31,6 @@ def _run(function: Callable, arguments: tuple, environment: dict[str, str], log:
     function(*arguments)
 
 
-def _start_server(context) -> None:
-    """Start the server where none runs; it finds its modules by PYTHONPATH alone."""
-    context.set_forkserver_preload(PRELOADED)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-
-
 def in_processes(folder: Path, function: Callable, *arguments, count: int = 2, **environment: str) -> list[Ended]:
     """Run `function(*arguments)`, a function of a module, in the processes of one job, with their logs in `folder`.
 
@@ -54,15 +41,19 @@ def in_processes(folder: Path, function: Callable, *arguments, count: int = 2, *
         TimeoutError: a process runs for more than five minutes.
     """
     context = multiprocessing.get_context("forkserver")
-    _start_server(context)
+    context.set_forkserver_preload(PRELOADED)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     job = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes, logs = [], [folder / f"rank-{rank}.log" for rank in range(count)]
-    for rank, log in enumerate(logs):
-        given = job | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(context.Process(target=_run, args=(function, arguments, given, log)))
-        processes[-1].start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent)  # the folder of benchmarks has a conftest.py too
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # by which the server finds what it imports
+        for rank, log in enumerate(logs):
+            log.touch()  # also of a process that ends before it writes
+            given = job | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(context.Process(target=_run, args=(function, arguments, given, log)))
+            processes[-1].start()
     deadline = time.monotonic() + 300
     for process in processes:
         process.join(deadline - time.monotonic())

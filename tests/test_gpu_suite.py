@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
-from made_processes import in_processes
 
 from pointalign_kernels import point_ops
 
@@ -332,22 +330,18 @@ def test_every_script_of_a_stage_exists():
     assert [script for script in scripts if not (ROOT / script).exists()] == []
 
 
-def run_script(script: str, *arguments: str) -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    sys.argv = [script, *arguments]
-    runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
-
-
 @pytest.mark.skipif("cpu" not in point_ops.NATIVE_DEVICES, reason="no native CPU point ops")
 @pytest.mark.parametrize(
     "words", [["gpu_check.py"], ["gpu_probe.py", "--sections", "points"]], ids=lambda words: words[0]
 )
 def test_scripts_rehearse_and_carry_the_ceilings(tmp_path, words):
-    """In a process of its own: a rehearsal compiles kernels and does not run them."""
-    [ended] = in_processes(tmp_path, run_script, *words, "--rehearse", "--output", str(tmp_path), count=1)
-    assert ended.status == 0, ended.output[-4000:]
-    (path,) = tmp_path.glob(f"{words[0].removesuffix('.py')}_*.json")
+    script, *options = words
+    command = [sys.executable, ROOT / "benchmarks" / script, *options, "--rehearse", "--output", tmp_path]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    (path,) = tmp_path.glob(f"{script.removesuffix('.py')}_*.json")
     measured = json.loads(path.read_text())
     assert measured["ceilings"]["flops"] > 0 and measured["ceilings"]["bytes"] > 0
     assert measured["provenance"]["rehearsal"] is True
