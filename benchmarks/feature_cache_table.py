@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from point_ops_report import PREDICTED, PREDICTED_BATCH
+from point_ops_report import GOALS, PREDICTED_BATCHES, predicted_us
 from tables import stamp, table
 
 RESULTS = Path(__file__).parent / "results"
@@ -16,7 +16,8 @@ PROCESSES = (1, 8, 16)
 
 def point_op_seconds() -> float:
     """Sampling and grouping of an object on an H100: the upper ends of what benchmarks/point_ops_report.py predicts."""
-    return sum(float(PREDICTED[name].split("-")[-1]) for name in PREDICTED) * 1e-6 / PREDICTED_BATCH
+    batch = PREDICTED_BATCHES[0]
+    return sum(predicted_us(race, batch) for race in GOALS) * 1e-6 / batch
 
 
 def card_seconds(operations: float, precision: str) -> float:

@@ -101,6 +101,12 @@ def _predicted(simulated: dict[str, Any] | None, race: str, batch: int) -> list[
     return ["not predicted"] * len(VARIANTS)
 
 
+def predicted_us(race: str, batch: int) -> float:
+    """Microseconds on an H100 of the form that the ops choose, the faster one; the upper end of the prediction."""
+    ranges = _predicted(_simulated(), race, batch)
+    return min(float(text.rpartition("-")[2]) for text in ranges)
+
+
 def _predictions(results: list[dict[str, Any]], simulated: dict[str, Any] | None) -> str:
     """Goals and predictions of the native ops beside what was measured, if anything was."""
     lines = []
