@@ -31,7 +31,8 @@ CHOSEN = {"cell_bits": 4, "warps": 16}  # as in csrc/sorted_clouds.cuh and point
 SIZES = (8192, 2048, 4096, 16384)
 BATCHES = (1, 16)
 
-# Cycles and instructions were counted in the kernels' machine code; latencies are those published for sm_80 and sm_90.
+# Estimates: instructions of the sampling loop were counted in machine code, the rest from the sources; latencies are
+# those that are published for sm_80 and sm_90. No device has confirmed them.
 MODEL = {
     "clock_hz": [1.755e9, 1.98e9],  # sustained, boosted
     "multiprocessors": 132,
