@@ -14,8 +14,8 @@ from compile_alignment import compile_case
 
 from pointalign.storage import provenance
 from pointalign_kernels import lora_dropout_triton as kernels
-from pointalign_kernels.alignment_triton import TILES
-from pointalign_kernels.lora_dropout import ROUNDS
+from pointalign_kernels.alignment_tiles import TILES
+from pointalign_kernels.philox import ROUNDS
 
 COMMON = {"NUM_ROUNDS": ROUNDS, "PRECISION": "ieee", "RANK": kernels.LARGEST_RANGE}
 CASES = (  # in bf16, sums in slices

@@ -97,8 +97,8 @@ def rows(*names: str) -> str:
 STAGES = (
     Stage("build", 20, 60, ("{python} benchmarks/gpu_check.py --output {results} {rehearse}",)),
     Stage("smoke", 60, 150, (f"{{pytest}} {GPU_TESTS} -k '{SMOKE}'",)),
-    Stage("alignment", 120, 240, (f"{{pytest}} benchmarks/test_alignment_loss.py -k 512-2560 {BENCHMARK}",)),
-    Stage("points", 55, 150, (f"{{pytest}} benchmarks/test_point_ops.py {BENCHMARK}",)),
+    Stage("alignment", 110, 240, (f"{{pytest}} benchmarks/test_alignment_loss.py -k 512-2560 {BENCHMARK}",)),
+    Stage("points", 50, 150, (f"{{pytest}} benchmarks/test_point_ops.py {BENCHMARK}",)),
     Stage("step", 80, 200, (f"{{pytest}} {rows('e', 'b', 'b3')} {BENCHMARK}",), needs=("bitsandbytes",)),
     Stage("probe", 130, 200, ("{python} benchmarks/gpu_probe.py --output {results} {rehearse}",)),
     Stage(

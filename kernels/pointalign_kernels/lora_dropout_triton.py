@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pointalign_kernels.alignment_triton import _ceil, _multiprocessors, _precision
-from pointalign_kernels.lora_dropout import ROUNDS
+from pointalign_kernels.philox import ROUNDS
 
 # Rows and columns of a tile of x, warps, pipeline stages; predictions from registers and shared memory, not measured.
 DOWN_TILE = {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 3}

@@ -58,7 +58,7 @@ class Size:
     probe_test: int = 80
 
 
-FULL, QUICK = Size(), Size(8, 2, 5, 5, 32, 16)
+FULL, QUICK = Size(), Size(10, 2, 6, 6, 40, 20)
 
 
 @dataclass(frozen=True)

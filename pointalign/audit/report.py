@@ -100,7 +100,7 @@ def _head(title: str, result: dict[str, Any]) -> str:
         f"after Holm, {test['count']} answers</span></div>"
         for name, test in result["criteria"].items()
     )
-    quick = " A quick audit: a fifth of the questions." if result["asked"]["quick"] else ""
+    quick = " A quick audit: a quarter of the questions." if result["asked"]["quick"] else ""
     return (
         f"<h1>{title}</h1><span class='verdict {tone}'>{verdict}</span><p>{MEANING[verdict]}{quick}</p>"
         f"<div class=grid>{cards}</div>"
