@@ -1,31 +1,18 @@
 """The alignment kernels where a new process must decide about Triton: in its interpreter, and without Triton."""
 
-import importlib.metadata
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-
-def version(package: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+from made_interpreter import run_in_the_interpreter
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_alignment_kernels.py runs on the GPU itself")
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="the kernels need triton")
-    if version("triton") < (3, 7) and version("numpy") >= (2, 4):
-        pytest.skip("the interpreter of triton < 3.7 cannot loop to a run-time bound with numpy >= 2.4")
     tests = [Path(__file__).with_name(f"test_alignment_{name}.py") for name in ("kernels", "variants")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *map(str, tests)]
-    # A single BLAS thread is several times faster at the small products of the interpreter.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tests[0].parents[1])
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert "passed" in run.stdout.splitlines()[-1]
+    assert "passed" in run_in_the_interpreter(*map(str, tests))
 
 
 def test_without_triton_the_reference_runs():

@@ -1,12 +1,10 @@
 """LoRA layers whose dropout masks come from a counter, by the reference; in the interpreter, by the kernels."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from made_interpreter import run_in_the_interpreter
 from test_fused import adapted, assert_equal, step
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -163,12 +161,5 @@ def test_expected_output_is_that_without_dropout():
 
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="this process runs the kernels itself")
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="the kernels need triton")
     chosen = "masks_of_the_seed or same_masks_again or no_mask or everything"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=500
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert "5 passed" in run.stdout.splitlines()[-1]
+    assert "5 passed" in run_in_the_interpreter(__file__, "-k", chosen)

@@ -1,12 +1,10 @@
 """Masks from a counter: the published bits, the statistics of dropout, the kernels in the interpreter or on a GPU."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from made_interpreter import run_in_the_interpreter
 
 from pointalign_kernels import lora_dropout
 
@@ -166,10 +164,4 @@ def test_no_rows():
 
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="this process runs the kernels itself")
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="the kernels need triton")
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root, timeout=500)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert "passed" in run.stdout.splitlines()[-1]
+    assert "passed" in run_in_the_interpreter(__file__)

@@ -1,0 +1,26 @@
+"""Tests of Triton kernels in a process of their own, whose kernels run in Triton's interpreter on CPU tensors."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def version(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+
+
+def run_in_the_interpreter(*arguments: str) -> str:
+    """The last line of a pytest with these arguments; skips where Triton, or an interpreter that works, is missing."""
+    pytest.importorskip("triton", reason="the kernels need triton")
+    if version("triton") < (3, 7) and version("numpy") >= (2, 4):
+        pytest.skip("the interpreter of triton < 3.7 cannot loop to a run-time bound with numpy >= 2.4")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *arguments]
+    # A single BLAS thread is several times faster at the small products of the interpreter.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    return run.stdout.splitlines()[-1]
