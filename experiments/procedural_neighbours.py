@@ -38,14 +38,14 @@ def with_procedural(training: ObjectSet, per_noun: int, seed: int = 0) -> Object
 
 def compare(held_out: ObjectSet, training: ObjectSet, per_noun: int) -> dict:
     """Accuracies of both nearest neighbours, by kind of noun, and their paired difference over all known nouns."""
-    known = np.array([noun in set(training.labels) for noun in held_out.labels])
+    known = np.isin(held_out.labels, training.labels)
     neighbours = dict(zip(METHODS, (training, with_procedural(training, per_noun)), strict=True))
     right = {}
     for method, references in neighbours.items():
         nearest = naming.nearest_by_chamfer(held_out.clouds, references.clouds, naming.YAWS)
         right[method] = naming.correct([references.labels[row] for row in nearest], held_out)
     accuracy = naming.report(right, held_out.labels, held_out.families, known).as_dict()["accuracy"]
-    families = [family for family, is_known in zip(held_out.families, known, strict=True) if is_known]
+    families = np.array(held_out.families)[known].tolist()
     difference, p = paired_difference(right[METHODS[1]][known], right[METHODS[0]][known], families)
     clouds = {method: len(references.ids) for method, references in neighbours.items()}
     return {"clouds": clouds, "accuracy": accuracy, "difference": difference.as_dict() | {"p": p}}

@@ -118,7 +118,7 @@ def test_the_section_shows_the_answer_the_figure_and_what_is_missing(tmp_path, m
     assert (tmp_path / "fading.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("study", [study for study in STUDIES if (command.RESULTS / f"{study}.json").exists()])
+@pytest.mark.parametrize("study", STUDIES)
 def test_the_committed_result_is_what_its_cells_say(study):
     folder = command.RESULTS / study
     result = json.loads(folder.with_suffix(".json").read_text())

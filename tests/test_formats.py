@@ -12,8 +12,9 @@ import laspy
 import numpy as np
 import plyfile
 import pytest
+from made_clouds import error_of
 
-from pointalign.data.point_cloud import PointCloudError, Reading, load_point_cloud, read_point_cloud, subsample
+from pointalign.data.point_cloud import Reading, load_point_cloud, read_point_cloud, subsample
 
 RNG = np.random.default_rng(0)
 XYZ = RNG.normal(size=(200, 3)).astype(np.float32)
@@ -34,13 +35,6 @@ def save_vertices(path, columns, text=False, comments=()):
 
 def axes():
     return {axis: XYZ[:, i] for i, axis in enumerate("xyz")}
-
-
-def error_of(path, **options):
-    with pytest.raises(PointCloudError) as caught:
-        load_point_cloud(path, **options)
-    assert str(path) in str(caught.value)
-    return str(caught.value)
 
 
 def written(path, content):
