@@ -144,9 +144,15 @@ def _difference(test: dict) -> str:
     return f"{_percent(test, '+')} points, p = {test['p']:.4f}"
 
 
+def _asked(name: str, count: int, of_others: int) -> str:
+    """A method's name, with its number of objects where that is not the others'."""
+    return name if count == of_others else f"{name} (n={count})"
+
+
 def _naming(content: dict, which: str) -> str:
     """Head-noun accuracies of every method, and the paired tests."""
-    counts = {key: estimate["count"] for key, estimate in next(iter(content["accuracy"].values())).items()}
+    accuracies = content["accuracy"]
+    counts = {key: estimate["count"] for key, estimate in accuracies["majority class"].items()}
     titles = {"noun in training": f"noun occurs in training (n={counts['noun in training']})"}
     for part, title in {"procedural nouns": "nouns with a generator", "other nouns": "other nouns"}.items():
         if counts.get(part, 0) not in (0, counts["noun in training"]):
@@ -154,7 +160,11 @@ def _naming(content: dict, which: str) -> str:
     if counts["all"] != counts["noun in training"]:
         titles["all"] = f"all {which} objects (n={counts['all']})"
     rows = [
-        [name, *(_percent(accuracy[column]) for column in titles)] for name, accuracy in content["accuracy"].items()
+        [
+            _asked(name, parts["all"]["count"], counts["all"]),
+            *(_percent(parts[column]) if column in parts else "none of them" for column in titles),
+        ]
+        for name, parts in accuracies.items()
     ]
     tests = [f"- {name}: {_difference(test)}\n" for name, test in content["tests"].items()]
     return (
@@ -208,8 +218,11 @@ def summary() -> str:
     """The README's one table: naming of held-out objects by the model and by methods that need no language model."""
     content = json.loads((RESULTS / "demo.json").read_text())
     accuracy = content["accuracy"]
-    rows = [[name, _percent(parts["noun in training"])] for name, parts in accuracy.items()]
     count = accuracy["model"]["noun in training"]["count"]
+    rows = [
+        [_asked(name, parts["noun in training"]["count"], count), _percent(parts["noun in training"])]
+        for name, parts in accuracy.items()
+    ]
     kinds = ", ".join(
         f"{kind} {100 * row['mean']:.0f} ({100 * row['chance']:.0f})" for kind, row in content["kinds"].items()
     )

@@ -36,6 +36,7 @@ from pointalign.models import PointAlignForConditionalGeneration, PointAlignProc
 
 PER_KIND = 16  # questions of a kind, at the end of a training
 CALIBRATED, UNKNOWN = 64, 48  # validation objects and objects of unknown nouns that are asked about
+BEFORE = 32  # objects that the model names before training: enough to see that it cannot
 CHANCE = {"longest side": 1 / 3, "aspect bucket": 1 / 4, "colour": 1 / len(PALETTE)}  # else 1 / 2
 
 
@@ -60,8 +61,12 @@ class HeldOutReport:
         self.results: dict[str, np.ndarray] = {}
 
     def before(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor) -> None:
-        answers = ask_names(model, processor, self.known.clouds, "naming before training")
-        self.results["model before training"] = correct(answers, self.known)
+        """Name `BEFORE` objects, evenly chosen; the result of the others is NaN."""
+        rows = evenly(len(self.known.ids), BEFORE)
+        part = self.known.subset(rows)
+        result = np.full(len(self.known.ids), np.nan)
+        result[rows] = correct(ask_names(model, processor, part.clouds, "naming before training"), part)
+        self.results["model before training"] = result
 
     def calibrate(self, model: PointAlignForConditionalGeneration, processor: PointAlignProcessor) -> None:
         """Set the probability below which the model hedges names, on the validation objects, known nouns and unknown.
@@ -85,12 +90,10 @@ class HeldOutReport:
         """Evaluate the exported model, not the one in memory."""
         model, processor, _ = load(exported)
         clouds = self.known.clouds
-        inputs = {
-            "model": clouds,
-            "model, random yaw": random_yaw(clouds),
-            "model, shuffled clouds": [clouds[i] for i in shuffled(len(clouds))],
-        }
+        inputs = {"model": clouds, "model, random yaw": random_yaw(clouds)}
         answers = {name: ask_names(model, processor, part, name) for name, part in inputs.items()}
+        # The question is the same for all objects, so another object's cloud has been answered about already.
+        answers["model, shuffled clouds"] = [answers["model"][i] for i in shuffled(len(clouds))]
         self.results |= {name: correct(texts, self.known) for name, texts in answers.items()}
         self.results |= controls(self.known, self.training)
         known = np.ones(len(self.known.ids), dtype=bool)
@@ -103,7 +106,7 @@ class HeldOutReport:
                 "truth": record["head_noun"],
                 "noun_in_training": True,
                 "answer": answers["model"][row],
-                "right": [name for name, right in self.results.items() if right[row]],
+                "right": [name for name, right in self.results.items() if right[row] == 1],
             }
             for row, record in enumerate(self.known.records)
         ]

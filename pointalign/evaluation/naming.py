@@ -186,13 +186,16 @@ class NamingReport:
 
     def table(self) -> str:
         width = max(len(name) for name in self.accuracy)
-        counts = {part: estimate.count for part, estimate in next(iter(self.accuracy.values())).items()}
-        if counts["all"] == counts["noun in training"]:
+        counts = {part: estimate.count for part, estimate in max(self.accuracy.values(), key=_count_all).items()}
+        counts_all = counts["all"]
+        if counts_all == counts["noun in training"]:
             del counts["all"]
         titles = [f"{PARTS[part]} (n={count})" for part, count in counts.items()]
         lines = [f"{'head-noun accuracy':{width}}  " + "  ".join(f"{title:30}" for title in titles)]
         for name, parts in self.accuracy.items():
-            lines.append(f"{name:{width}}  " + "  ".join(f"{parts[part]!s:30}" for part in counts))
+            cells = [str(parts[part]) if part in parts else "none of them" for part in counts]
+            cells[0] += "" if parts["all"].count == counts_all else f" (n={parts['all'].count})"
+            lines.append(f"{name:{width}}  " + "  ".join(f"{cell:30}" for cell in cells))
         for name, test in self.tests.items():
             lines.append(f"{name}: {100 * test['mean']:+.1f} points, p = {test['p']:.4f}")
         return "\n".join(line.rstrip() for line in lines)
@@ -202,6 +205,10 @@ class NamingReport:
             name: {key: estimate.as_dict() for key, estimate in parts.items()} for name, parts in self.accuracy.items()
         }
         return {"accuracy": accuracy, "tests": self.tests}
+
+
+def _count_all(parts: dict[str, Estimate]) -> int:
+    return parts["all"].count
 
 
 def shuffled(count: int, seed: int = 0) -> np.ndarray:
@@ -231,6 +238,7 @@ def report(
     are named far more often.
 
     Args:
+        results: NaN for an object that a method was not asked about.
         noun_in_training: `[N]` booleans; the paired tests, and the counts by kind of noun, are over these objects.
     """
     procedural = np.array([noun in MAKERS for noun in nouns], dtype=bool)
@@ -241,14 +249,16 @@ def report(
         "all": np.ones(len(nouns), dtype=bool),
     }
     clusters = np.array(families)
-    accuracy = {
-        name: {part: cluster_mean(values[mask], clusters[mask].tolist()) for part, mask in masks.items() if mask.any()}
-        for name, values in results.items()
-    }
-    known = clusters[noun_in_training].tolist()
+    accuracy: dict[str, dict[str, Estimate]] = {}
+    for name, values in results.items():
+        asked = {part: mask & ~np.isnan(values) for part, mask in masks.items()}
+        accuracy[name] = {
+            part: cluster_mean(values[mask], clusters[mask].tolist()) for part, mask in asked.items() if mask.any()
+        }
     tests = {}
     for ours, theirs in PAIRS:
         if ours in results and theirs in results:
-            estimate, p = paired_difference(results[ours][noun_in_training], results[theirs][noun_in_training], known)
+            both = noun_in_training & ~np.isnan(results[ours]) & ~np.isnan(results[theirs])
+            estimate, p = paired_difference(results[ours][both], results[theirs][both], clusters[both].tolist())
             tests[f"{ours} against {theirs}"] = estimate.as_dict() | {"p": p}
     return NamingReport(accuracy, tests)
