@@ -14,7 +14,8 @@ from pointalign_kernels.folded_pointnet import folded_pointnet, folded_pointnet_
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float32, torch.float16)
-runs_kernel = pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a GPU or the interpreter")
+RUNS_KERNEL = torch.cuda.is_available() or INTERPRETED
+runs_kernel = pytest.mark.skipif(not RUNS_KERNEL, reason="needs a GPU or the interpreter")
 
 
 def mini_pointnet(channels=6, width=64, bias=True, affine=True, outputs=None):

@@ -5,9 +5,9 @@ A program has ROWS points of whole groups. Both halves are the same loop, over c
     total += relu(x A_chunk^T + bias) B_chunk^T
 
 so nothing between the points and the vector of a group is ever larger than a chunk, but for what the registers hold:
-the features between the halves and the total, `[ROWS, w]` and `[ROWS, d]`. The published module concatenates the maximum
-of a group to its points; here its product with the shared weights is computed once per group, chunk by chunk, and is the
-bias of the second loop. Products are those of tensor cores, of 16-bit factors summed in fp32; each factor is rounded
+the features between the halves and the total, `[ROWS, w]` and `[ROWS, d]`. The published module concatenates the
+maximum of a group to its points; here its product with the shared weights is computed once per group, chunk by chunk,
+and is the bias of the second loop. Products are those of tensor cores, of 16-bit factors summed in fp32; each factor is rounded
 once. Every program reads all weights, from L2: more rows a program mean less of that traffic.
 
 Groups are padded to a power of two points by repeating the last point, which changes no maximum. As in PyTorch, a NaN
@@ -137,7 +137,7 @@ def constants(channels: int, points: int, width: int, outputs: int, tile: dict[s
 
 
 def launch(groups: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
-    """Write the vectors of groups `[B, G, k, C]` into `out [B, G, d]`; all contiguous, weights in the kernel's order."""
+    """Write the vectors of groups `[B, G, k, C]` into `out [B, G, d]`; all tensors are contiguous."""
     batch, num_groups, points, channels = groups.shape
     total = batch * num_groups
     if total == 0:
