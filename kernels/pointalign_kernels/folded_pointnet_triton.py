@@ -7,10 +7,10 @@ A program has ROWS points of whole groups. Both halves are the same loop, over c
 so nothing between the points and the vector of a group is ever larger than a chunk, but for what the registers hold:
 the features between the halves and the total, `[ROWS, w]` and `[ROWS, d]`. The published module concatenates the
 maximum of a group to its points; here its product with the shared weights is computed once per group, chunk by chunk,
-and is the bias of the second loop. Products are those of tensor cores, of 16-bit factors summed in fp32; each factor is rounded
-once. Every program reads all weights, from L2: more rows a program mean less of that traffic.
+and is the bias of the second loop. Products are those of tensor cores, of 16-bit factors summed in fp32; each factor is
+rounded once. Every program reads all weights, from L2: more rows a program mean less of that traffic.
 
-Groups are padded to a power of two points by repeating the last point, which changes no maximum. As in PyTorch, a NaN
+A program has at most 16 groups; they are padded to its rows by repeating their last point, which changes no maximum. As in PyTorch, a NaN
 passes through the maxima: it shows in the vector of its group.
 
 Shape legend: T groups of k points with C channels; w features of a point; d features of a group.
@@ -96,15 +96,14 @@ def folded_pointnet_kernel(
     features += tl.load(lift_bias_ptr + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)[None, :]
 
     maximum = _maximum_of_groups(features, GROUPS).to(dtype)
-    if GROUPS < 16:  # a product has at least 16 rows
-        maximum = _repeated(maximum, 16 // GROUPS)
+    maximum = _repeated(maximum, 16 // GROUPS)  # a product has at least 16 rows
     local = features.to(dtype)
     total = tl.zeros((ROWS, OUT_COLS), tl.float32)
     for start in range(0, INNER, CHUNK):
         inner = start + tl.arange(0, CHUNK)
         bias = tl.load(shared_bias_ptr + inner, mask=inner < INNER, other=0.0).to(tl.float32)
         shared = tl.dot(maximum, _transposed(shared_ptr, inner, cols, INNER, WIDTH), input_precision=PRECISION)
-        shared = _repeated(shared + bias[None, :], ROWS // shared.shape[0])
+        shared = _repeated(shared + bias[None, :], ROWS // 16)
         hidden = tl.dot(local, _transposed(local_ptr, inner, cols, INNER, WIDTH), input_precision=PRECISION)
         hidden = _larger(hidden + shared, 0.0).to(dtype)
         total = tl.dot(hidden, _transposed(last_ptr, out_cols, inner, OUT, INNER), total, input_precision=PRECISION)
@@ -133,7 +132,7 @@ def constants(channels: int, points: int, width: int, outputs: int, tile: dict[s
     """What the kernel is compiled for, but for the precision of its products."""
     sizes = {"C": channels, "HALF": width // 2, "WIDTH": width, "INNER": 2 * width, "OUT": outputs}
     columns = {"CHANNELS": padded(channels), "COLS": padded(width), "OUT_COLS": padded(outputs)}
-    return sizes | columns | {"GROUPS": tile["ROWS"] // triton.next_power_of_2(points)} | tile
+    return sizes | columns | {"GROUPS": min(16, tile["ROWS"] // triton.next_power_of_2(points))} | tile
 
 
 def launch(groups: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
