@@ -10,8 +10,8 @@ maximum of a group to its points; here its product with the shared weights is co
 and is the bias of the second loop. Products are those of tensor cores, of 16-bit factors summed in fp32; each factor is
 rounded once. Every program reads all weights, from L2: more rows a program mean less of that traffic.
 
-A program has at most 16 groups; they are padded to its rows by repeating their last point, which changes no maximum. As in PyTorch, a NaN
-passes through the maxima: it shows in the vector of its group.
+A program has at most 16 groups. They are padded to its rows by repeating their last point, which changes no maximum. As
+in PyTorch, a NaN passes through the maxima: it shows in the vector of its group.
 
 Shape legend: T groups of k points with C channels; w features of a point; d features of a group.
 """
