@@ -81,7 +81,7 @@ SANITIZED = (
 )
 GPU_TESTS = (
     "tests/test_alignment_kernels.py tests/test_lean_cuda.py tests/test_point_ops.py tests/test_lora_dropout.py "
-    "tests/test_counter_dropout.py"
+    "tests/test_counter_dropout.py tests/test_folded_pointnet.py"
 )
 # liger-kernel, nf4, varlen attention and the memory cap are tests/test_lean_cuda.py
 SMOKE = (
@@ -99,6 +99,7 @@ STAGES = (
     Stage("smoke", 60, 150, (f"{{pytest}} {GPU_TESTS} -k '{SMOKE}'",)),
     Stage("alignment", 110, 240, (f"{{pytest}} benchmarks/test_alignment_loss.py -k 512-2560 {BENCHMARK}",)),
     Stage("points", 50, 150, (f"{{pytest}} benchmarks/test_point_ops.py {BENCHMARK}",)),
+    Stage("encoder", 40, 120, (f"{{pytest}} benchmarks/test_encoder.py {BENCHMARK}",)),
     Stage("step", 80, 200, (f"{{pytest}} {rows('e', 'b', 'b3')} {BENCHMARK}",), needs=("bitsandbytes",)),
     Stage("probe", 130, 200, ("{python} benchmarks/gpu_probe.py --output {results} {rehearse}",)),
     Stage(

@@ -214,8 +214,34 @@ def encoder() -> str:
         parts.append(f"{stamp(result['provenance'])}{_ceilings(result)}\n")
         for row in result["rows"]:
             dtype = row["dtype"].removeprefix("torch.")
-            parts.append(_times(row, f"{TITLES['encoder']}, {_clouds(row)}, {row['groups']} groups, {dtype}"))
-    return "\n".join(parts)
+            parts.append(_times(row, f"{TITLES[row['race']]}, {_clouds(row)}, {row['groups']} groups, {dtype}"))
+    return "\n".join([*parts, _pointnet_traffic()])
+
+
+def _pointnet_traffic() -> str:
+    """What the mini-PointNet moves as one kernel and by PyTorch, and what the kernel needs of a card."""
+    content = json.loads((RESULTS / "folded_pointnet_resources.json").read_text())
+    lines = []
+    for row in content["traffic"]:
+        weights = "not counted" if row["l2_weight_bytes"] is None else _number(row["l2_weight_bytes"] / 1e6)
+        lines.append([row["form"], str(row["launches"]), _number(row["memory_bytes"] / 1e6), weights])
+    needs = []
+    for row in content["rows"]:
+        if row["points"] == content["points"]:
+            spilled = str(row["stack_bytes"] + row["local_bytes"])
+            shared = f"{_number(row['shared_kib'])} of {row['shared_limit_kib']}"
+            needs.append([str(row["capability"]), str(row["rows"]), str(row["registers"]), spilled, shared])
+    origin = content["provenance"]
+    shape = f"{content['clouds']} clouds, {content['groups']} groups of {content['points']}, bfloat16"
+    return "\n".join(
+        [
+            f"Mini-PointNet, {shape}: counted and compiled, not measured (`python "
+            f"benchmarks/compile_folded_pointnet.py`; triton {origin['triton']}, commit {origin['commit']}, "
+            f"{origin['date']}).\n",
+            table(["form", "launches", "device memory, MB", "weights from L2, MB"], lines),
+            table(["compute capability", "points a program", "registers", "spilled bytes", "shared KiB"], needs),
+        ]
+    )
 
 
 def chat() -> str:

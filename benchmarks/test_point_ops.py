@@ -22,6 +22,7 @@ from turns import synchronize
 
 from pointalign.models.point_encoder import fold_pointnet
 from pointalign_kernels import farthest_point_sample, group_points, knn, point_ops, reference
+from pointalign_kernels.folded_pointnet import folded_pointnet
 
 CUDA = torch.cuda.is_available()
 SCALING_POINTS = (1024, 4096, 8192, 16384, 32768, 65536)
@@ -222,7 +223,7 @@ def test_pointnet(device, race, record_race, shape):
 
     with torch.inference_mode():
         calls = {
-            "folded": lambda: folded.forward(groups),
+            "folded": lambda: folded_pointnet(groups, folded),
             "plain": lambda: contenders.plain_pointnet(first, second, groups),
         }
         run_race(race, record_race, row_of("pointnet", shape, device), calls, check)

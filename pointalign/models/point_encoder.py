@@ -4,8 +4,6 @@ Shape legend: B clouds, N points, C channels (xyz first), G groups, k points per
 Parameter names are those of the published checkpoints (PointBERT, PointLLM, MiniGPT-3D).
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,31 +11,7 @@ from transformers import PreTrainedModel
 
 from pointalign.models.configuration import PointBertConfig
 from pointalign_kernels import farthest_point_sample, group_points
-
-
-class FoldedPointNet(NamedTuple):
-    """Weights of a mini-PointNet in evaluation mode, BatchNorms folded into them; w is its inner width.
-
-    Every pair is the weight `[out, in]` and the bias `[out]` of a linear layer.
-    """
-
-    first: tuple[Tensor, Tensor]  # C -> w/2 with its BatchNorm
-    lift: tuple[Tensor, Tensor]  # w/2 -> w
-    shared: tuple[Tensor, Tensor]  # w -> 2w, once per group: the global half, with the bias and the BatchNorm
-    local: Tensor  # [2w, w], once per point
-    last: tuple[Tensor, Tensor]  # 2w -> d
-
-    def forward(self, groups: Tensor) -> Tensor:
-        """Per-group features, `[B, G, k, C] -> [B, G, d]`, in the dtype of the weights."""
-        batch, num_groups, neighbours, channels = groups.shape
-        points = groups.reshape(-1, channels)  # [B * G * k, C]
-        features = functional.linear(functional.linear(points, *self.first).relu_(), *self.lift)
-        features = features.view(batch * num_groups, neighbours, features.shape[-1])
-        shared = functional.linear(features.amax(dim=1), *self.shared)  # [B * G, 2w]
-        hidden = functional.linear(features, self.local).add_(shared[:, None]).relu_()
-        # The maximum commutes with the bias: it is added once per group.
-        weight, bias = self.last
-        return (functional.linear(hidden, weight).amax(dim=1) + bias).view(batch, num_groups, len(bias))
+from pointalign_kernels.folded_pointnet import FoldedPointNet, folded_pointnet
 
 
 def _as_linear(convolution: nn.Conv1d) -> tuple[Tensor, Tensor]:
@@ -122,7 +96,7 @@ class MiniPointNet(nn.Module):
         """
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
         if not self.training and not trains:
-            return fold_pointnet(self.first_conv, self.second_conv).forward(groups)
+            return folded_pointnet(groups, fold_pointnet(self.first_conv, self.second_conv))
         batch, num_groups, size, channels = groups.shape
         first, norm, act, second = self.first_conv
         x = act(norm(functional.linear(groups.reshape(-1, channels), first.weight[..., 0], first.bias)))
