@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from pointalign import training_command
 from pointalign.alignment import AlignmentConfig
 from pointalign.model_options import CACHED_PARTS, DataOptions, ModelOptions
-from pointalign.training_checks import check_arguments, check_precision
+from pointalign.training_checks import check_arguments, check_cuda_graphs, check_precision
 
 RECIPES = training_command.RECIPES
 
@@ -45,6 +45,8 @@ class TrainingOptions(TrainingArguments):
         warmup_learning_rate: rate at which the linear warm-up starts; needs `minimum_learning_rate`.
         minimum_learning_rate: rate at which a cosine over the whole run ends, as in the published runs; None for
             `lr_scheduler_type`.
+        cuda_graphs: launch forward and backward pass of the decoder as CUDA graphs; batches are filled up to exactly
+            `data.pack_tokens` tokens. For one GPU whose host is too slow for it.
         early_stopping_patience: end the run after so many logs without a lower held-out loss (the mean next-token loss
             of the parts that `data.validation` gives), with the weights of the best log; 0 for all steps.
     """
@@ -76,6 +78,7 @@ class TrainingOptions(TrainingArguments):
     memory_limit_gb: float | None = None
     warmup_learning_rate: float | None = None
     minimum_learning_rate: float | None = None
+    cuda_graphs: bool = False
     early_stopping_patience: int = 0
 
 
@@ -150,6 +153,8 @@ class Options:
         data, training = self.data, self.training
         check_arguments(training)
         check_precision(training, self.model.dtype)
+        if training.cuda_graphs:
+            check_cuda_graphs(training, self.model.dtype, self.model.attention, data.pack_tokens)
         if training.early_stopping_patience < 0:
             raise ValueError("training.early_stopping_patience: expected a number of logs, 0 for none")
         if training.early_stopping_patience:

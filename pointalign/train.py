@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,7 @@ def run(options: "Options", folder: Path) -> int:
     """
     from pointalign import run_checkpoints, run_folder, storage
     from pointalign.efficient import training_form
+    from pointalign.efficient.graphs import decoder_in_graphs
     from pointalign.evaluation.held_out import HeldOutReport
 
     trainer, model, processor = make_trainer(options)
@@ -78,7 +79,8 @@ def run(options: "Options", folder: Path) -> int:
     if evaluation is not None and options.model.checkpoint is not None:
         evaluation.before(model, processor)
 
-    with training_form(model, options):
+    graphs = decoder_in_graphs(model.get_decoder()) if options.training.cuda_graphs else nullcontext()
+    with training_form(model, options), graphs:
         trainer.train(resume_from_checkpoint=options.training.resume_from_checkpoint)
     gathered = trainer.gathered_state()
     if trainer.stop.number:
@@ -151,6 +153,8 @@ def make_trainer(
         sampler = TokenBudgetSampler(
             lengths, data.pack_tokens, training.seed, training.process_index, training.world_size
         )
+        if training.cuda_graphs:
+            collator.shape = sampler.shape
     if training.process_index == 0:
         print(budget or "no memory plan: FSDP shards the model, the log shows the peak")
         if options.fused:

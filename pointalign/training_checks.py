@@ -90,3 +90,28 @@ def check_precision(training: TrainingArguments, dtype: str) -> None:
         raise ValueError(f"training.bf16 with model.dtype=float16: {_PRECISION}, choose bfloat16")
     if dtype == "float16" and not training.fp16:
         raise ValueError("model.dtype=float16 needs training.fp16=true: without its scaler small gradients are lost")
+
+
+def check_cuda_graphs(training: TrainingArguments, dtype: str, attention: str, pack_tokens: int) -> None:
+    """Refuse `training.cuda_graphs` where a graph cannot be captured, or batches would differ in shape.
+
+    Args:
+        dtype, attention, pack_tokens: `model.dtype`, `model.attention`, `data.pack_tokens`.
+
+    Raises: ValueError: says what to change.
+    """
+    checkpointing = any(
+        getattr(training, name, False) for name in ("activation_checkpointing", "gradient_checkpointing")
+    )
+    problems = {
+        "packed batches of one size: set data.packing=true and data.pack_tokens": not pack_tokens,
+        "a CUDA device; this run is on a CPU: leave it out": training.device.type != "cuda",
+        "a run of one process that is not sharded": training.world_size > 1 or bool(training.fsdp),
+        "training.activation_checkpointing=false: a layer that is computed again cannot be captured": checkpointing,
+        f"model.attention=auto or varlen, got {attention}": attention not in ("auto", "varlen"),
+        "16 bits, which FlashAttention reads: choose model.dtype=bfloat16": dtype == "float32"
+        and not (training.bf16 or training.fp16),
+    }
+    for need, violated in problems.items():
+        if violated:
+            raise ValueError(f"training.cuda_graphs needs {need}")

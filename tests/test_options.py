@@ -1,11 +1,13 @@
 """One dotted namespace over one recipe; whatever does not fit is named."""
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 
 from pointalign.options import Options, TrainingOptions, parse
 from pointalign.train import make_trainer
+from pointalign.training_checks import check_cuda_graphs
 
 
 def refused(arguments: list[str], capsys) -> str:
@@ -91,6 +93,7 @@ CPU = ["--training.use_cpu", "true"]
 OWN_DATA = ["align", "--model.llm", "x", "--data.annotations", "a.json", "--data.clouds", "c", *CPU]
 MIXTURE = ["--data.mixture", "[{batch_size: 4}]"]
 TOKENS = ["--data.packing", "true", "--data.pack_tokens", "99"]
+GRAPHS = ["--training.cuda_graphs", "true"]
 CACHE = ["--data.feature_cache", "cache"]
 
 
@@ -108,6 +111,8 @@ CACHE = ["--data.feature_cache", "cache"]
         ([*OWN_DATA, *MIXTURE, "--training.per_device_train_batch_size", "4"], "data.mixture needs training.max_steps"),
         ([*OWN_DATA, *MIXTURE, "--training.max_steps", "-1"], "data.mixture needs training.max_steps"),
         ([*OWN_DATA, *MIXTURE, *TOKENS], "data.mixture has batches of its own"),
+        ([*OWN_DATA, *GRAPHS], "training.cuda_graphs needs packed batches of one size"),
+        ([*OWN_DATA, "--data.mixture", "[]", *TOKENS, *GRAPHS], "training.cuda_graphs needs a CUDA device"),
         ([*OWN_DATA, "--training.fsdp", "full_shard"], "accelerate shards on GPUs only"),
         (["demo", *CPU, "--data.augmentation", "true"], "data.views stand for the clouds: no data.augmentation"),
         (["demo", *CPU, "--model.train", "[lora,qformer]"], "but model.train has qformer"),
@@ -129,6 +134,27 @@ def test_options_put_together_in_a_program_are_checked_too():
     options.data.pack_tokens = 99
     with pytest.raises(ValueError, match=r"data\.pack_tokens needs data\.packing"):
         make_trainer(options)
+
+
+@pytest.mark.parametrize(
+    ("changed", "dtype", "attention", "message"),
+    [
+        ({"world_size": 2}, "bfloat16", "auto", "a run of one process"),
+        ({"fsdp": "full_shard"}, "bfloat16", "auto", "a run of one process"),
+        ({"gradient_checkpointing": True}, "bfloat16", "auto", "training.activation_checkpointing=false"),
+        ({}, "bfloat16", "sdpa", "model.attention=auto or varlen, got sdpa"),
+        ({}, "float32", "auto", "choose model.dtype=bfloat16"),
+        ({}, "auto", "auto", None),
+    ],
+)
+def test_what_cuda_graphs_need(changed, dtype, attention, message):
+    cuda = {"device": SimpleNamespace(type="cuda"), "world_size": 1, "fsdp": "", "bf16": False, "fp16": False}
+    training = SimpleNamespace(**cuda | changed)
+    if message is None:
+        check_cuda_graphs(training, dtype, attention, 4096)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_cuda_graphs(training, dtype, attention, 4096)
 
 
 def test_an_abbreviated_option_is_unknown(capsys):

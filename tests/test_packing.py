@@ -5,7 +5,7 @@ import torch
 from conftest import assistant, tiny_model, user
 
 from pointalign.alignment import AlignmentConfig
-from pointalign.data.collator import IGNORED, TokenBudgetSampler, pack, token_counts
+from pointalign.data.collator import IGNORED, PackShape, TokenBudgetSampler, fill, pack, token_counts
 from pointalign.efficient.varlen_attention import choose_attention
 from pointalign.trainer import AlignedModel
 
@@ -66,6 +66,65 @@ def test_packed_equals_one_by_one(processor, conversations, architecture, attent
     for name, expected_gradient in expected_gradients.items():
         difference = (found_gradients[name] - expected_gradient).norm() / expected_gradient.norm().clamp_min(1e-9)
         assert difference < 1e-4 or (found_gradients[name] - expected_gradient).abs().max() < 1e-7, name
+
+
+FILLINGS = {"pieces": (301, 3), "one": (20, 1), "none": (0, 0)}  # tokens, and segments, as many as needed
+
+
+@pytest.mark.parametrize("filling", FILLINGS)
+@pytest.mark.parametrize("attention", ["varlen", "sdpa"])
+@pytest.mark.parametrize("architecture", ["llama", "phi", "qwen3"])
+def test_filled_equals_packed(processor, conversations, architecture, attention, filling):
+    aligned = AlignedModel(tiny_model(architecture), AlignmentConfig(weight=0.5, layer=[2])).double()
+    for part in ("point_encoder", "point_mlp", "qformer"):
+        getattr(aligned.model.model, part).requires_grad_(False)
+    aligned.train()
+    aligned.model.model.language_model.set_attn_implementation(attention)
+    packed = pack(collate(processor, conversations))
+    tokens, rows = (packed["labels"] != IGNORED).sum(), packed["point_mask"].sum()
+    expected, expected_gradients = gradients(aligned, [packed], tokens, rows)
+
+    more, segments = FILLINGS[filling]
+    total = packed["input_ids"].shape[1]
+    shape = PackShape(total + more, len(conversations) + segments + 2, 120)  # two segments stay empty
+    filled = fill(packed, shape)
+    assert filled["input_ids"].shape == filled["labels"].shape == filled["point_mask"].shape == (1, shape.tokens)
+    lengths = filled["cu_seq_lens_q"].diff().tolist()
+    assert len(lengths) == shape.segments and sum(lengths) == shape.tokens and lengths[-2:] == [0, 0]
+    assert max(lengths) <= filled["max_length_q"] == filled["max_length_k"] == shape.longest
+    starts = [sum(lengths[:place]) for place, length in enumerate(lengths) if length]
+    assert (filled["position_ids"][0] == 0).nonzero().flatten().tolist() == starts
+    found, found_gradients = gradients(aligned, [filled], tokens, rows)
+
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-9, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("shape", [PackShape(100, 9, 120), PackShape(9999, 9, 120), PackShape(500, 3, 120)])
+def test_a_batch_that_does_not_fit_the_shape_is_refused(processor, conversations, shape):
+    """Too few tokens, too few segments for the filling, too few for the samples."""
+    packed = pack(collate(processor, conversations))
+    assert 100 < packed["input_ids"].shape[1] < 500 and packed["max_length_q"] <= 120
+    with pytest.raises(ValueError, match="take the shape from the sampler"):
+        fill(packed, shape)
+    with pytest.raises(ValueError, match=r"at most \d+ a sample"):
+        fill(packed, PackShape(500, 99, packed["max_length_q"] - 1))
+
+
+def test_every_batch_of_a_sampler_fits_its_shape():
+    lengths = torch.randint(30, 200, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = TokenBudgetSampler(lengths, 900)
+    shape, segments = sampler.shape, set()
+    for batch in sampler.batches:
+        sizes = torch.tensor([lengths[sample] for sample in batch])
+        row = torch.arange(max(sizes))[None] < sizes[:, None]
+        names = ("input_ids", "labels", "point_mask", "attention_mask")
+        filled = fill(pack({name: row.long() for name in names}), shape)
+        assert filled["input_ids"].shape == (1, 900) and len(filled["cu_seq_lens_q"]) == shape.segments + 1
+        segments.add(int((filled["cu_seq_lens_q"].diff() > 0).sum()))
+    assert max(segments) == shape.segments  # none is always empty
 
 
 def test_packing_with_an_attention_mask_would_leak(processor, conversations):
@@ -261,6 +320,9 @@ def test_token_budget(processor):
     assert max(sizes) <= budget and sum(sizes) / len(sizes) > 0.85 * budget
     samplers[0].set_epoch(1)
     assert list(samplers[0]) != batches[0]
+    large = TokenBudgetSampler(lengths, 8000)  # of more samples than a window of the sorting has
+    assert sorted(sample for batch in large.batches for sample in batch) == list(range(500))
+    assert len(large.batches) == -(-sum(lengths) // 8000)
     with pytest.raises(ValueError, match="the budget is"):
         TokenBudgetSampler([10, 2000], budget)
 

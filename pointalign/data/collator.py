@@ -1,7 +1,8 @@
 """Samples of a `ConversationDataset` become one batch, padded or packed."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from pointalign.data.point_cloud import augment
 
 IGNORED = -100  # label of a token that carries no loss
 NAMED = 10  # samples named in a message
+WAITING = 8  # batches of a token budget that later samples may still fill
 
 
 def pack(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
@@ -48,6 +50,53 @@ def pack(batch: dict[str, Tensor]) -> dict[str, Tensor | int]:
         "cu_seq_lens_k": cumulative,
         "max_length_q": longest,
         "max_length_k": longest,
+    }
+
+
+class PackShape(NamedTuple):
+    """The shape that `fill` brings packed batches to.
+
+    Attributes:
+        tokens: of the row.
+        segments: pieces between which attention does not look: the samples, and those of the filling.
+        longest: the most tokens of a piece.
+    """
+
+    tokens: int
+    segments: int
+    longest: int
+
+
+def fill(packed: dict[str, Tensor | int], shape: PackShape) -> dict[str, Tensor | int]:
+    """A batch of `pack` with tokens at its end that change no loss and no gradient, so that all batches have one shape.
+
+    The tokens carry no label and no cloud. Attention cuts them into segments of at most `shape.longest` tokens, apart
+    from the samples; segments that are left over are empty. Clouds are not filled up: their number does not reach the
+    decoder.
+
+    Raises: ValueError: the batch does not fit the shape.
+    """
+    ends = packed["cu_seq_lens_q"]
+    assert isinstance(ends, Tensor)
+    total, samples = int(ends[-1]), len(ends) - 1
+    missing, pieces = shape.tokens - total, shape.segments - samples
+    if missing < 0 or missing > max(pieces, 0) * shape.longest or packed["max_length_q"] > shape.longest:
+        raise ValueError(
+            f"a packed batch of {samples} samples, {total} tokens and at most {packed['max_length_q']} a sample does "
+            f"not fit {shape}: take the shape from the sampler of these batches"
+        )
+    filled = dict(packed)
+    for name, value in (("input_ids", 0), ("labels", IGNORED), ("point_mask", 0)):
+        filled[name] = torch.nn.functional.pad(packed[name], (0, missing), value=value)  # type: ignore[arg-type]
+    position_ids = (torch.arange(missing) % shape.longest)[None]
+    filled["position_ids"] = torch.cat([packed["position_ids"], position_ids], dim=1)  # type: ignore[list-item]
+    more = (total + shape.longest * torch.arange(1, pieces + 1)).clamp(max=shape.tokens)
+    cumulative = torch.cat([ends, more.to(ends.dtype)])
+    return filled | {
+        "cu_seq_lens_q": cumulative,
+        "cu_seq_lens_k": cumulative,
+        "max_length_q": shape.longest,
+        "max_length_k": shape.longest,
     }
 
 
@@ -105,12 +154,21 @@ def check_lengths(dataset: ConversationDataset, processor, max_length: int, skip
     return "\n".join(lines)
 
 
+@dataclass
+class OpenBatch:
+    """A batch that may take more samples."""
+
+    left: int  # tokens
+    samples: list[int] = field(default_factory=list)
+
+
 class TokenBudgetSampler(Sampler[list[int]]):
     """Batches of samples that together have at most `budget` tokens, for `DataLoader(batch_sampler=...)`.
 
     Samples are shuffled once by `seed` and grouped greedily, in windows of 64 sorted by length so that batches fill up;
-    every epoch has the same batches in another order. With several processes, process r takes batches r, r + world,
-    ...; the last batches, fewer than `world`, are left out so that all processes have equally many.
+    batches that have room left wait for the next window. Every epoch has the same batches in another order. With
+    several processes, process r takes batches r, r + world, ...; the last batches, fewer than `world`, are left out so
+    that all processes have equally many.
 
     Args:
         lengths: tokens of every sample.
@@ -139,21 +197,31 @@ class TokenBudgetSampler(Sampler[list[int]]):
     def _group(self) -> list[list[int]]:
         order = torch.randperm(len(self.lengths), generator=torch.Generator().manual_seed(self.seed)).tolist()
         batches: list[list[int]] = []
+        waiting: list[OpenBatch] = []
         for first in range(0, len(order), 64):
-            window = sorted(order[first : first + 64], key=self.lengths.__getitem__, reverse=True)
-            room: list[int] = []  # tokens left in each batch of this window
-            opened: list[list[int]] = []
-            for sample in window:
+            for sample in sorted(order[first : first + 64], key=self.lengths.__getitem__, reverse=True):
                 length = self.lengths[sample]
-                place = next((index for index, left in enumerate(room) if left >= length), None)
-                if place is None:
-                    place = len(room)
-                    room.append(self.budget)
-                    opened.append([])
-                room[place] -= length
-                opened[place].append(sample)
-            batches += opened
-        return batches
+                batch = next((batch for batch in waiting if batch.left >= length), None)
+                if batch is None:
+                    batch = OpenBatch(self.budget)
+                    waiting.append(batch)
+                batch.left -= length
+                batch.samples.append(sample)
+            waiting.sort(key=lambda batch: batch.left)
+            complete = max(len(waiting) - WAITING, 0)
+            batches += [batch.samples for batch in waiting[:complete]]
+            del waiting[:complete]
+        return batches + [batch.samples for batch in waiting]
+
+    @property
+    def shape(self) -> PackShape:
+        """The smallest shape that `fill` can bring every batch to."""
+        longest = max(self.lengths)
+        tokens = [sum(self.lengths[sample] for sample in batch) for batch in self.batches]
+        pieces = [
+            len(batch) - (size - self.budget) // longest for batch, size in zip(self.batches, tokens, strict=True)
+        ]
+        return PackShape(self.budget, max(pieces), longest)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -187,6 +255,9 @@ class ConversationCollator:
         packing: put the samples end to end in a single row, see `pack`.
         features: a `pointalign.feature_cache.FeatureCache` that replaces the clouds.
         views: of every object in `features`; each sample reads one of them, which depends on its draw only.
+
+    Attributes:
+        shape: that packed batches are filled up to, see `fill`; set once the batches are known.
     """
 
     def __init__(
@@ -202,6 +273,7 @@ class ConversationCollator:
         self.max_length = max_length
         self.augmentation = augmentation
         self.packing = packing
+        self.shape: PackShape | None = None
         self.features = features
         self.views = views
 
@@ -219,7 +291,9 @@ class ConversationCollator:
         )
         if self.features is not None:
             batch |= self.features.batch([name for sample in samples for name in self._entries(sample)])
-        return pack(batch) if self.packing else batch
+        if not self.packing:
+            return batch
+        return pack(batch) if self.shape is None else fill(pack(batch), self.shape)
 
     def _entries(self, sample: dict) -> list[str]:
         """Names of the sample's clouds in the feature cache."""

@@ -28,7 +28,8 @@ def training_form(model: PointAlignForConditionalGeneration, options: "Options")
     language_model = model.model.language_model
     before = language_model.config._attn_implementation
     device_type = options.training.device.type
-    attention = choose_attention(options.model.attention, options.data.packing, device_type)
+    name = "varlen" if options.training.cuda_graphs else options.model.attention  # captured without waiting
+    attention = choose_attention(name, options.data.packing, device_type)
     with ExitStack() as stack:
         if options.data.feature_cache is not None:
             stack.enter_context(without_point_branch(model))

@@ -147,8 +147,10 @@ class AdapterGroup:
         self.stacked = False
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
+        # Both stay where they are while the group is in use: CUDA graphs read them.
         self._copies: tuple[Tensor, list[Tensor]] | None = None  # of the adapters in the dtype of the products
-        self._bias: tuple[Any, Tensor | None] = (None, None)  # what it was made of, and the biases end to end
+        self._copied = False  # whether the copies are up to date
+        self._bias: dict[torch.dtype, tuple[Any, Tensor]] = {}  # what it was made of, and the biases end to end
 
     def __call__(self, index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of layer `index`; peft's forward where its adapter is disabled or merged."""
@@ -184,18 +186,19 @@ class AdapterGroup:
 
     def factors(self, adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """All A together `[sum of ranks, K]` and every B in the dtype of the products: the copies, where there are."""
-        if self._copies is not None and self._copies[0].dtype == dtype:
+        if self._copied and self._copies is not None and self._copies[0].dtype == dtype:
             return self._copies
         downs, ups = ([factor.detach().to(dtype) for factor in half] for half in self._halves(adapters))
         return torch.cat(downs) if len(downs) > 1 else downs[0], ups
 
     def copies(self, dtype: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Pairs (copy in this dtype, adapter) to be copied by `copy_adapters`; none, and no copies, for None."""
+        """Pairs (copy in this dtype, adapter) to be copied by `copy_adapters`; none for None, and none are read."""
         adapters = self.adapters()
         downs, ups = self._halves(adapters)
-        if dtype is None or all(adapter.dtype == dtype for adapter in adapters):
-            self._copies = None
+        self._copied = dtype is not None and any(adapter.dtype != dtype for adapter in adapters)
+        if not self._copied:
             return [], []
+        assert dtype is not None
         if self._copies is None or self._copies[0].dtype != dtype or self._copies[0].device != downs[0].device:
             together = torch.empty(sum(self.ranks), downs[0].shape[1], dtype=dtype, device=downs[0].device)
             self._copies = together, [torch.empty_like(up, dtype=dtype) for up in ups]
@@ -232,13 +235,13 @@ class AdapterGroup:
         if all(bias is None for bias in biases):
             return None
         origin = [rows.dtype, *(None if bias is None else (bias.data_ptr(), bias._version) for bias in biases)]
-        if self._bias[0] != origin:
+        if rows.dtype not in self._bias or self._bias[rows.dtype][0] != origin:
             parts = [
                 rows.new_zeros(base.out_features) if bias is None else bias.detach().to(rows.dtype)
                 for base, bias in zip(self.bases, biases, strict=True)
             ]
-            self._bias = origin, torch.cat(parts)
-        return self._bias[1]
+            self._bias[rows.dtype] = origin, torch.cat(parts)
+        return self._bias[rows.dtype][1]
 
     def stack(self) -> Tensor:
         """Put the weights side by side into one buffer, again after they have moved. Returns the first weight."""
