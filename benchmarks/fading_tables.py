@@ -43,7 +43,13 @@ def _answer(content: dict | None) -> str:
     rows = conclusion.by_name(content)
     difference = rows[METHOD]["difference"]
     measured = f" Few-shot accuracy with {METHOD}: {conclusion.points(difference['few-shot'])} points."
-    return f"{conclusion.ANSWERS[verdict]}{measured}{conclusion.floor_warning(rows)}"
+    elsewhere = [
+        f"{setting}, {conclusion.points(other['few-shot'])} points"
+        for setting, other in conclusion.differences_by_setting(rows).items()
+        if other is not difference and conclusion.shown(other) > 0
+    ]
+    gains = f" A gain is shown in a setting beside the main one: {'; '.join(elsewhere)}." if elsewhere else ""
+    return f"{conclusion.ANSWERS[verdict]}{measured}{conclusion.floor_warning(rows)}{gains}"
 
 
 def fading_longer() -> str:

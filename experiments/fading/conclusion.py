@@ -183,6 +183,12 @@ def _other_arms(rows: dict[str, Row]) -> str:
     return f"Other arms at lambda 1 less {METHOD}, few-shot accuracy: {'; '.join(texts)}." if texts else ""
 
 
+def differences_by_setting(rows: dict[str, Row]) -> dict[str, Row]:
+    """Setting in words -> the difference that alignment makes there, for the settings that were run."""
+    methods = {setting: rows.get(arm.replace(BASELINE, METHOD), {}) for arm, setting in SETTINGS.items()}
+    return {setting: method["difference"] for setting, method in methods.items() if "difference" in method}
+
+
 def _recommendation(content: dict[str, Any]) -> str:
     """Lambda, layer, and when alignment can help."""
     rows = by_name(content)
@@ -201,10 +207,8 @@ def _recommendation(content: dict[str, Any]) -> str:
         choice = f"{' and '.join(more)}, shown to beat the single one" if more else "the single default one"
         sentences.append(f"layer: {choice} (tried: {', '.join(layers)})")
     where = {True: [], False: []}
-    for arm, setting in SETTINGS.items():
-        method = rows.get(arm.replace(BASELINE, METHOD), {})
-        if "difference" in method:
-            where[shown(method["difference"]) > 0].append(setting)
+    for setting, difference in differences_by_setting(rows).items():
+        where[shown(difference) > 0].append(setting)
     sentences.append(f"alignment is shown to help with {'; '.join(where[True]) or 'no setting tried'}")
     if where[False]:
         sentences.append(f"it is not shown to help with {'; '.join(where[False])}")
