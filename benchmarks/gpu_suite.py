@@ -81,7 +81,7 @@ SANITIZED = (
 )
 GPU_TESTS = (
     "tests/test_alignment_kernels.py tests/test_lean_cuda.py tests/test_point_ops.py tests/test_lora_dropout.py "
-    "tests/test_counter_dropout.py tests/test_folded_pointnet.py"
+    "tests/test_counter_dropout.py tests/test_folded_pointnet.py tests/test_graphs.py"
 )
 # liger-kernel, nf4, varlen attention and the memory cap are tests/test_lean_cuda.py
 SMOKE = (

@@ -20,7 +20,7 @@ from pointalign.trainer import AlignedModel
 SHAPE = PackShape(400, 8, 120)
 
 
-def masked_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
+def masked_attention(module, query, key, value, attention_mask, scaling=None, *, cu_seq_lens_q, **_):
     """Packed attention on a CPU that does not wait for the lengths, as FlashAttention on CUDA does not."""
     places = torch.arange(query.shape[2], device=query.device)
     segment = torch.bucketize(places, cu_seq_lens_q[1:], right=True)
