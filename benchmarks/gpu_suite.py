@@ -99,7 +99,6 @@ STAGES = (
     Stage("smoke", 60, 150, (f"{{pytest}} {GPU_TESTS} -k '{SMOKE}'",)),
     Stage("alignment", 110, 240, (f"{{pytest}} benchmarks/test_alignment_loss.py -k 512-2560 {BENCHMARK}",)),
     Stage("points", 50, 150, (f"{{pytest}} benchmarks/test_point_ops.py {BENCHMARK}",)),
-    Stage("encoder", 40, 120, (f"{{pytest}} benchmarks/test_encoder.py {BENCHMARK}",)),
     Stage("step", 80, 200, (f"{{pytest}} {rows('e', 'b', 'b3')} {BENCHMARK}",), needs=("bitsandbytes",)),
     Stage("probe", 130, 200, ("{python} benchmarks/gpu_probe.py --output {results} {rehearse}",)),
     Stage(
@@ -113,6 +112,7 @@ STAGES = (
         needs=("bitsandbytes",),
     ),
     Stage("parity", 40, 120, ("{python} benchmarks/parity.py --output {results}",)),
+    Stage("encoder", 40, 120, (f"{{pytest}} benchmarks/test_encoder.py {BENCHMARK}",)),
     Stage("sizes", 320, 500, (f"{{pytest}} benchmarks/test_alignment_loss.py -k 'not 512-2560' {BENCHMARK}",)),
     Stage("tests", 240, 500, (f"{{pytest}} -n {{workers}} {GPU_TESTS}",), needs=("xdist",)),
     Stage(

@@ -293,7 +293,19 @@ def collected():
 
 def test_the_tests_of_every_stage_exist(collected):
     assert {stage for stage, *_ in collected} == {
-        *("smoke", "alignment", "points", "step", "memory", "sizes", "tests", "sanitizer", "parts", "compiled")
+        *(
+            "smoke",
+            "alignment",
+            "points",
+            "step",
+            "memory",
+            "encoder",
+            "sizes",
+            "tests",
+            "sanitizer",
+            "parts",
+            "compiled",
+        )
     }
     for stage, words, status, ids in collected:
         assert status == 0 and ids, f"{stage}: pytest {' '.join(words)} collects nothing (status {status})"
