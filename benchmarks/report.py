@@ -152,7 +152,8 @@ def _asked(name: str, count: int, of_others: int) -> str:
 def _naming(content: dict, which: str) -> str:
     """Head-noun accuracies of every method, and the paired tests."""
     accuracies = content["accuracy"]
-    counts = {key: estimate["count"] for key, estimate in accuracies["majority class"].items()}
+    most = max(accuracies.values(), key=lambda parts: parts["all"]["count"])
+    counts = {key: estimate["count"] for key, estimate in most.items()}
     titles = {"noun in training": f"noun occurs in training (n={counts['noun in training']})"}
     for part, title in {"procedural nouns": "nouns with a generator", "other nouns": "other nouns"}.items():
         if counts.get(part, 0) not in (0, counts["noun in training"]):

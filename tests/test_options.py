@@ -22,7 +22,7 @@ def test_no_arguments_mean_the_demo():
     assert options.model.checkpoint == "furniture-stage1" and options.model.train == ["lora"]
     assert options.alignment.weight == 0.1 and options.alignment.target == "qformer" and options.alignment.layer == []
     assert options.model.lora_rank == 8 and options.data.views > 0 and not options.data.augmentation
-    assert options.data.evaluate == "test" and options.fused
+    assert options.data.evaluate == "test" and options.fused is False
 
 
 def test_a_recipe_by_name_by_path_and_under_options(tmp_path):

@@ -81,7 +81,7 @@ def varlen_attention(
         assert isinstance(output, Tensor)
         return output[None], None
     if query.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise ValueError(f"training.cuda_graphs needs FlashAttention, which cannot run here: {obstacle}")
         log_once(f"varlen attention runs sample by sample, slowly: {obstacle}")
     lengths = cu_seq_lens_q.diff().tolist()
