@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: train demo screenshots test test-long chaos resume-matrix fuzz long-run package-audit lock check docs dist setup assets \
   benchmark gpu-rehearsal convert-benchmark alignment-check fading compare held-out-naming report clean
 
-# --fused on a CPU too: adapters without intermediate sums take a fifth off a step.
+# --fused on a CPU too: adapters without intermediate sums make a step shorter there as well.
 train: assets
 	$(BIN)/python -m pointalign.train $(ARGS) --fused
 

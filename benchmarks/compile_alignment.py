@@ -108,6 +108,14 @@ def compile_case(capability: int, kernel, constants: dict, pointers: dict) -> di
     }
 
 
+def write_or_print(content: dict, output: Path | None) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    if output:
+        output.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiles", choices=("largest", "all"), default="largest", help="which rows of the tile table")
@@ -119,11 +127,7 @@ def main() -> None:
         for name, kernel, constants, pointers in cases(capability, options.tiles == "all")
     ]
     content = {"provenance": provenance(torch.device("cpu")), "tiles": options.tiles, "rows": rows}
-    text = json.dumps(content, indent=1) + "\n"
-    if options.output:
-        options.output.write_text(text)
-    else:
-        print(text, end="")
+    write_or_print(content, options.output)
 
 
 if __name__ == "__main__":

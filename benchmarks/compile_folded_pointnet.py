@@ -8,12 +8,11 @@ tensors without data: every operator that is no view reads its inputs and writes
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from compile_alignment import compile_case
+from compile_alignment import compile_case, write_or_print
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -97,11 +96,7 @@ def main() -> None:
         "points": CONFIG.group_size,
         "traffic": traffic(weights),
     }
-    text = json.dumps(content, indent=1) + "\n"
-    if output:
-        output.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+    write_or_print(content, output)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ Each row: kernel, compute capability, tile, registers per thread, stack and loca
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from compile_alignment import compile_case
+from compile_alignment import compile_case, write_or_print
 
 from pointalign.storage import provenance
 from pointalign_kernels import lora_dropout_triton as kernels
@@ -35,11 +34,7 @@ def main() -> None:
         for capability in TILES
         for name, kernel, tile, pointers in CASES
     ]
-    text = json.dumps({"provenance": provenance(torch.device("cpu")), "rows": rows}, indent=1) + "\n"
-    if output:
-        output.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+    write_or_print({"provenance": provenance(torch.device("cpu")), "rows": rows}, output)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def pool(folders: list[Path]) -> dict[str, Any]:
 
 
 def naming_report(objects: list[dict[str, Any]], methods: list[str]) -> naming.NamingReport:
-    results = {name: np.array([name in entry["right"] for entry in objects], dtype=float) for name in methods}
+    results = {name: np.array([naming.recorded_result(entry, name) for entry in objects]) for name in methods}
     known = np.array([entry["noun_in_training"] for entry in objects])
     return naming.report(results, [entry["truth"] for entry in objects], [entry["family"] for entry in objects], known)
 

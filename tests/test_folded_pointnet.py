@@ -168,7 +168,7 @@ def test_the_frozen_encoder_uses_the_kernel_and_a_gradient_does_not(monkeypatch)
     from pointalign_kernels import folded_pointnet_triton
 
     launches, launch = [], folded_pointnet_triton.launch
-    monkeypatch.setattr(folded_pointnet_triton, "launch", lambda *given: (launches.append(1), launch(*given)))
+    monkeypatch.setattr(folded_pointnet_triton, "launch", lambda *arguments: (launches.append(1), launch(*arguments)))
     net = MiniPointNet(6, 32, 32).to(DEVICE, DTYPES[0]).eval()
     groups = torch.randn(1, 2, 8, 6, dtype=DTYPES[0], device=DEVICE)
     with torch.no_grad():

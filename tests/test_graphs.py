@@ -78,8 +78,8 @@ def aligned_model(architecture="phi", dropout=0.2):
     return aligned.train()
 
 
-def assert_same_steps(found, expected, tolerance):
-    for (losses, gradients), (true_losses, truth) in zip(found, expected, strict=True):
+def assert_same_steps(actual, expected, tolerance):
+    for (losses, gradients), (true_losses, truth) in zip(actual, expected, strict=True):
         assert losses == pytest.approx(true_losses, rel=tolerance)
         for gradient, true_gradient in zip(gradients, truth, strict=True):
             assert (gradient is None) == (true_gradient is None)
@@ -95,8 +95,8 @@ def test_recorded_steps_equal_plain_steps(processor, conversations, architecture
         monkeypatch.setattr(AdapterGroup, "draws_from_counter", lambda group, rows: True)
     batches = batches_of(processor, conversations)
     expected = train(aligned_model(architecture), batches, None, autocast)
-    found = train(aligned_model(architecture), batches, CpuRecorder(), autocast)
-    assert_same_steps(found, expected, 1e-6)
+    actual = train(aligned_model(architecture), batches, CpuRecorder(), autocast)
+    assert_same_steps(actual, expected, 1e-6)
     assert any(gradient is not None and gradient.any() for gradient in expected[-1][1])
 
 
@@ -115,8 +115,8 @@ def test_cuda_graphs_equal_plain_steps(processor, conversations):  # noqa: F811
         batch["point_values"] = batch["point_values"].repeat(1, 40, 1)
         batch["point_lengths"] = batch["point_lengths"] * 40
     expected = train(model(), batches, None, True)
-    found = train(model(), batches, CudaRecorder(), True)
-    assert_same_steps(found, expected, 1e-2)
+    actual = train(model(), batches, CudaRecorder(), True)
+    assert_same_steps(actual, expected, 1e-2)
 
 
 def test_what_a_graph_cannot_repeat_is_refused(processor, conversations):  # noqa: F811

@@ -9,6 +9,7 @@ import pytest
 from made_records import record
 from PIL import Image
 
+from experiments.held_out_naming import naming_report
 from pointalign import assets
 from pointalign.evaluation import held_out, naming
 from pointalign.evaluation.choices import Question
@@ -65,6 +66,23 @@ def report(objects, answer, tmp_path, monkeypatch):
     monkeypatch.setattr(held_out, "load", lambda exported: (None, None, "hash"))
     monkeypatch.setattr(naming, "nearest_by_chamfer", lambda queries, *_: np.zeros(len(queries), dtype=int))
     return HeldOutReport(None, "test", tmp_path)
+
+
+def test_objects_not_asked_before_training_are_not_counted_as_wrong(report, answer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(held_out, "BEFORE", 2)
+    answer.to = lambda cloud, question: "This is a sofa."
+    report.before(None, None)
+    report.after(tmp_path / "model")
+    content = json.loads((tmp_path / "accuracy.json").read_text())
+    objects = [entry for entry in content["objects"] if entry["noun_in_training"]]
+    right = [entry["truth"] == "sofa" for entry in objects if "model before training" not in entry["not asked"]]
+    assert len(right) == 2 and len(objects) > 2
+    before = content["accuracy"]["model before training"]["all"]
+    assert before["count"] == 2 and before["mean"] == sum(right) / 2
+    assert content["accuracy"]["model"]["all"]["count"] == len(objects)
+    assert "(n=2)" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("model before"))
+    pooled = naming_report(objects, list(content["accuracy"])).as_dict()
+    assert pooled["accuracy"]["model before training"]["all"] == before
 
 
 def test_the_report_names_known_objects_beside_the_baselines(report, answer, tmp_path, capsys):

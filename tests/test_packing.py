@@ -59,13 +59,13 @@ def test_packed_equals_one_by_one(processor, conversations, architecture, attent
     language_model.set_attn_implementation(attention)
     packed = pack(batch)
     assert packed["input_ids"].shape == (1, sum(one["input_ids"].shape[1] for one in single))
-    found, found_gradients = gradients(aligned, [packed], tokens, rows)
+    actual, actual_gradients = gradients(aligned, [packed], tokens, rows)
 
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert found_gradients.keys() == expected_gradients.keys()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert actual_gradients.keys() == expected_gradients.keys()
     for name, expected_gradient in expected_gradients.items():
-        difference = (found_gradients[name] - expected_gradient).norm() / expected_gradient.norm().clamp_min(1e-9)
-        assert difference < 1e-4 or (found_gradients[name] - expected_gradient).abs().max() < 1e-7, name
+        difference = (actual_gradients[name] - expected_gradient).norm() / expected_gradient.norm().clamp_min(1e-9)
+        assert difference < 1e-4 or (actual_gradients[name] - expected_gradient).abs().max() < 1e-7, name
 
 
 FILLINGS = {"pieces": (301, 3), "one": (20, 1), "none": (0, 0)}  # tokens, and segments, as many as needed
@@ -94,12 +94,12 @@ def test_filled_equals_packed(processor, conversations, architecture, attention,
     assert max(lengths) <= filled["max_length_q"] == filled["max_length_k"] == shape.longest
     starts = [sum(lengths[:place]) for place, length in enumerate(lengths) if length]
     assert (filled["position_ids"][0] == 0).nonzero().flatten().tolist() == starts
-    found, found_gradients = gradients(aligned, [filled], tokens, rows)
+    actual, actual_gradients = gradients(aligned, [filled], tokens, rows)
 
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    assert found_gradients.keys() == expected_gradients.keys()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    assert actual_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-9, atol=1e-13, msg=name)
+        torch.testing.assert_close(actual_gradients[name], gradient, rtol=1e-9, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("shape", [PackShape(100, 9, 120), PackShape(9999, 9, 120), PackShape(500, 3, 120)])

@@ -107,6 +107,7 @@ class HeldOutReport:
                 "noun_in_training": True,
                 "answer": answers["model"][row],
                 "right": [name for name, right in self.results.items() if right[row] == 1],
+                "not asked": [name for name, right in self.results.items() if np.isnan(right[row])],
             }
             for row, record in enumerate(self.known.records)
         ]

@@ -169,6 +169,11 @@ def correct(answers: Sequence[str], objects: ObjectSet) -> np.ndarray:
     return np.array([names_object(*pair) for pair in zip(answers, objects.labels, strict=True)], dtype=float)
 
 
+def recorded_result(entry: dict, method: str) -> float:
+    """1 where the method named an object of `accuracy.json` right, 0 where wrong, NaN where it was not asked."""
+    return float("nan") if method in entry.get("not asked", ()) else float(method in entry["right"])
+
+
 PARTS = {  # objects of a report -> title of its column
     "noun in training": "noun in training",
     "procedural nouns": "nouns with a generator",
@@ -186,15 +191,19 @@ class NamingReport:
 
     def table(self) -> str:
         width = max(len(name) for name in self.accuracy)
-        counts = {part: estimate.count for part, estimate in max(self.accuracy.values(), key=_count_all).items()}
-        counts_all = counts["all"]
-        if counts_all == counts["noun in training"]:
+        most = max(self.accuracy.values(), key=lambda parts: parts["all"].count)
+        counts = {part: estimate.count for part, estimate in most.items()}
+        if counts["all"] == counts["noun in training"]:
             del counts["all"]
         titles = [f"{PARTS[part]} (n={count})" for part, count in counts.items()]
         lines = [f"{'head-noun accuracy':{width}}  " + "  ".join(f"{title:30}" for title in titles)]
         for name, parts in self.accuracy.items():
-            cells = [str(parts[part]) if part in parts else "none of them" for part in counts]
-            cells[0] += "" if parts["all"].count == counts_all else f" (n={parts['all'].count})"
+            cells = [
+                "none of them" if part not in parts
+                else f"{parts[part]}" if parts[part].count == count
+                else f"{parts[part]} (n={parts[part].count})"
+                for part, count in counts.items()
+            ]  # fmt: skip
             lines.append(f"{name:{width}}  " + "  ".join(f"{cell:30}" for cell in cells))
         for name, test in self.tests.items():
             lines.append(f"{name}: {100 * test['mean']:+.1f} points, p = {test['p']:.4f}")
@@ -205,10 +214,6 @@ class NamingReport:
             name: {key: estimate.as_dict() for key, estimate in parts.items()} for name, parts in self.accuracy.items()
         }
         return {"accuracy": accuracy, "tests": self.tests}
-
-
-def _count_all(parts: dict[str, Estimate]) -> int:
-    return parts["all"].count
 
 
 def shuffled(count: int, seed: int = 0) -> np.ndarray:
