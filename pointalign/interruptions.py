@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 # Schedulers send these before they kill a job; Windows has only the first two.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+STORE_TIMEOUT = 20.0  # seconds in which the store of a job must answer a process that reports why it ends
 
 
 class StopOnSignal(TrainerCallback):
@@ -99,16 +100,23 @@ class HangWatch:
     def _watch(self) -> None:
         while not self._ended.wait(min(5.0, self.timeout / 10)):
             if time.monotonic() - self._last > self.timeout:
+                # The store may not answer: this process ends all the same, by os._exit, as nothing else interrupts the
+                # operation in which its main thread waits.
+                threading.Timer(STORE_TIMEOUT, os._exit, [1]).start()
                 stack = traceback.format_stack(sys._current_frames()[self._main])
                 print(f"error: {self.report()}\nProcess {self.rank} is at\n{stack[-1]}", file=sys.stderr, flush=True)
-                os._exit(1)  # the main thread waits in an operation that nothing interrupts
+                os._exit(1)
 
     def report(self) -> str:
         """Which processes are behind, and where."""
+        late = f"no progress for {self.timeout} s (training.ddp_timeout)"
         keys = [f"pointalign/progress/{rank}" for rank in range(self.world_size)]
-        progress = [int(self._store.get(key)) if self._store.check([key]) else 0 for key in keys]
+        try:
+            progress = [int(self._store.get(key)) if self._store.check([key]) else 0 for key in keys]
+        except torch.distributed.DistError as error:  # the process that holds the store has ended
+            return f"{late}, and the process that knows which others hang has ended: see its messages ({error})"
         step, computing = divmod(min(progress), 2)
         behind = [str(rank) for rank, number in enumerate(progress) if number == min(progress)]
         names = f"process {behind[0]} hangs" if len(behind) == 1 else f"processes {', '.join(behind)} hang"
         where = f"{'in' if computing else 'before'} the computation of step {step + 1}"
-        return f"no progress for {self.timeout} s (training.ddp_timeout): {names} {where}"
+        return f"{late}: {names} {where}"

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import byte_tokenizer, make_processor, read_clouds
 from made_processes import in_processes
 from test_trainer import ROOT, make_trainer
 from transformers import TrainerCallback
 
+from pointalign import interruptions
 from pointalign.interruptions import SIGNALS, StopOnSignal
 from pointalign.run_checkpoints import checkpoints, verify
 
@@ -141,6 +143,36 @@ def test_a_process_that_hangs_ends_the_job_and_is_named(tmp_path):
     assert all(process.status not in (0, None) for process in ended), ended
     named = "no progress for 6 s (training.ddp_timeout): process 1 hangs before the computation of step 3"
     assert any(named in process.output for process in ended), ended
+
+
+class LostStore:
+    """The store of a job that has died with its process, or that never answers."""
+
+    def __init__(self, answers: bool):
+        self.answers = answers
+
+    def set(self, key, value):
+        pass
+
+    def check(self, keys):
+        if self.answers:
+            raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes")
+        time.sleep(10_000)
+
+
+def wait_without_progress(store_answers: bool) -> None:
+    interruptions.STORE_TIMEOUT = 1.0
+    torch.distributed.distributed_c10d._get_default_store = lambda: LostStore(store_answers)
+    interruptions.HangWatch(rank=1, world_size=2, timeout=1)
+    time.sleep(10_000)
+
+
+@pytest.mark.parametrize("store_answers", [True, False])
+def test_a_hanging_process_ends_without_the_store_of_its_job(store_answers, tmp_path):
+    """The first process holds the store; it may end before the others have asked which of them hang."""
+    (ended,) = in_processes(tmp_path, wait_without_progress, store_answers, count=1)
+    assert ended.status == 1
+    assert not store_answers or "no progress for 1 s (training.ddp_timeout), and" in ended.output, ended.output
 
 
 @pytest.mark.skipif("POINTALIGN_LONG_TESTS" not in os.environ, reason="the same by torchrun, in `make test-long`")
