@@ -132,6 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not results:
             results["before training"] = measure(trainer.model, processor, objects.clouds)
         trainer.train()
+        if trainer.stop.number:
+            print(f"stopped at step {trainer.state.global_step}: nothing is written")
+            return 128 + trainer.stop.number
         results[name] = measure(trainer.model, processor, objects.clouds)
     assert options is not None
     means = {name: {key: float(np.mean(values)) for key, values in row.items()} for name, row in results.items()}

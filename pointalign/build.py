@@ -21,6 +21,7 @@ from pointalign.models import (
     PointAlignForConditionalGeneration,
     PointAlignProcessor,
     adapters,
+    chat_layout,
     split_folder,
 )
 from pointalign.models.configuration import PointBertConfig
@@ -86,7 +87,11 @@ def build_model(
         reading={name: getattr(data, name) for name in READING_OPTIONS},
     )
     processor = PointAlignProcessor(
-        extractor, tokenizer, num_query_tokens=model.config.num_query_tokens, point_token_id=model.config.point_token_id
+        extractor,
+        tokenizer,
+        chat_template=None if options.system_text else chat_layout.without_system_text(tokenizer),
+        num_query_tokens=model.config.num_query_tokens,
+        point_token_id=model.config.point_token_id,
     )
     generation = model.generation_config
     generation.eos_token_id = processor.end_token_ids(generation.eos_token_id)

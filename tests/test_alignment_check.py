@@ -55,7 +55,9 @@ def test_the_interval_decides_whether_there_is_an_answer(gains, words):
     assert words in answer(differences) and differences["own"]["mean"] == pytest.approx(0.4)
 
 
-def test_the_command_trains_both_arms_and_writes_the_answer(processor, clouds, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def trained_with(processor, clouds, tmp_path, monkeypatch) -> list[list[str]]:
+    """The options of every arm that `main` trains, by a stand-in; an arm of 99 steps is stopped by SIGTERM."""
     objects = tasks.annotated_objects(CLOUDS / "annotations.json", CLOUDS).first(4)
     asked = []
 
@@ -69,7 +71,9 @@ def test_the_command_trains_both_arms_and_writes_the_answer(processor, clouds, t
                     for parameter in aligned.model.model.language_model.parameters():
                         parameter.mul_(1.5)
 
-        return SimpleNamespace(model=aligned, train=train_arm), None, processor
+        stop = SimpleNamespace(number=15 if "--training.max_steps=99" in arguments else 0)
+        state = SimpleNamespace(global_step=3)
+        return SimpleNamespace(model=aligned, train=train_arm, stop=stop, state=state), None, processor
 
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(assets, "embedded_objects", lambda: tmp_path)
@@ -77,10 +81,19 @@ def test_the_command_trains_both_arms_and_writes_the_answer(processor, clouds, t
     monkeypatch.setattr(options, "parse", lambda arguments: arguments)
     monkeypatch.setattr(train, "make_trainer", make_trainer)
     monkeypatch.setattr(train, "describe", lambda arguments: {"arguments": arguments[1:3]})
+    return asked
+
+
+def test_a_stopped_arm_ends_the_command_without_a_result(trained_with, tmp_path):
+    assert alignment_check.main(["--steps", "99", "--output", str(tmp_path / "out")]) == 128 + 15
+    assert len(trained_with) == 1 and not (tmp_path / "out" / "alignment.json").exists()
+
+
+def test_the_command_trains_both_arms_and_writes_the_answer(trained_with, tmp_path, capsys):
     assert alignment_check.main(["--steps", "7", "--output", str(tmp_path / "out")]) == 0
     written = json.loads((tmp_path / "out" / "alignment.json").read_text())
-    assert ["--model.train=['lora']" in part for part in asked] == [True, False]
-    assert all("--training.max_steps=7" in part for part in asked) and written["steps"] == 7
+    assert ["--model.train=['lora']" in part for part in trained_with] == [True, False]
+    assert all("--training.max_steps=7" in part for part in trained_with) and written["steps"] == 7
     means = written["results"]
     assert means["LoRA frozen"] == means["before training"] != means["LoRA trains"]
     gain = means["LoRA trains"]["own, centred"] - means["LoRA frozen"]["own, centred"]

@@ -70,6 +70,27 @@ def test_what_is_trained_is_what_is_asked(name, clouds):
         assert answer.startswith(TALK[turns - 1]["content"][0]["text"] + ENDS[name])
 
 
+SYSTEM_TEXTS = {"qwen2.5": "Be kind.", "smollm2": "Be brief."}  # that a template writes by itself
+
+
+def test_the_text_of_the_system_turn_is_left_out_and_nothing_else(name, tmp_path):
+    processor = make_processor(name)
+    template = chat_layout.without_system_text(processor.tokenizer)
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A bench."}]
+    full, short = (
+        chat_layout.render(processor.tokenizer, each, messages, False) for each in (processor.chat_template, template)
+    )
+    text = SYSTEM_TEXTS.get(name, "")
+    assert text in full and short == full.replace(text, "")
+    if not text:
+        return
+    explicit = [{"role": "system", "content": "Answer."}, *messages]
+    assert chat_layout.render(processor.tokenizer, template, explicit, False) == full.replace(text, "Answer.")
+    shorter = PointAlignProcessor(processor.feature_extractor, processor.tokenizer, chat_template=template)
+    shorter.save_pretrained(tmp_path)
+    assert PointAlignProcessor.from_pretrained(tmp_path).chat_template == template
+
+
 def test_an_answer_ends_a_reply(name):
     processor = make_processor(name)
     end = processor.tokenizer.convert_tokens_to_ids(ENDS[name])

@@ -54,6 +54,25 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages
         raise ValueError(f"the chat template refuses turns of {roles}: {error}") from error
 
 
+def without_system_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tokenizer's chat template, with an empty system turn in place of a text that it writes by itself.
+
+    Returns: The template as it is where it writes no such text, or refuses a system turn; None without a template.
+    """
+    if not tokenizer.chat_template:
+        return None
+    template = tokenizer.get_chat_template()
+    empty = "{% set messages = [{'role': 'system', 'content': ''}] + messages %}"
+    emptied = f"{{% if messages[0]['role'] != 'system' %}}{empty}{{% endif %}}{template}"
+    try:
+        shorter = len(render(tokenizer, emptied, _turns("u"), True)) < len(
+            render(tokenizer, template, _turns("u"), True)
+        )
+    except ValueError:
+        return template
+    return emptied if shorter else template
+
+
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
     """Tokens that are plain text where a user types them: special tokens, and added ones that the template writes.
 
