@@ -37,8 +37,9 @@ class ModelOptions:
         qformer_lora_rank: of adapters on the Q-Former, with twice the rank as alpha; 0 for none.
         query_experts: number of query experts, which start as copies of the queries; 0 adds none.
         query_routing: of query experts: sparse, soft or constant; None for how they were trained, sparse if new.
-        system_text: keep the system turn's text that some chat templates write by themselves, as "You are a helpful
-            assistant"; false leaves the turn empty, which saves its tokens. A model is asked as it was trained.
+        system_text: keep the text that some chat templates put into the system turn by themselves, as "You are a
+            helpful assistant"; false leaves that turn empty, which saves its tokens. None for how the checkpoint was
+            trained, kept if new.
         seed: of a point branch drawn at random.
         quantization: of the language model's frozen weights, `none` or `nf4` (4 bits, by bitsandbytes).
         dequantize_once: round to 4 bits, then store the result in `dtype`: faster, where memory allows.
@@ -58,7 +59,7 @@ class ModelOptions:
     qformer_lora_rank: int = 0
     query_experts: int = 0
     query_routing: str | None = None
-    system_text: bool = True
+    system_text: bool | None = None
     seed: int = 0
     quantization: str = "none"
     dequantize_once: bool = False

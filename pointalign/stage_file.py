@@ -212,6 +212,18 @@ def adapted_parts(path: Path) -> set[str]:
     return set(_settings(path, _contents(path)[0])["adapters"])
 
 
+def keeps_system_text(path: Path) -> bool:
+    """Whether a stage file was trained with the text that the chat template puts into the system turn by itself.
+
+    Raises: ValueError: the description beside it is damaged.
+    """
+    beside = path.with_suffix(".json")
+    value = _section(beside, "model").get("system_text") if beside.is_file() else None
+    if value not in (None, True, False):
+        raise ValueError(f"{beside}: model.system_text is {value!r}, expected true or false")
+    return value is not False
+
+
 def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
     """The options that build a stage file's model again for answering, from the description beside it.
 
@@ -226,12 +238,17 @@ def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
         )
     names = ("llm", "preset", "dtype", "lora_rank", "lora_alpha", "lora_targets", "qformer_lora_rank", "quantization")
     model = {name: described["model"][name] for name in names if name in described["model"]}
+    model["system_text"] = keeps_system_text(path)
     data = {
         name: value for name, value in described["data"].items() if name in ("num_points", "up_axis", *READING_OPTIONS)
     }
     for section, values, defaults in (("model", model, ModelOptions()), ("data", data, DataOptions(num_points=0))):
         for name, value in values.items():
-            if name != "lora_targets" and value is not None and type(value) is not type(getattr(defaults, name)):
+            if (
+                name not in ("lora_targets", "system_text")
+                and value is not None
+                and type(value) is not type(getattr(defaults, name))
+            ):
                 raise ValueError(f"{beside}: {section}.{name} is {value!r}, another type than that option has")
     return ModelOptions(**model, checkpoint=str(path), train=[]), DataOptions(**data)
 

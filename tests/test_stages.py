@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import user
+from made_templates import LAYOUTS
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from pointalign import build, stage_file, storage
 from pointalign.model_options import PARTS, DataOptions, ModelOptions
@@ -219,6 +222,27 @@ def test_load_without_a_name_takes_the_newest_run(lively_llm, tmp_path, monkeypa
     loaded, again, _ = build.load(device="cpu")
     expected = build.load("runs/demo/model", device="cpu")[0]
     assert torch.equal(logits(loaded, again, clouds), logits(expected, processor, clouds))
+
+
+def test_a_stage_is_asked_and_trained_on_with_the_system_turn_of_its_training(lively_llm, tmp_path):
+    llm = shutil.copytree(lively_llm, tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer.chat_template = LAYOUTS["smollm2"][0]  # writes a system turn by itself
+    tokenizer.save_pretrained(llm)
+    trained = options(llm, system_text=False)
+    model, processor = build.build_model(trained, DataOptions(num_points=256))
+    assert processor.chat_template != tokenizer.chat_template
+    path = tmp_path / "run" / stage_file.STAGE_FILE
+    stage_file.save_stage(model, path, {"model": asdict(trained), "data": {}})
+    assert build.load(path)[1].chat_template == processor.chat_template
+    assert make_model(llm, checkpoint=str(path))[1].chat_template == processor.chat_template
+    assert make_model(llm, checkpoint=str(path), system_text=True)[1].chat_template == tokenizer.chat_template
+    assert make_model(llm)[1].chat_template == tokenizer.chat_template
+    described = json.loads(path.with_suffix(".json").read_text())
+    described["model"]["system_text"] = "no"
+    path.with_suffix(".json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"stage\.json: model\.system_text is 'no', expected true or false"):
+        build.load(path)
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 8}, {"lora_targets": ["q_proj"]}])
