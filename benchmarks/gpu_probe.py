@@ -192,7 +192,7 @@ def points() -> dict[str, float]:
 
 def step() -> dict[str, dict[str, Any]]:
     """A training step of the common stack (row b3) and of everything (row e), by kernel."""
-    import test_train_step as train
+    import train_step_rows as train
 
     measured = {}
     for row in (train.E, train.B3):

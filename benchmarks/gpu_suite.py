@@ -99,14 +99,14 @@ STAGES = (
     Stage("smoke", 60, 150, (f"{{pytest}} {GPU_TESTS} -k '{SMOKE}'",)),
     Stage("alignment", 110, 240, (f"{{pytest}} benchmarks/test_alignment_loss.py -k 512-2560 {BENCHMARK}",)),
     Stage("points", 50, 150, (f"{{pytest}} benchmarks/test_point_ops.py {BENCHMARK}",)),
-    Stage("step", 80, 200, (f"{{pytest}} {rows('e', 'b', 'b3')} {BENCHMARK}",), needs=("bitsandbytes",)),
+    Stage("step", 100, 240, (f"{{pytest}} {rows('e', 'e3', 'f', 'b', 'b3')} {BENCHMARK}",), needs=("bitsandbytes",)),
     Stage("probe", 130, 200, ("{python} benchmarks/gpu_probe.py --output {results} {rehearse}",)),
     Stage(
         "memory",
-        150,
+        130,
         300,
         (
-            f"{{pytest}} {STEP}::test_8b_fits_24_gb {STEP}::test_the_papers_batches {rows('e2')} "
+            f"{{pytest}} {STEP}::test_8b_fits_24_gb {STEP}::test_the_papers_batches "
             f"{STEP}::test_cost_is_linear_in_tokens {BENCHMARK}",
         ),
         needs=("bitsandbytes",),
@@ -124,9 +124,9 @@ STAGES = (
     ),
     Stage(
         "parts",
-        240,
+        260,
         500,
-        (f"{{pytest}} {rows('a', 'b2', *(f'd{number}' for number in range(1, 12)))} {BENCHMARK}",),
+        (f"{{pytest}} {rows('a', 'b2', 'e2', *(f'd{number}' for number in range(1, 12)))} {BENCHMARK}",),
         needs=("bitsandbytes",),
     ),
     Stage("compiled", 120, 300, (f"{{pytest}} {rows('c')} {BENCHMARK}",), needs=("bitsandbytes",)),

@@ -18,8 +18,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from test_train_step import B3, D10, E, Row, make_batch, prepared, text_config, whole_config
 from torch.utils._python_dispatch import TorchDispatchMode
+from train_step_rows import B3, D10, E, Row, make_batch, prepared, text_config, whole_config
 
 from pointalign.efficient.fused_lora import AdapterGroup
 from pointalign.storage import provenance

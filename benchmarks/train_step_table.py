@@ -13,7 +13,7 @@ PEAK_GOAL_GB = 12
 CPU_ROWS = ("a", "b", "b3", "e")  # c generates code on a GPU only
 
 # Predicted milliseconds of one step of 16 samples (+-40 %), by what bounds them: products, or bytes moved. The two
-# columns of each card are the common stack (row b) and everything (row e).
+# columns of each card are the common stack (row b) and everything (rows e and f; launches are not in it).
 PREDICTED = {
     "frozen products": {"H100": (78, 34), "RTX 4090": (345, 150)},
     "4-bit dequantisation": {"H100": (8, 0), "RTX 4090": (22, 0)},
@@ -28,6 +28,11 @@ PRODUCTS = ("frozen products", "LoRA", "head and cross-entropy", "point encoder"
 # Milliseconds of row e, from the launches, bytes and instructions counted in what torch 2.11 and transformers 5.17 run:
 # frozen products 42, LoRA 9, dropout 19, the rest 14, AdamW 4; 5 to 6 thousand launches take 50 to 70 of a CPU.
 COUNTED = {"H100": (85, 100)}
+WAYS = (  # column of a prediction, row
+    (0, "b:", "transformers + peft + bitsandbytes"),
+    (1, "e:", "everything"),
+    (1, "f:", "everything, filled batches, CUDA graphs"),
+)
 # A card from another of its kind: times as long for products and for bytes moved, from attainable rates, assumed.
 SCALED = {"H200": ("H100", 1.0, 3.0 / 4.3), "RTX 3090": ("RTX 4090", 165 / 71, 1.0 / 0.94)}
 
@@ -45,6 +50,8 @@ def _measured(result: dict[str, Any]) -> str:
     lines, said = [], ""
     for row in rows:
         name = row["name"] + (f" ({row['note']})" if row["note"] not in ("", said) else "")
+        if row.get("filled_to"):
+            name += f", {row['tokens']:.0f} tokens filled up to {row['filled_to']}"
         said = row["note"]  # of what a row does less than those above, once
         if not row["seconds"]:
             lines.append([name, *["out of memory"] * 5])
@@ -73,8 +80,8 @@ def _measured(result: dict[str, Any]) -> str:
     if shape == "small":
         title += (
             " A small shape on a CPU shows that the rows run and agree, not how fast a GPU is. torch.compile (row c) "
-            "and the parts of a step (b2, d1 to d11, e2) are measured on a GPU only: on a CPU core they differ by "
-            "noise."
+            "and the parts of a step (b2, d1 to d11, e2, e3) are measured on a GPU only: on a CPU core they differ by "
+            "noise. CUDA graphs (row f) need a GPU."
         )
     header = ["row", "samples/s", "against b", "supervised tokens/s", "all tokens/s", "peak GB"]
     return title + "\n\n" + table(header, lines) + _goals(rows)
@@ -117,7 +124,7 @@ def _stage(steps: list[dict[str, Any]], stages: list[dict[str, Any]]) -> str:
 def _predictions(results: list[dict[str, Any]]) -> str:
     lines = []
     for card in ("H100", "H200", "RTX 4090", "RTX 3090"):
-        for column, (letter, what) in enumerate((("b:", "transformers + peft + bitsandbytes"), ("e:", "everything"))):
+        for column, letter, what in WAYS:
             measured = [
                 row
                 for result in results
@@ -130,8 +137,9 @@ def _predictions(results: list[dict[str, Any]]) -> str:
             counted = "" if low is None else f"{low} to {high}"
             lines.append([card, what, f"{predicted(card, column):.0f}", counted, done])
     title = (
-        "Phi-2, 16 samples a step, milliseconds. The estimate from operations and bytes is good to 40 %; the "
-        "prediction counts the kernels that torch 2.11 and transformers 5.17 launch.\n\n"
+        "Phi-2, 16 samples a step, milliseconds. The estimate from operations and bytes is good to 40 % and knows "
+        "neither launches nor tokens that fill batches up; the prediction counts the kernels that torch 2.11 and "
+        "transformers 5.17 launch.\n\n"
     )
     return title + table(["card", "way", "estimate", "prediction", "measured"], lines)
 

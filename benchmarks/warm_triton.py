@@ -1,4 +1,7 @@
-"""Fill Triton's cache for a GPU that is not here: compile what the alignment benchmarks and the probe launch.
+"""Fill Triton's cache for a GPU that is not here: compile this project's kernels that the timed stages launch.
+
+Those are the kernels of the alignment loss, also with the tiles of the probe, of LoRA's dropout in the training steps
+and of the mini-PointNet in bf16.
 
     PYTHONPATH=.:kernels TRITON_CACHE_DIR=FOLDER python benchmarks/warm_triton.py [--capability 90]
 
@@ -9,20 +12,37 @@ keys of the cache. The cache holds absolute paths, so it must lie in the same FO
 import argparse
 import contextlib
 import time
+from unittest.mock import patch
 
 import torch
 import triton
 from alignment_candidates import EARLIER, under
 from alignment_tma import by_tma
+from compile_folded_pointnet import CONFIG, paper_weights
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pointalign_kernels import alignment, alignment_triton
+from pointalign_kernels import (
+    alignment,
+    alignment_triton,
+    folded_pointnet_triton,
+    lora_dropout,
+    lora_dropout_triton,
+)
 
 HIDDEN, FEATURES = 2560, 768
 ROWS = (128, 256, 512, 1024)
 MULTIPROCESSORS = 132  # of an H100 or H200: the choice of a tile depends on it
+# Rank, inputs and adapters of the groups of LoRA layers in the steps of Phi-2 and of the 8B model.
+LORA = (
+    *((64, HIDDEN, adapters) for adapters in (1, 3, 4)),
+    (64, 4 * HIDDEN, 1),
+    *((16, 4096, adapters) for adapters in (1, 2, 3)),
+    (16, 14336, 1),
+)
+LORA_ROWS = (128, 2**14)  # tokens: sums over columns in slices, and at once
+LORA_DROPOUT = 0.05
 
 
 class AbsentGpu:
@@ -63,8 +83,10 @@ def compile_only(capability: int = 90) -> set[tuple]:
         self, *arguments, grid=grid, warmup=True, **options
     )
     driver.set_active(AbsentGpu(capability))
-    alignment_triton._capability = lambda device: capability
-    alignment_triton._multiprocessors = lambda device: MULTIPROCESSORS
+    for module in (alignment_triton, folded_pointnet_triton):
+        module._capability = lambda device: capability
+    for module in (alignment_triton, lora_dropout_triton):
+        module._multiprocessors = lambda device: MULTIPROCESSORS
     torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
     return compiled
 
@@ -81,6 +103,32 @@ def launch_step(rows: int, parameters: torch.dtype) -> None:
     alignment.alignment_backward(torch.ones(1), hidden, dy, pre, act, weights, biases, *copies, True, True)
 
 
+def launch_lora_dropout(rows: int, rank: int, inputs: int, adapters: int) -> None:
+    """Forward and backward of the dropout of LoRA layers that share their inputs, `rows` tokens in bf16."""
+    tensors = {"dtype": torch.bfloat16, "device": "meta"}
+    x, down, low = (
+        torch.empty(*shape, **tensors) for shape in ((rows, inputs), (adapters * rank, inputs), (rows, adapters * rank))
+    )
+    seed = lora_dropout.draw_seed(x.device)
+    with patch.object(lora_dropout, "fused_available", lambda device_type: True):
+        lora_dropout.lora_dropout_down(x, down, seed, adapters, LORA_DROPOUT, 0.25)
+        lora_dropout.lora_dropout_down_gradient(x, low, seed, adapters, LORA_DROPOUT, torch.empty_like(down))
+        lora_dropout.lora_dropout_input_gradient_(x, low, down, seed, adapters, LORA_DROPOUT)
+
+
+def launch_lora_dropouts() -> None:
+    for sizes in LORA:
+        for rows in LORA_ROWS:
+            launch_lora_dropout(rows, *sizes)
+
+
+def launch_pointnet() -> None:
+    """The mini-PointNet of the paper's encoder over one cloud in bf16."""
+    weights = [tensor.contiguous() for tensor in paper_weights().tensors()]
+    groups = torch.empty(1, CONFIG.num_groups, CONFIG.group_size, CONFIG.in_channels, dtype=torch.bfloat16)
+    folded_pointnet_triton.launch(groups, weights, groups.new_empty(*groups.shape[:2], len(weights[-1])))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, default=90, help="compute capability without its dot")
@@ -95,6 +143,8 @@ def main() -> None:
             for parameters in (torch.float32, torch.bfloat16):
                 with way():
                     launch_step(rows, parameters)
+    launch_lora_dropouts()
+    launch_pointnet()
     import gpu_probe  # it launches other tiles as well
 
     gpu_probe.launches()

@@ -1,11 +1,16 @@
-"""A CUDA graph on a CPU: records the operators that run, and replays them on the same memory."""
+"""A CUDA graph on a CPU: records the operators that run, and replays them on the same memory.
+
+Attention that can be recorded so is registered with transformers as `masked`.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")  # what CUDA refuses while it captures
 
@@ -40,3 +45,16 @@ class CpuRecorder:
         with Operators() as operators:
             result = run()
         return result, operators.replay
+
+
+def masked_attention(module, query, key, value, attention_mask, scaling=None, *, cu_seq_lens_q, **_):
+    """Packed attention on a CPU that does not wait for the lengths, as FlashAttention on CUDA does not."""
+    places = torch.arange(query.shape[2], device=query.device)
+    segment = torch.bucketize(places, cu_seq_lens_q[1:], right=True)
+    seen = (segment[:, None] == segment[None]) & (places[:, None] >= places[None])
+    grouped = query.shape[1] != key.shape[1]
+    output = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=grouped)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register("masked", masked_attention)

@@ -316,11 +316,11 @@ def test_the_stages_of_the_step_measure_every_row_once(collected):
 
     rows = [name for stage, _, _, ids in collected for name in ids if "::test_train_step[" in name]
     assert len(rows) == len(set(rows))
-    tree = ast.parse((ROOT / "benchmarks/test_train_step.py").read_text())
+    tree = ast.parse((ROOT / "benchmarks/train_step_rows.py").read_text())
     names = {
         node.value.partition(":")[0]
         for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.match(r"[a-e]\d*: ", node.value)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.match(r"[a-f]\d*: ", node.value)
     }
     assert {name.partition("[")[2].rstrip("]") for name in rows} == names
 

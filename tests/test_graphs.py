@@ -4,10 +4,9 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from made_graphs import CpuRecorder
+from made_graphs import CpuRecorder, masked_attention
 from test_fused import adapted
 from test_packing import collate, conversations  # noqa: F401
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from pointalign.alignment import AlignmentConfig
@@ -18,19 +17,6 @@ from pointalign.efficient.graphs import CudaRecorder, decoder_in_graphs
 from pointalign.trainer import AlignedModel
 
 SHAPE = PackShape(400, 8, 120)
-
-
-def masked_attention(module, query, key, value, attention_mask, scaling=None, *, cu_seq_lens_q, **_):
-    """Packed attention on a CPU that does not wait for the lengths, as FlashAttention on CUDA does not."""
-    places = torch.arange(query.shape[2], device=query.device)
-    segment = torch.bucketize(places, cu_seq_lens_q[1:], right=True)
-    seen = (segment[:, None] == segment[None]) & (places[:, None] >= places[None])
-    grouped = query.shape[1] != key.shape[1]
-    output = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=grouped)
-    return output.transpose(1, 2), None
-
-
-AttentionInterface.register("masked", masked_attention)
 
 
 def batches_of(processor, conversations):  # noqa: F811

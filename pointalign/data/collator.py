@@ -100,6 +100,17 @@ def fill(packed: dict[str, Tensor | int], shape: PackShape) -> dict[str, Tensor 
     }
 
 
+def smallest_shape(batches: Sequence[Sequence[int]], tokens: int) -> PackShape:
+    """The shape of `tokens` tokens with the fewest segments that `fill` can bring packed batches to.
+
+    Args:
+        batches: tokens of every sample, at most `tokens` a batch.
+    """
+    longest = max(max(lengths) for lengths in batches)
+    segments = max(len(lengths) - (sum(lengths) - tokens) // longest for lengths in batches)
+    return PackShape(tokens, segments, longest)
+
+
 def token_counts(processor, conversations: Sequence[Conversation], max_length: int) -> list[int]:
     """Number of tokens of each conversation in the processor's layout, at most `max_length`; no cloud is read."""
     return [min(max_length, len(_tokens(processor, each)["input_ids"])) for each in conversations]
@@ -216,12 +227,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
     @property
     def shape(self) -> PackShape:
         """The smallest shape that `fill` can bring every batch to."""
-        longest = max(self.lengths)
-        tokens = [sum(self.lengths[sample] for sample in batch) for batch in self.batches]
-        pieces = [
-            len(batch) - (size - self.budget) // longest for batch, size in zip(self.batches, tokens, strict=True)
-        ]
-        return PackShape(self.budget, max(pieces), longest)
+        return smallest_shape([[self.lengths[sample] for sample in batch] for batch in self.batches], self.budget)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -96,6 +96,7 @@ class MiniPointNet(nn.Module):
         """
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
         if not self.training and not trains:
+            # folded in every call: beside the products its time does not show, and what is stored could be stale
             return folded_pointnet(groups, fold_pointnet(self.first_conv, self.second_conv))
         batch, num_groups, size, channels = groups.shape
         first, norm, act, second = self.first_conv
