@@ -29,14 +29,26 @@ def fading_answer() -> str:
     if not contents:
         return "Not measured (`make fading`).\n"
     parts = [_settings(contents)]
-    parts += [f"{study.capitalize()} study: {conclusion.answer(content)}" for study, content in contents.items()]
+    parts.append(
+        "\n".join(f"- {study.capitalize()} study, main setting: {_short(contents[study])}" for study in contents)
+    )
     content = list(contents.values())[-1]
     rows = conclusion.by_name(content)
     if conclusion.verdict(content) != "unfinished":
         parts += [conclusion.elsewhere(rows), conclusion.readable(rows), conclusion.captions(rows[METHOD])]
-    origins = "; ".join(f"`{STUDIES[study]}.json` ({_origin(content)})" for study, content in contents.items())
-    parts.append(f"From {origins}.")
+    parts.append(f"From {' and '.join(f'`{STUDIES[study]}.json`' for study in contents)}.")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _short(content: dict) -> str:
+    """The verdict, what could be detected, and a warning; the figures are in the table above it."""
+    rows = conclusion.by_name(content)
+    text = f"**{conclusion.ANSWERS[conclusion.verdict(content)]}**"
+    if conclusion.verdict(content) == "unfinished":
+        return text
+    detectable = rows[METHOD]["difference"]["few-shot"]["detectable"]
+    text += f" A true difference of {100 * detectable:.1f} points would be detected with 80 % power."
+    return text + conclusion.floor_warning(rows)
 
 
 def fading_line() -> str:
@@ -57,7 +69,7 @@ def fading_line() -> str:
         if setting != conclusion.MAIN and conclusion.shown(difference) > 0
     ]
     text = f"Does the alignment loss keep usable what captions never mention? {told}"
-    return f"{text} A secondary setting shows a gain: {'; '.join(gains)}." if gains else text
+    return f"{text} A secondary setting of the last study shows a gain: {'; '.join(gains)}." if gains else text
 
 
 def fading_advice() -> str:
@@ -126,8 +138,8 @@ def _shown(difference: dict) -> str:
 
 def _settings(contents: dict[str, dict]) -> str:
     """A row for each setting of each study, without alignment and with it."""
-    header = ["setting", "study", "few-shot, no alignment, %", f"{METHOD}, %", "difference, points", "p", "shown",
-              f"B at layer {LAYERS}, no alignment", METHOD]  # fmt: skip
+    header = ["setting", "study", "few-shot, no alignment, %", f"{METHOD}, %", "difference, points", "p (Holm)",
+              "shown", f"B at layer {LAYERS}, no alignment", METHOD]  # fmt: skip
     lines = []
     for study, content in contents.items():
         rows = conclusion.by_name(content)
@@ -145,7 +157,7 @@ def _settings(contents: dict[str, dict]) -> str:
 
 def _arms(rows: list[dict]) -> str:
     """A row for each arm: the primary measure, its difference from no alignment, and what the last layer holds."""
-    header = ["arm", "seeds", "few-shot, %", "less no alignment, points", "p", "shown", f"B at layer {LAYERS}",
+    header = ["arm", "seeds", "few-shot, %", "less no alignment, points", "p (Holm)", "shown", f"B at layer {LAYERS}",
               "retrieved, %", "captions, %"]  # fmt: skip
     lines = []
     for row in rows:

@@ -127,7 +127,7 @@ def elsewhere(rows: dict[str, Row]) -> str:
     if not any(texts.values()):
         return ""
     told = {1: "a gain is shown with", 0: "no gain is shown with", -1: "a loss is shown with"}
-    sentences = [f"{told[outcome]} {', '.join(settings)}" for outcome, settings in texts.items() if settings]
+    sentences = [f"{told[outcome]} {' and with '.join(settings)}" for outcome, settings in texts.items() if settings]
     return (
         f"Beside the main setting, {'; '.join(sentences)}. These settings are secondary, and the study that has them "
         "was planned after the first study was seen. No wrong target was run in them, so these runs do not say whether "
@@ -234,7 +234,8 @@ def _layer(rows: dict[str, Row]) -> str:
 
 def _when(rows: dict[str, Row]) -> str:
     helped = [setting for setting, difference in differences_by_setting(rows).items() if shown(difference) > 0]
-    text = f"When: alignment is shown to help with {' and with '.join(helped) or 'no setting tried'}."
+    secondary = "" if MAIN in helped or not helped else ", which is a secondary setting"
+    text = f"When: alignment is shown to help with {' and with '.join(helped) or 'no setting tried'}{secondary}."
     left = {setting: rows[arm]["B by layer"][str(LAYERS)]["mean"] for arm, setting in SETTINGS.items() if arm in rows}
     if len(left) > 1:
         safest = max(left, key=lambda setting: left[setting])
