@@ -145,6 +145,7 @@ def conversion() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "ablation_language_model": partial(ablation, "ablation_language_model"),
     "ablation_objects": partial(ablation, "ablation_objects"),
     "ablation_shapes": partial(ablation, "ablation_shapes"),
     "alignment": alignment,

@@ -37,6 +37,7 @@ EDITS = {"flip": "right before and after", "stay": "same answer"}  # what an edi
 ABLATIONS = {  # folder -> what trains
     "ablation_objects": "SmolLM2 (LoRA), embedded objects",
     "ablation_shapes": "a new decoder, procedural stools",
+    "ablation_language_model": "SmolLM2 (LoRA), embedded objects, longer",
     "language_model_folds": "SmolLM2 (LoRA), embedded objects in five folds",
 }
 UNMEASURED = {  # file -> question, command, time
@@ -60,10 +61,15 @@ UNMEASURED = {  # file -> question, command, time
         "python -m experiments.folds",
         "a GPU",
     ),
-    "language_model_folds/ablation.json": (
+    "ablation_language_model/ablation.json": (
         "Does the alignment loss help SmolLM2 in 600 steps, and more than a wrong target?",
+        "python -m experiments.ablation language_model",
+        "20 runs, a GPU",
+    ),
+    "language_model_folds/ablation.json": (
+        "The same, every object held out once",
         "python -m experiments.folds --recipe language_model",
-        "a GPU; on two cores about 18 hours",
+        "100 runs, a GPU",
     ),
 }
 
