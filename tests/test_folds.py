@@ -208,10 +208,9 @@ def test_the_study_of_a_language_model_ends_in_the_report(recipes, tmp_path, mon
     described = yaml.safe_load((RECIPES / "language_model.yaml").read_text())
     assert described["schedule"]["steps"] == 600 and described["seeds"] >= 5, "nothing is shown with fewer"
     described["model"] |= {"checkpoint": None, "lora_rank": 4}
-    (recipes / "language_model.yaml").write_text(
-        yaml.safe_dump(described | {"schedule": {"steps": 1, "batch_size": 2}})
-    )
-    results = tmp_path / "results"
+    described["schedule"] = {"steps": 1, "batch_size": 2}
+    (recipes / "language_model.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    results = tmp_path / "benchmarks" / "results"
     for module in (folds, evidence_tables, short_tables):
         monkeypatch.setattr(module, "RESULTS", results)
     command = ["--recipe", str(recipes / "language_model.yaml"), "--stage1-steps", "4", "--seeds", "1"]
