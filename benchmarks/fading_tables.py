@@ -138,8 +138,15 @@ def _shown(difference: dict) -> str:
 
 def _settings(contents: dict[str, dict]) -> str:
     """A row for each setting of each study, without alignment and with it."""
-    header = ["setting", "study", "few-shot, no alignment, %", f"{METHOD}, %", "difference, points", "p (Holm)",
-              "shown", f"B at layer {LAYERS}, no alignment", METHOD]  # fmt: skip
+    header = [
+        "setting",
+        "study",
+        "few-shot accuracy, %",
+        "difference, points",
+        "p (Holm)",
+        "shown",
+        f"B at layer {LAYERS}",
+    ]
     lines = []
     for study, content in contents.items():
         rows = conclusion.by_name(content)
@@ -147,12 +154,12 @@ def _settings(contents: dict[str, dict]) -> str:
             both = [rows.get(name, {}) for name in (arm, arm.replace(BASELINE, METHOD))]
             difference = both[1].get("difference")
             if difference:
-                accuracy = [_percent(row["few-shot, mean over k"]) for row in both]
-                read = [f"{row['B by layer'][str(LAYERS)]['mean']:.2f}" for row in both]
+                accuracy = " to ".join(_percent(row["few-shot, mean over k"]) for row in both)
+                read = " to ".join(f"{row['B by layer'][str(LAYERS)]['mean']:.2f}" for row in both)
                 estimate = difference["few-shot"]
                 cells = [conclusion.points(estimate), f"{estimate['p_holm']:.3f}", _shown(difference)]
-                lines.append([setting, study, *accuracy, *cells, *read])
-    return markdown_table(header, lines, "llrrrrlrr")
+                lines.append([setting, study, accuracy, *cells, read])
+    return markdown_table(header, lines, "llrrrlr")
 
 
 def _arms(rows: list[dict]) -> str:

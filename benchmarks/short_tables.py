@@ -18,6 +18,7 @@ from experiments import compare as comparing
 from experiments.ablation.conclusion import METHOD, direction
 from experiments.ablation.measure import PRIMARY, SECOND
 from pointalign.evaluation import markdown_table
+from pointalign.evaluation.probe import QFORMER
 from pointalign.storage import file_hash
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,17 +127,33 @@ def bounds() -> str:
         rows.append([title, guess, said, _with_count(ours), _with_count(theirs)])
     header = ["right answers, %", "without a model", "tokens alone", "`make train`", "shipped `furniture`"]
     one_sided = [
-        f"{QUESTIONS[kind][0]} {100 * row['yes_rate']:.0f} %"
+        f"{QUESTIONS[kind][0].partition(',')[0]} {100 * row['yes_rate']:.0f} %"
         for kind, row in kinds.items()
         if kind in QUESTIONS and "yes_rate" in row and not ONE_SIDED < row["yes_rate"] < 1 - ONE_SIDED
     ]
     said_yes = f"The model of `make train` hardly varies some answers; it says Yes to: {', '.join(one_sided)}. "
+    probed = ""
+    if (RESULTS / "probe/probe.json").exists():
+        probed = f"{_probed(_read('probe/probe.json'))} "
     return (
         f"{table(header, rows)}\n"
         '"Without a model" is the nearest neighbour above for names, else always the most frequent answer. "Tokens '
         'alone" is the word nearest to the point token of that fact; empty where no token stands for it. '
-        f"{said_yes if one_sided else ''}From `token_words.json`, `demo.json` and `evaluation.json` (weights "
+        f"{said_yes if one_sided else ''}{probed}From `token_words.json`, `demo.json` and `evaluation.json` (weights "
         f"{shipped['weights']}).\n"
+    )
+
+
+def _probed(content: dict) -> str:
+    """What a linear probe reads at the input of the language model and after the last layer."""
+    read = []
+    for name, places in content["probes"].items():
+        layers = sorted((place for place in places if place != QFORMER), key=int)
+        first, last = (f"{places[place]:.2f}" for place in (layers[0], layers[-1]))
+        read.append(f"{name} ({content['kinds'][name]}) {first} to {last}")
+    return (
+        f"A linear probe of {content['model']}'s point tokens reads, from the input of the language model to its last "
+        f"layer: {'; '.join(read)} (`probe/probe.json`)."
     )
 
 

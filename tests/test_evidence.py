@@ -87,6 +87,10 @@ def test_probes_are_shown_by_layer(results):
     text = evidence_tables.probe()
     assert "| noun (accuracy) | 0.500 | 0.400 |" in text and "| CKA |  | 0.300 |" in text
     assert "](../benchmarks/results/probe/layers.png)" in text
+    content["probes"] = {"noun": {"Q-Former": 0.5, "30": 0.3, "5": 0.2, "0": 0.4}}
+    assert "input of the language model to its last layer: noun (accuracy) 0.40 to 0.30" in short_tables._probed(
+        content
+    )
 
 
 def test_hours_of_a_feature_cache_follow_from_what_was_measured(results, monkeypatch):

@@ -144,7 +144,7 @@ def test_the_section_shows_the_answer_the_figure_and_what_is_missing(tmp_path, m
     estimate = conclusion.by_name(content)[METHOD]["difference"]["few-shot"]
     short = fading_tables.fading_answer()
     assert f"- First study, main setting: **{conclusion.ANSWERS['yes']}**" in short
-    assert f"| {conclusion.points(estimate)} | {estimate['p_holm']:.3f} | a gain | 0.65 | 0.65 |" in short
+    assert f"| {conclusion.points(estimate)} | {estimate['p_holm']:.3f} | a gain | 0.65 to 0.65 |" in short
     assert "Not measured" in fading_tables.fading_longer() and "Second study" not in short
     (tmp_path / "fading_longer.json").write_text(json.dumps(content_of({BASELINE: 0.6, METHOD: 0.4})))
     assert conclusion.ANSWERS["worse"] in fading_tables.fading_longer()

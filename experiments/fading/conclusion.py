@@ -148,13 +148,13 @@ def readable(rows: dict[str, Row]) -> str:
         f"{plain['B by layer'][last]['mean']:.2f} at layer {LAYERS}, so {verb}. With {METHOD} it has "
         f"{method['B by layer'][last]['mean']:.2f} there ({_change(difference['B at the last layer'])})."
     )
+    if difference["B at the last layer"]["low"] > 0 and shown(difference) <= 0:
+        text += " So more of B stays readable, although few-shot accuracy is not shown to gain."
     wrong = WRONG_TARGETS[0]
     other = rows.get(wrong, {})
     against = other.get("difference", {}).get("B at the last layer")
     if against and against["low"] > 0:
         text += f" But {wrong} does that as well ({_change(against)})."
-    if difference["B at the last layer"]["low"] > 0 and shown(difference) <= 0:
-        text += " So more of B stays readable, although few-shot accuracy is not shown to gain."
     told = {"without alignment": plain, f"with {METHOD}": method} | ({f"with {wrong}": other} if other else {})
     shares = ", ".join(f"{100 * row['retrieval at equal A'][last]['mean']:.0f} % {name}" for name, row in told.items())
     return (
