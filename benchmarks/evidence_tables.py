@@ -1,4 +1,4 @@
-"""Sections of docs/results.md: held-out evaluation, ablations and probes, from their result files alone.
+"""Sections of the result pages: held-out evaluation, ablations and probes, from their result files alone.
 
 pointalign evaluate                    writes evaluation.json, to be copied to results/
 python -m experiments.ablation objects           writes results/ablation_objects/, and so on
@@ -7,11 +7,14 @@ pointalign audit furniture             writes audit.json, to be copied to result
 python -m experiments.token_words --output benchmarks/results/token_words.json
 python -m experiments.compare          writes compare.json and pictures, to be copied to results/compare/
 python -m experiments.procedural_neighbours --output benchmarks/results/procedural_neighbours.json
+make alignment-check                   writes alignment.json, which benchmarks/record_run.py copies to results/
 """
 
 import json
 import sys
 from pathlib import Path
+
+from tables import stamp_of_run, table
 
 sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
 from experiments import compare as comparing
@@ -150,6 +153,21 @@ def probe() -> str:
     note = f"{content['model']} (weights {content['weights']}), {content['data']}; {_stamp(content['versions'])}."
     picture = f"![Probes and similarity by layer]({_link(folder / 'layers.png')})"
     return "\n\n".join([note, picture, _folded("By layer", probing.layer_table(content))]) + "\n"
+
+
+def alignment_check() -> str:
+    """Cosine of projected hidden states and targets, with LoRA training and frozen."""
+    path = RESULTS / "alignment_check.json"
+    if not path.exists():
+        return "Not measured since the recipe changed. `make alignment-check` measures it.\n"
+    content = json.loads(path.read_text())
+    columns = list(content["results"]["before training"])
+    rows = [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in content["results"].items()]
+    changes = content["differences"]
+    rows.append(["LoRA trains less LoRA frozen", *(comparison.SIGNED.format(**changes[column]) for column in columns)])
+    where = stamp_of_run(content["run"], content.get("date"))
+    note = f"{content['objects']} {content['split']} objects, {content['steps']} steps; {where}"
+    return f"{content['answer']}\n\n{table(['cosine to targets', *columns], rows)}\n{note}\n"
 
 
 def _stamp(versions: dict) -> str:

@@ -1,7 +1,8 @@
-"""Record a run of `make train`: `python benchmarks/record_run.py RUN [--alignment-check FOLDER] [--ship STAGE1]`.
+"""Record results: `python benchmarks/record_run.py [RUN] [--alignment-check FOLDER] [--ship STAGE1]`.
 
-Its accuracy, answers, loss curves and description go to benchmarks/results/. With `--ship`, the stage files of STAGE1,
-the folder of `python -m pointalign.embedded.stage1` that RUN started from, and of RUN become the shipped checkpoints
+Accuracy, answers, loss curves and description of RUN, a run of `make train`, go to benchmarks/results/, and so does
+what `make alignment-check` left in FOLDER. With `--ship`, the stage files of STAGE1, the folder of
+`python -m pointalign.embedded.stage1` that RUN started from, and of RUN become the shipped checkpoints
 `furniture-stage1` and `furniture`, and nothing is recorded.
 """
 
@@ -57,10 +58,16 @@ def ship(stage1: Path, run: Path) -> None:
         write_json(CHECKPOINTS / f"{name}.json", content)
 
 
+def date_of(path: Path) -> str:
+    """The day on which a file was written."""
+    return datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
+
+
 def record(run: Path) -> None:
     """Write what a run left into benchmarks/results/."""
-    finished = datetime.date.fromtimestamp((run / "accuracy.json").stat().st_mtime).isoformat()
-    content = {"date": finished, "run": read_json(run / "stage.json")} | read_json(run / "accuracy.json")
+    content = {"date": date_of(run / "accuracy.json"), "run": read_json(run / "stage.json")} | read_json(
+        run / "accuracy.json"
+    )
     write_json(RESULTS / "demo.json", content)
     for name, recorded in PICTURES.items():
         shutil.copyfile(run / name, RESULTS / recorded)
@@ -68,16 +75,20 @@ def record(run: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a finished run")
     parser.add_argument("--alignment-check", type=Path, help="folder that experiments.alignment_check wrote")
     parser.add_argument("--ship", type=Path, metavar="STAGE1", help="ship this stage 1 and the run")
     options = parser.parse_args(arguments)
+    if options.run is None and (options.ship or not options.alignment_check):
+        parser.error("expected the folder of a run, or --alignment-check FOLDER alone")
     if options.ship:
         ship(options.ship, options.run)
         return
-    record(options.run)
+    if options.run:
+        record(options.run)
     if options.alignment_check:
-        write_json(RESULTS / "alignment_check.json", read_json(options.alignment_check / "alignment.json"))
+        path = options.alignment_check / "alignment.json"
+        write_json(RESULTS / "alignment_check.json", {"date": date_of(path)} | read_json(path))
 
 
 if __name__ == "__main__":

@@ -18,3 +18,21 @@ def stamp(provenance: dict) -> str:
         device += f", {provenance['cpu_capability']}"
     where = f"{device}; {versions}; commit {provenance['commit']}{changed}, {provenance['date']}{load}."
     return where + rehearsal
+
+
+def stamp_of_run(run: dict, date: str | None) -> str:
+    """Device, versions, commit and date of a training run, from the description that it left."""
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    changed = " with uncommitted changes" if run.get("uncommitted_changes") else ""
+    return f"{run['device']}; {versions}; commit {run['commit']}{changed}, {date or 'date not recorded'}."
+
+
+def percent(estimate: dict, sign: str = "") -> str:
+    """Mean and interval of a share, in percent."""
+    mean, low, high = (f"{100 * estimate[key]:{sign}.1f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def difference(test: dict) -> str:
+    """A paired difference of two shares, in points, with its p-value."""
+    return f"{percent(test, '+')} points, p = {test['p']:.4f}"

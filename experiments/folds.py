@@ -5,8 +5,9 @@ and Q-Former never see a family of the fold, and the ablation runs from that sta
 folds are compared as one set: paired by seed, clustered by family, corrected over arms. The interval treats families as
 independent, although those of a fold share a stage 1, of which there are five.
 
-Finished work is kept: the same command continues where it was stopped. Two processes may share the folds,
-`--folds 0 1 2` and `--folds 3 4`; the last to finish writes the result.
+Finished work is kept: the same command continues where it was stopped. Two processes may share the work: with
+`--folds 0 1 2` and `--folds 3 4`, or by the same command twice. The last to finish writes the result into the folder
+where `benchmarks/report.py` looks for it. The repository holds the pooled runs and their result, not `fold-<k>`.
 """
 
 import argparse
@@ -25,11 +26,13 @@ from experiments.ablation.recipe import Recipe, read_recipe
 from pointalign import stage_file, storage
 from pointalign.embedded import catalogue, stage1
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 ENCODER_SHARE = 0.75  # share of the steps of stage 1 that train the encoder
+FOLDER_OF_RECIPE = "benchmarks/results/RECIPE_folds"
 DIFFERENT = ("fold", "weights")  # keys of `recipe.json` that differ between folds: each has its stage 1
 
 
-def fold_parser(program: str, description: str | None, output: str) -> argparse.ArgumentParser:
+def fold_parser(program: str, description: str | None, output: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every study in folds has."""
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -38,7 +41,8 @@ def fold_parser(program: str, description: str | None, output: str) -> argparse.
     parser.add_argument(
         "--folds", type=int, nargs="+", choices=every, default=every, help="folds to run (default: all)"
     )
-    parser.add_argument("--output", type=Path, default=Path(output), help="folder (default: %(default)s)")
+    default = None if output is None else Path(output)
+    parser.add_argument("--output", type=Path, default=default, help=f"folder (default: {output or FOLDER_OF_RECIPE})")
     return parser
 
 
@@ -101,17 +105,18 @@ def require_agreement(folders: Sequence[Path], descriptions: Sequence[dict[str, 
 
 def train_stage(fold: int, folder: Path, steps: int) -> int:
     """Train stage 1 without the families of a fold, unless that is done. Returns an exit status."""
-    if (folder / stage_file.STAGE_FILE).exists():
-        return 0
-    encoder_steps = round(ENCODER_SHARE * steps)
-    return stage1.main(
-        [
-            f"--output={folder}",
-            f"--fold={fold}",
-            f"--encoder-steps={encoder_steps}",
-            f"--query-steps={steps - encoder_steps}",
-        ]
-    )
+    with storage.lock(folder.with_name(f"{folder.name}.lock")):  # another process that shares the fold waits
+        if (folder / stage_file.STAGE_FILE).exists():
+            return 0
+        encoder_steps = round(ENCODER_SHARE * steps)
+        return stage1.main(
+            [
+                f"--output={folder}",
+                f"--fold={fold}",
+                f"--encoder-steps={encoder_steps}",
+                f"--query-steps={steps - encoder_steps}",
+            ]
+        )
 
 
 def pool(recipe: Recipe, folder: Path) -> str:
@@ -137,6 +142,7 @@ def pool(recipe: Recipe, folder: Path) -> str:
     ceilings = [json.loads((fold / "ceiling.json").read_text()) for fold in folders]
     storage.write_json(folder / "ceiling.json", weighted_mean(ceilings, counts))
     described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "fold")}
+    described["model"]["checkpoint"] = "stage 1 of each fold"
     storage.write_json(folder / "recipe.json", described | {"folds": catalogue.FOLDS})
     return summarise(folder, recipe)
 
@@ -165,17 +171,18 @@ def weighted_mean(values: list[Any], weights: list[int]) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = fold_parser("python -m experiments.folds", __doc__, "runs/folds")
+    parser = fold_parser("python -m experiments.folds", __doc__, None)
     parser.add_argument("--recipe", default="objects", help="ablation on the embedded objects (default: %(default)s)")
     parser.add_argument("--stage1-steps", type=int, default=1000, help="of each fold's stage 1 (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="paired seeds (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, help="paired seeds (default: the recipe's)")
     options = parser.parse_args(arguments)
     try:
         recipe = read_recipe(options.recipe)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    recipe.seeds = options.seeds
+    recipe.seeds = options.seeds or recipe.seeds
+    output = options.output or RESULTS / f"{Path(options.recipe).stem}_folds"
 
     def run(fold: int, folder: Path) -> int:
         if status := train_stage(fold, folder / "stage1", options.stage1_steps):
@@ -188,9 +195,9 @@ def main(arguments: list[str] | None = None) -> int:
         return all(run_file(folder, arm, seed).exists() for arm, seed in recipe.plan())
 
     def pool_folds(_folders: list[Path]) -> None:
-        print(f"all folds:\n{pool(recipe, options.output)}")
+        print(f"all folds:\n{pool(recipe, output)}")
 
-    return run_folds(options.output, options.folds, run, finished, pool_folds)
+    return run_folds(output, options.folds, run, finished, pool_folds)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,12 @@ def test_the_readme_is_short():
     assert len(read("README.md").splitlines()) <= 200
 
 
+def test_the_results_are_told_on_two_pages():
+    """Full tables belong on the detail pages."""
+    lines = [line for line in read("docs/results.md").splitlines() if line and not line.startswith("<!--")]
+    assert len(lines) <= 150 and len(" ".join(lines).split()) <= 2500
+
+
 def test_the_options_page_is_that_of_the_dataclasses():
     specification = importlib.util.spec_from_file_location("generate_options", ROOT / "docs" / "generate_options.py")
     assert specification is not None and specification.loader is not None

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import demo_tables
 import evidence_tables
 import feature_cache_table
+import short_tables
 
 from experiments import held_out_naming
 from pointalign.embedded import catalogue
@@ -85,6 +87,10 @@ def test_probes_are_shown_by_layer(results):
     text = evidence_tables.probe()
     assert "| noun (accuracy) | 0.500 | 0.400 |" in text and "| CKA |  | 0.300 |" in text
     assert "](../benchmarks/results/probe/layers.png)" in text
+    content["probes"] = {"noun": {"Q-Former": 0.5, "30": 0.3, "5": 0.2, "0": 0.4}}
+    assert "input of the language model to its last layer: noun (accuracy) 0.40 to 0.30" in short_tables._probed(
+        content
+    )
 
 
 def test_hours_of_a_feature_cache_follow_from_what_was_measured(results, monkeypatch):
@@ -153,8 +159,6 @@ def test_folds_that_differ_are_not_pooled(key, value, finished_folds):
 
 
 def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tmp_path, monkeypatch, capsys):
-    import report
-
     commands, stages = [], []
 
     def train_stage(fold, folder, steps):
@@ -183,11 +187,39 @@ def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tm
     assert folds == ["--data.fold=1", "--data.fold=0"], "a finished fold is not run again"
     assert stages == [(1, "fold-1-stage1"), (0, "fold-0-stage1")]
     assert [command[-3] for command in commands] == [f"--model.checkpoint={out / name}" for _, name in stages]
-    monkeypatch.setattr(report, "RESULTS", results)
-    text = report.held_out_naming()
+    monkeypatch.setattr(demo_tables, "RESULTS", results)
+    text = demo_tables.held_out_naming()
     assert "| noun occurs in training (n=4) | all embedded objects (n=6) |" in text and "commit abc" in text
     assert "detects a true difference of " in text and "belong to 2 families; the four largest hold 100 %" in text
     assert "the test part alone (n=2): model 100.0" in text and "+50.0" in text
+
+
+@pytest.mark.parametrize(("seeds", "word"), [(5, "a gain"), (4, "no")])
+def test_the_short_table_shows_no_gain_of_few_seeds(seeds, word, tmp_path, monkeypatch):
+    monkeypatch.setattr(short_tables, "RESULTS", tmp_path)
+    assert short_tables.studies() == "Not measured.\n"
+    nats = estimate(0.07, p_holm=0.002, detectable=0.03) | {"low": 0.05}
+    method = {"arm": "alignment", "differences": {"seeds": list(range(seeds)), "likelihood margin": nats}}
+    method["differences"]["generated accuracy"] = estimate(0.02, p_holm=0.6, detectable=0.1)
+    content = {"recipe": {"weight": 0.1, "weights": "of an earlier stage"}, "arms": [{"arm": "no alignment"}, method]}
+    (tmp_path / "ablation_shapes").mkdir()
+    (tmp_path / "ablation_shapes" / "ablation.json").write_text(json.dumps(content))
+    text = short_tables.studies()
+    assert f"| {seeds} | likelihood margin, nats | +0.070 [+0.050, +0.170] | 0.002 | 0.030 | {word} |" in text
+    assert f"| {seeds} | generated accuracy, points | +2.0 [-8.0, +12.0] | 0.600 | 10.0 | no |" in text
+    assert "Recorded with an earlier point branch" in text and "`ablation_shapes/ablation.json`" in text
+    (tmp_path / "alignment_check.json").write_text(json.dumps({"answer": "No answer yet."}))
+    assert "Does the language model itself move? No answer yet." in short_tables.studies()
+
+
+def test_what_is_not_measured_is_listed_until_its_file_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(short_tables, "RESULTS", tmp_path)
+    for name, (question, command, _) in short_tables.UNMEASURED.items():
+        assert f"| {question} | `{command}` |" in short_tables.not_measured()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        assert question not in short_tables.not_measured()
+    assert "|" not in short_tables.not_measured()
 
 
 def test_without_files_nothing_is_claimed(results, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import fading_tables
 
 from experiments.fading import __main__ as command
 from experiments.fading import conclusion, figure, summary
-from experiments.fading.grid import BASELINE, LAYERS, METHOD, STUDIES, WRONG_TARGETS
+from experiments.fading.grid import ARMS, BASELINE, LAYERS, METHOD, STUDIES, WRONG_TARGETS
 from experiments.fading.things import FACTORS_B
 from pointalign.evaluation import probe
 
@@ -80,14 +80,14 @@ def test_the_answer_follows_the_rules_that_were_fixed_in_advance(right, more, ex
     text = "\n".join(conclusion.paragraphs(content))
     assert text.startswith(f"**{conclusion.ANSWERS[expected]}**")
     assert ("most of all alignment 1" in text) == (expected in ("yes", "not the target", "price", "untested"))
-    assert ("none of those tried is shown to help" in text) == (expected in ("no", "worse"))
+    assert ("is shown to raise few-shot accuracy in the main setting" in text) == (expected in ("no", "worse"))
     assert expected != "yes" or "says little" not in text
     assert ("nothing is recommended" in text) == (expected == "unfinished") == ("margin of" not in text)
 
 
 def test_a_measure_near_its_floor_is_called_insensitive():
     text = "\n".join(conclusion.paragraphs(content_of({BASELINE: 0.52, METHOD: 0.55, OTHER: 0.52, RANDOM: 0.52})))
-    assert "the best arm, alignment 1, tells 5" in text and "says little for or against" in text
+    assert "the best arm, alignment 1, has 5" in text and "says little for or against" in text
 
 
 def test_lambdas_are_corrected_together_and_differences_are_paired():
@@ -100,20 +100,58 @@ def test_lambdas_are_corrected_together_and_differences_are_paired():
     assert method["mean"] == pytest.approx(gain) == pytest.approx(np.mean(method["per_seed"]))
 
 
+def test_settings_beside_the_main_one_are_told_apart_from_it():
+    plain, trained = "trained projector, no alignment", "trained projector, alignment 1"
+    right = {BASELINE: 0.6, METHOD: 0.6, OTHER: 0.6, RANDOM: 0.6, plain: 0.6, trained: 0.8}
+    right |= {"width 96, no alignment": 0.6, "width 96, alignment 1": 0.6}
+    content = content_of(right)
+    rows = conclusion.by_name(content)
+    gain = rows[trained]["difference"]["few-shot"]
+    text = conclusion.elsewhere(rows)
+    assert f"a gain is shown with a projector that trains ({conclusion.points(gain)} points, p = " in text
+    assert "no gain is shown with width 96 (+0.0 [" in text and "tokens 30 times" not in text
+    assert "These settings are secondary" in text and "No wrong target was run in them" in text
+    assert not any(ARMS[wrong].baseline != BASELINE for wrong in WRONG_TARGETS), "as the text says"
+    assert conclusion.verdict(content) == "no", "the answer is that of the main setting"
+    assert "is shown to help with a projector that trains, which is a secondary setting" in conclusion._when(rows)
+    few = content_of(right, seeds=4)
+    assert "a gain is shown" not in conclusion.elsewhere(conclusion.by_name(few)), "four seeds show nothing"
+    assert conclusion.elsewhere(conclusion.by_name(content_of({BASELINE: 0.6, METHOD: 0.6}))) == ""
+
+
+def test_what_a_wrong_target_keeps_readable_is_said():
+    content = content_of({BASELINE: 0.6, METHOD: 0.6, OTHER: 0.6, RANDOM: 0.6})
+    rows = conclusion.by_name(content)
+    kept = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    rows[METHOD]["difference"]["B at the last layer"] = kept
+    own = "So more of B stays readable, although few-shot accuracy is not shown to gain."
+    assert own in conclusion.readable(rows) and "does that as well" not in conclusion.readable(rows)
+    rows[OTHER]["difference"]["B at the last layer"] = kept
+    assert "But another object's target does that as well (+0.20 [+0.10, +0.30])." in conclusion.readable(rows)
+
+
 def test_the_section_shows_the_answer_the_figure_and_what_is_missing(tmp_path, monkeypatch):
     content = content_of({BASELINE: 0.6, METHOD: 0.8, OTHER: 0.6, RANDOM: 0.6})
     content["missing"] = ["release span, seed 3", "release span, seed 4"]
-    (tmp_path / "fading.json").write_text(json.dumps(content))
     monkeypatch.setattr(fading_tables, "RESULTS", tmp_path)
+    assert "Not measured" in fading_tables.fading_answer() and "not measured" in fading_tables.fading_line()
+    assert "Nothing is recommended" in fading_tables.fading_advice()
+    (tmp_path / "fading.json").write_text(json.dumps(content))
     text = fading_tables.fading()
     assert conclusion.ANSWERS["yes"] in text and "](../benchmarks/results/fading.png)" in text
     assert "2 runs of the plan are missing (`make fading` continues): release span." in text
     assert "commit abc, 2026-01-01" in text
-    assert conclusion.ANSWERS["yes"] in fading_tables.fading_answer()
-    assert "Not measured" in fading_tables.fading_longer() and "second study" not in fading_tables.fading_answer()
+    estimate = conclusion.by_name(content)[METHOD]["difference"]["few-shot"]
+    short = fading_tables.fading_answer()
+    assert f"- First study, main setting: **{conclusion.ANSWERS['yes']}**" in short
+    assert f"| {conclusion.points(estimate)} | {estimate['p_holm']:.3f} | a gain | 0.65 to 0.65 |" in short
+    assert "Not measured" in fading_tables.fading_longer() and "Second study" not in short
     (tmp_path / "fading_longer.json").write_text(json.dumps(content_of({BASELINE: 0.6, METHOD: 0.4})))
     assert conclusion.ANSWERS["worse"] in fading_tables.fading_longer()
-    assert f"second study: {conclusion.ANSWERS['worse']}" in fading_tables.fading_answer()
+    short = fading_tables.fading_answer()
+    assert f"- Second study, main setting: **{conclusion.ANSWERS['worse']}**" in short and "| a loss |" in short
+    assert "first study: yes, in this setting" in fading_tables.fading_line()
+    assert "is shown to raise few-shot accuracy in the main setting" in fading_tables.fading_advice()
     figure.draw(content, tmp_path / "fading.png")
     assert (tmp_path / "fading.png").stat().st_size > 10_000
 
@@ -123,6 +161,9 @@ def test_the_committed_result_is_what_its_cells_say(study):
     folder = command.RESULTS / study
     result = json.loads(folder.with_suffix(".json").read_text())
     assert result["answer"] == conclusion.verdict(result)
+    planned, measured = STUDIES[study].plan(command.SEEDS), {row["arm"]: row["seeds"] for row in result["arms"]}
+    missing = [f"{arm}, seed {seed}" for arm, seed in planned if seed not in measured.get(arm, [])]
+    assert result["missing"] == missing, "run `make fading ARGS='--study NAME --report'`"
     seeds = 1 + max(seed for row in result["arms"] for seed in row["seeds"])
     again = json.loads(json.dumps(summary.summarise(summary.read_cells(folder, seeds))))
     assert [row["arm"] for row in again["arms"]] == [row["arm"] for row in result["arms"]]

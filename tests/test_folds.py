@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import CLOUDS, NAMES, tiny_text_config
 from made_records import record
 from safetensors.torch import load_file
@@ -15,11 +16,14 @@ from test_train import TINY
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import evidence_tables
+import short_tables
+
 from experiments import folds, held_out_naming
 from experiments.ablation import __main__ as ablation_command
 from experiments.ablation import ablation
 from experiments.ablation.measure import PRIMARY
-from experiments.ablation.recipe import read_recipe
+from experiments.ablation.recipe import RECIPES, read_recipe
 from pointalign import assets, stage_file, train
 from pointalign.embedded import catalogue, stage1
 from pointalign.embedded.procedural_questions import procedural_record
@@ -196,6 +200,28 @@ def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, 
     recipe.seeds = 2
     with pytest.raises(ValueError, match=r"fold-1 differs from .*fold-0 in weight: remove one"):
         folds.pool(recipe, out)
+
+
+@pytest.mark.usefixtures("objects")
+def test_the_study_of_a_language_model_ends_in_the_report(recipes, tmp_path, monkeypatch):
+    """The shipped recipe with a tiny language model and a single step: one command, whose result the report finds."""
+    described = yaml.safe_load((RECIPES / "language_model.yaml").read_text())
+    assert described["schedule"]["steps"] == 600 and described["seeds"] >= 5, "nothing is shown with fewer"
+    described["model"] |= {"checkpoint": None, "lora_rank": 4}
+    described["schedule"] = {"steps": 1, "batch_size": 2}
+    (recipes / "language_model.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    results = tmp_path / "benchmarks" / "results"
+    for module in (folds, evidence_tables, short_tables):
+        monkeypatch.setattr(module, "RESULTS", results)
+    command = ["--recipe", str(recipes / "language_model.yaml"), "--stage1-steps", "4", "--seeds", "1"]
+    assert folds.main(command) == 0
+    content = json.loads((results / "language_model_folds" / "ablation.json").read_text())
+    assert content["missing"] == [] and [row["arm"] for row in content["arms"]] == list(described["arms"])
+    text = evidence_tables.ablation("language_model_folds")
+    assert "with fewer than 5 nothing counts as shown" in text and "differences.png" in text
+    row = next(line for line in short_tables.studies().splitlines() if "generated accuracy" in line)
+    assert row.startswith(f"| {short_tables.ABLATIONS['language_model_folds']} | 0.1 | 1 |") and row.endswith("| no |")
+    assert "--recipe language_model`" not in short_tables.not_measured()
 
 
 def test_the_driver_waits_for_all_folds_and_reports_failures(monkeypatch, tmp_path, capsys):

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import demo_tables
+import evidence_tables
 import record_run
-import report
 
 
 @pytest.fixture
@@ -79,11 +80,35 @@ def test_a_recorded_run_becomes_the_tables(folders, tmp_path, monkeypatch):
     assert {path.name for path in results.iterdir()} == names
     assert str(tmp_path) not in (results / "demo.json").read_text()
 
-    monkeypatch.setattr(report, "RESULTS", results)
-    text = report.demo()
+    monkeypatch.setattr(demo_tables, "RESULTS", results)
+    text = demo_tables.demo()
     assert "| model | 50.0 [40.0, 60.0] |" in text and "noun occurs in training (n=4)" in text
     assert "all test objects" not in text, "the same objects"
     assert "| noun | 50.0 [40.0, 60.0] | 50 | 75 | 25 | 4 |" in text
     assert "| longest side | 50.0 [40.0, 60.0] | 33 |  |  | 4 |" in text
     assert "- model against 1-NN Chamfer, best of 16 yaws: +50.0 [+40.0, +60.0] points, p = 0.2500" in text
     assert "content of answers.md" in text
+
+
+def test_an_alignment_check_is_recorded_without_a_run(folders, tmp_path, monkeypatch, capsys):
+    _, run = folders
+    columns = ("own, centred", "retrieval@1")
+    rows = {name: dict.fromkeys(columns, mean) for name, mean in (("before training", 0.1), ("LoRA trains", 0.375))}
+    estimate = {"mean": 0.25, "low": 0.125, "high": 0.375, "count": 4, "p": 0.5}
+    difference = dict.fromkeys(columns, estimate)
+    described = {"versions": {"torch": "2"}, "device": "CPU", "commit": "abc", "uncommitted_changes": True}
+    content = {"results": rows, "differences": difference, "answer": "The language model moves.", "steps": 7}
+    content |= {"split": "validation", "objects": 4, "run": described | {"data": {"clouds": str(tmp_path / "objects")}}}
+    (run / "alignment.json").write_text(json.dumps(content))
+    monkeypatch.setattr(evidence_tables, "RESULTS", tmp_path / "results")
+    assert "Not measured" in evidence_tables.alignment_check()
+    record_run.main(["--alignment-check", str(run)])
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["alignment_check.json"]
+    assert str(tmp_path) not in (tmp_path / "results" / "alignment_check.json").read_text()
+    text = evidence_tables.alignment_check()
+    assert text.startswith("The language model moves.") and "| LoRA trains | 0.375 | 0.375 |" in text
+    assert "| LoRA trains less LoRA frozen | +0.250 [+0.125, +0.375] |" in text
+    assert "4 validation objects, 7 steps" in text and "commit abc with uncommitted changes, 2" in text
+    with pytest.raises(SystemExit):
+        record_run.main([])
+    assert "expected the folder of a run" in capsys.readouterr().err

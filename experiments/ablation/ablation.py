@@ -11,7 +11,6 @@ import copy
 import json
 import time
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ def run_missing(
     held_out: EncodedObjects,
 ) -> None:
     """Make the runs that no other process is making; every run begins with the weights that the model has now."""
-    environment = versions() | {"date": date.today().isoformat()}
+    environment = versions()
     start = trainable_state(model)
     for number, (arm, seed) in enumerate(missing):
         file = run_file(folder, arm, seed)

@@ -11,7 +11,6 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def run(study: Study, folder: Path, gate_folder: Path, seeds: int, gate_sizes: t
         return CANNOT_TEST
     missing = [(arm, seed) for arm, seed in cells if not cell_file(folder, arm, seed).exists()]
     print(f"{len(missing)} of {len(cells)} cells to run", flush=True)
-    environment = versions() | {"date": date.today().isoformat()}  # of the code that runs, whatever is committed since
+    environment = versions()  # of the code that runs, whatever is committed since
     times: list[float] = []
     for number, (arm, seed) in enumerate(missing):
         path = cell_file(folder, arm, seed)

@@ -4,15 +4,15 @@ from typing import Any
 
 from experiments.ablation.conclusion import FEWEST, direction
 from experiments.fading.grid import BASELINE, LAYERS, MARGIN, METHOD, PRIMARY_ARMS, WRONG_TARGETS
-from pointalign.evaluation.probe import QFORMER
 
 FLOOR = 0.6  # few-shot accuracy of the best arm below which the primary measure is called insensitive; set afterwards
 Row = dict[str, Any]  # an arm in `summary.summarise`
 
-SETTINGS = {  # arm without alignment -> the setting in words
-    BASELINE: "width 48, frozen projector, word-sized tokens",
-    "width 96, no alignment": "width 96",
+MAIN = "the main setting"  # width 48, a frozen projector, tokens the size of words
+SETTINGS = {  # arm without alignment -> the setting in words; all but the main one are secondary
+    BASELINE: MAIN,
     "trained projector, no alignment": "a projector that trains",
+    "width 96, no alignment": "width 96",
     "large tokens, no alignment": "tokens 30 times as large",
 }
 ANSWERS = {
@@ -72,20 +72,13 @@ def verdict(content: dict[str, Any]) -> str:
 
 
 def paragraphs(content: dict[str, Any]) -> list[str]:
-    """The answer, what fades, the wrong targets, set A, other arms, and what to do with it."""
+    """The answer, the settings beside the main one, what a probe reads, captions, other arms, and what to do."""
     rows = by_name(content)
-    key = verdict(content)
-    parts = [f"**{ANSWERS[key]}**"]
-    if "difference" in rows.get(METHOD, {}):
-        parts[0] += f" {_primary(rows)}"
-        parts.append(_fading(rows))
-    if key == "unfinished":
+    parts = [answer(content)]
+    if verdict(content) == "unfinished":
         return [*parts, f"With fewer than {FEWEST} seeds nothing counts as shown, and nothing is recommended."]
-    detectable = rows[METHOD]["difference"]["few-shot"]["detectable"]
-    parts[0] += f" For {METHOD}, a true difference of {100 * detectable:.1f} points is detected with 80 % power."
-    parts[0] += floor_warning(rows)
-    parts += [_states(rows), _wrong_targets(rows), _captions(rows[METHOD]), _other_arms(rows)]
-    parts.append(_recommendation(content))
+    parts += [elsewhere(rows), readable(rows), captions(rows[METHOD]), _other_arms(rows)]
+    parts.append("\n".join(f"- {line}" for line in recommendation(rows)))
     return [part for part in parts if part]
 
 
@@ -94,15 +87,22 @@ def points(estimate: dict[str, float]) -> str:
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * estimate[key] for key in ("mean", "low", "high")))
 
 
-def _primary(rows: dict[str, Row]) -> str:
-    texts = []
-    for arm in PRIMARY_ARMS:
-        if difference := rows.get(arm, {}).get("difference"):
-            estimate = difference["few-shot"]
-            seeds = len(difference["seeds"])
-            number = f"{seeds} seed{'s' if seeds > 1 else ''}"
-            texts.append(f"{arm} {points(estimate)} (p = {estimate['p_holm']:.3f}, {number})")
-    return f"Few-shot accuracy on B, less no alignment, in points: {'; '.join(texts)}."
+def answer(content: dict[str, Any]) -> str:
+    """The verdict and the primary measure of the method in the main setting."""
+    rows = by_name(content)
+    text = f"**{ANSWERS[verdict(content)]}**"
+    difference = rows.get(METHOD, {}).get("difference")
+    if not difference:
+        return text
+    estimate, seeds = difference["few-shot"], len(difference["seeds"])
+    text += (
+        f" In the main setting, {METHOD} changes few-shot accuracy by {points(estimate)} points "
+        f"(p = {estimate['p_holm']:.3f}, {seeds} seed{'s' if seeds > 1 else ''})."
+    )
+    if verdict(content) == "unfinished":
+        return text
+    text += f" A true difference of {100 * estimate['detectable']:.1f} points would be detected with 80 % power."
+    return text + floor_warning(rows)
 
 
 def floor_warning(rows: dict[str, Row]) -> str:
@@ -112,75 +112,89 @@ def floor_warning(rows: dict[str, Row]) -> str:
     if accuracy >= FLOOR:
         return ""
     return (
-        f" But few-shot learning hardly works here: the best arm, {best['arm']}, tells {100 * accuracy:.1f} % of the "
-        "words right, and guessing 50 %. So near its floor the primary measure says little for or against the method."
+        f" But few-shot learning hardly works in this study: the best arm, {best['arm']}, has {100 * accuracy:.1f} % "
+        "of the words right, and guessing has 50 %. So this result says little for or against the method."
     )
 
 
-def _states(rows: dict[str, Row]) -> str:
-    """The secondary measures that show what alignment does to the hidden states."""
-    digits = "{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-    texts = []
-    for arm in (METHOD, *WRONG_TARGETS):
-        difference = rows.get(arm, {}).get("difference", {})
-        if "B at the last layer" in difference:
-            read, found = (digits.format(**difference[key]) for key in ("B at the last layer", "retrieval at equal A"))
-            texts.append(f"{arm} {read} and {found}")
+def elsewhere(rows: dict[str, Row]) -> str:
+    """The gain of alignment in the settings beside the main one; empty where none was run."""
+    texts: dict[int, list[str]] = {1: [], 0: [], -1: []}
+    for setting, difference in differences_by_setting(rows).items():
+        if setting != MAIN:
+            estimate = difference["few-shot"]
+            texts[shown(difference)].append(f"{setting} ({points(estimate)} points, p = {estimate['p_holm']:.3f})")
+    if not any(texts.values()):
+        return ""
+    told = {1: "a gain is shown with", 0: "no gain is shown with", -1: "a loss is shown with"}
+    sentences = [f"{told[outcome]} {' and with '.join(settings)}" for outcome, settings in texts.items() if settings]
     return (
-        f"Secondary, without correction, changes from {BASELINE} in what a linear probe reads of B at layer {LAYERS} "
-        f"(R2), and in retrieval of an object among those of equal A: {'; '.join(texts)}."
+        f"Beside the main setting, {'; '.join(sentences)}. These settings are secondary, and the study that has them "
+        "was planned after the first study was seen. No wrong target was run in them, so these runs do not say whether "
+        "the target is what helps."
     )
 
 
-def _fading(rows: dict[str, Row]) -> str:
-    sentences = []
-    for arm, setting in SETTINGS.items():
-        if arm not in rows:
-            continue
-        layers = rows[arm]["B by layer"]
-        read = f"{layers['0']['mean']:.2f} at layer 0 and {layers[str(LAYERS)]['mean']:.2f} at layer {LAYERS}"
-        with_it = rows.get(arm.replace(BASELINE, METHOD))
-        if with_it:
-            read += f" (with {METHOD} {with_it['B by layer'][str(LAYERS)]['mean']:.2f})"
-        sentences.append(f"{setting}: R2 {read}{'' if fades(rows[arm]) else ', fading not shown'}")
-    level = rows[BASELINE]["B by layer"][QFORMER]["mean"]
+def readable(rows: dict[str, Row]) -> str:
+    """What alignment does to the hidden states: B by linear probes, and retrieval. Empty without the differences."""
+    difference = rows[METHOD]["difference"]
+    if "B at the last layer" not in difference:
+        return ""
+    last = str(LAYERS)
+    plain, method = rows[BASELINE], rows[METHOD]
+    verb = "B fades" if fades(plain) else "that B fades is not shown"
+    text = (
+        f"What a probe reads: without alignment, B has R2 {plain['B by layer']['0']['mean']:.2f} at layer 0 and "
+        f"{plain['B by layer'][last]['mean']:.2f} at layer {LAYERS}, so {verb}. With {METHOD} it has "
+        f"{method['B by layer'][last]['mean']:.2f} there ({_change(difference['B at the last layer'])})."
+    )
+    if difference["B at the last layer"]["low"] > 0 and shown(difference) <= 0:
+        text += " So more of B stays readable, although few-shot accuracy is not shown to gain."
+    wrong = WRONG_TARGETS[0]
+    other = rows.get(wrong, {})
+    against = other.get("difference", {}).get("B at the last layer")
+    if against and against["low"] > 0:
+        text += f" But {wrong} does that as well ({_change(against)})."
+    told = {"without alignment": plain, f"with {METHOD}": method} | ({f"with {wrong}": other} if other else {})
+    shares = ", ".join(f"{100 * row['retrieval at equal A'][last]['mean']:.0f} % {name}" for name, row in told.items())
     return (
-        f"What a linear probe reads of B from the mean point token without alignment (at the Q-Former {level:.2f}): "
-        f"{'; '.join(sentences)}."
+        f"{text} By its states at layer {LAYERS} an object is retrieved among objects with the same caption: {shares}. "
+        "These are secondary measures, without correction."
     )
 
 
-def _wrong_targets(rows: dict[str, Row]) -> str:
-    texts = []
-    for arm in WRONG_TARGETS:
-        row = rows.get(arm, {})
-        if row.get("difference") and row.get("difference from the method"):
-            against = row["difference from the method"]
-            texts.append(
-                f"{arm} {points(row['difference']['few-shot'])} against {BASELINE}, "
-                f"{points(against['few-shot'])} against {METHOD}"
-                f" ({'shown to be worse' if shown(against) < 0 else 'not shown to be worse'})"
-            )
-    return f"Wrong targets at the same lambda: {'; '.join(texts)}." if texts else ""
+def _change(estimate: dict[str, float]) -> str:
+    return "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**estimate)
 
 
-def _captions(row: Row) -> str:
+def captions(row: Row) -> str:
+    """Whether captions stay as exact."""
     estimate = row["difference"]["captions"]
-    word = "Not inferior" if not_inferior(row) else "Non-inferiority is not shown"
+    word = "not inferior" if not_inferior(row) else "non-inferiority is not shown"
     return (
-        f"Set A, exact captions of held-out objects: {points(estimate)} points with {row['arm']}. {word}, with a "
+        f"Exact captions of held-out objects change by {points(estimate)} points with {row['arm']}: {word}, with a "
         f"margin of {100 * MARGIN:.0f} points."
     )
 
 
 def _other_arms(rows: dict[str, Row]) -> str:
-    words = {1: "better", -1: "worse", 0: "not told apart"}
-    texts = []
-    for name, row in rows.items():
-        against = row.get("difference from the method")
-        if against and name not in (*PRIMARY_ARMS, *WRONG_TARGETS):
-            texts.append(f"{name} {points(against['few-shot'])} ({words[shown(against)]})")
-    return f"Other arms at lambda 1 less {METHOD}, few-shot accuracy: {'; '.join(texts)}." if texts else ""
+    """The arms beside the lambdas that are shown to differ from the method, or that none is."""
+    compared = {
+        name: row["difference from the method"]
+        for name, row in rows.items()
+        if name not in PRIMARY_ARMS and row.get("difference from the method")
+    }
+    if not compared:
+        return ""
+    words = {1: "better", -1: "worse"}
+    told = [
+        f"{name} is shown to be {words[shown(against)]} ({points(against['few-shot'])} points)"
+        for name, against in compared.items()
+        if shown(against)
+    ]
+    if not told:
+        return f"None of these arms is shown to be better or worse than {METHOD}: {', '.join(compared)}."
+    return f"Against {METHOD}: {'; '.join(told)}."
 
 
 def differences_by_setting(rows: dict[str, Row]) -> dict[str, Row]:
@@ -189,27 +203,44 @@ def differences_by_setting(rows: dict[str, Row]) -> dict[str, Row]:
     return {setting: method["difference"] for setting, method in methods.items() if "difference" in method}
 
 
-def _recommendation(content: dict[str, Any]) -> str:
-    """Lambda, layer, and when alignment can help."""
-    rows = by_name(content)
-    sentences = []
-    better = [arm for arm in PRIMARY_ARMS if shown(rows.get(arm, {}).get("difference")) > 0]
+def recommendation(rows: dict[str, Row]) -> list[str]:
+    """Lambda, layer, and when alignment can help: a line each."""
+    return [line for line in (_lambda(rows), _layer(rows), _when(rows)) if line]
+
+
+def _lambda(rows: dict[str, Row]) -> str:
+    tried = [arm for arm in PRIMARY_ARMS if arm in rows]
+    better = [arm for arm in tried if shown(rows[arm].get("difference")) > 0]
+    text = f"Lambda: none of those tried ({', '.join(tried)}) is shown to raise few-shot accuracy in the main setting."
     if better:
         best = max(better, key=lambda arm: rows[arm]["few-shot, mean over k"]["mean"])
-        others = [arm for arm in PRIMARY_ARMS if arm in rows and arm not in better]
-        rest = f"; not shown to help: {', '.join(others)}" if others else ""
-        sentences.append(f"lambda: shown to help are {', '.join(better)}, most of all {best}{rest}")
-    else:
-        sentences.append("lambda: none of those tried is shown to help")
-    layers = [arm for arm in ("three layers", "learned layers") if arm in rows]
-    more = [arm for arm in layers if shown(rows[arm].get("difference from the method")) > 0]
-    if layers:
-        choice = f"{' and '.join(more)}, shown to beat the single one" if more else "the single default one"
-        sentences.append(f"layer: {choice} (tried: {', '.join(layers)})")
-    where = {True: [], False: []}
-    for setting, difference in differences_by_setting(rows).items():
-        where[shown(difference) > 0].append(setting)
-    sentences.append(f"alignment is shown to help with {'; '.join(where[True]) or 'no setting tried'}")
-    if where[False]:
-        sentences.append(f"it is not shown to help with {'; '.join(where[False])}")
-    return f"Recommendation from these runs. {'. '.join(text[0].upper() + text[1:] for text in sentences)}."
+        text = f"Lambda: shown to raise few-shot accuracy are {', '.join(better)}, most of all {best}."
+    read = {arm: rows[arm]["B by layer"][str(LAYERS)]["mean"] for arm in (BASELINE, *tried)}
+    most = max(read, key=lambda arm: read[arm])
+    values = ", ".join(f"{arm} {value:.2f}" for arm, value in read.items())
+    return f"{text} Most of B stays readable at layer {LAYERS} with {most} (R2: {values})."
+
+
+def _layer(rows: dict[str, Row]) -> str:
+    others = [arm for arm in ("three layers", "learned layers") if rows.get(arm, {}).get("difference from the method")]
+    if not others:
+        return ""
+    more = [arm for arm in others if shown(rows[arm]["difference from the method"]) > 0]
+    told = ", ".join(f"{arm} {points(rows[arm]['difference from the method']['few-shot'])} points" for arm in others)
+    if more:
+        return f"Layer: {' and '.join(more)}, shown to beat the single default layer ({told})."
+    return f"Layer: the single default layer in the middle. More layers are not shown to be better ({told})."
+
+
+def _when(rows: dict[str, Row]) -> str:
+    helped = [setting for setting, difference in differences_by_setting(rows).items() if shown(difference) > 0]
+    secondary = "" if MAIN in helped or not helped else ", which is a secondary setting"
+    text = f"When: alignment is shown to help with {' and with '.join(helped) or 'no setting tried'}{secondary}."
+    left = {setting: rows[arm]["B by layer"][str(LAYERS)]["mean"] for arm, setting in SETTINGS.items() if arm in rows}
+    if len(left) > 1:
+        safest = max(left, key=lambda setting: left[setting])
+        text += (
+            f" It has least to keep with {safest}: there B has R2 {left[safest]:.2f} at layer {LAYERS} without "
+            "alignment."
+        )
+    return text

@@ -288,6 +288,8 @@ def train_stage1(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.output} holds a training with other settings ({changed}): give another --output")
     storage.write_json(described, settings)
     model, processor = build.build_model(ModelOptions(lora_rank=0, train=[], seed=options.seed), DataOptions())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)  # type: ignore[arg-type]
     folder = assets.embedded_objects(options.fold)
     training = embedded_objects(folder, "train")
     clouds, records = training.clouds, training.records
@@ -297,7 +299,7 @@ def train_stage1(options: argparse.Namespace) -> None:
         clouds = clouds + [np.load(extra / "clouds" / f"{record['object_id']}_8192.npy") for record in more]
         records = records + more
     teacher = read_teacher(options.teacher) if options.teacher else None
-    stage = Stage1(model, processor, clouds, records, options.batch_size, options.seed, teacher)
+    stage = Stage1(model, processor, clouds, records, options.batch_size, options.seed, teacher, device)
     stage.train(options.encoder_steps, options.query_steps, options.learning_rate, options.output)
     accuracy = {}
     for split in ("train", "validation" if options.fold is None else "test"):
@@ -313,7 +315,7 @@ def train_stage1(options: argparse.Namespace) -> None:
         "model": {"llm": "smollm2", "preset": "mini", "lora_rank": 0},
         "data": {"fold": options.fold},
         "stage1": settings | {"noun_accuracy": accuracy},
-        **storage.provenance(torch.device("cpu")),
+        **storage.provenance(device),
     }
     stage_file.save_stage(model, options.output / stage_file.STAGE_FILE, description)
     print(f"written: {options.output / stage_file.STAGE_FILE}")

@@ -229,7 +229,7 @@ def _result(task: tasks.Task, texts: Sequence[str], scores: metrics.Scores) -> d
 
 def versions() -> dict[str, str | bool | None]:
     origin = storage.provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return {name: origin[name] for name in ("torch", "transformers", "commit", "uncommitted_changes", "device")}
+    return {name: origin[name] for name in ("torch", "transformers", "commit", "uncommitted_changes", "device", "date")}
 
 
 def table(evaluation: dict[str, Any]) -> str:
