@@ -2,13 +2,10 @@
 
 import functools
 import importlib.metadata
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from made_programs import PYTEST, run_program
 
 
 def version(package: str) -> tuple[int, ...]:
@@ -20,10 +17,7 @@ def run_in_the_interpreter(*arguments: str) -> str:
     pytest.importorskip("triton", reason="the kernels need triton")
     if version("triton") < (3, 7) and version("numpy") >= (2, 4):
         pytest.skip("the interpreter of triton < 3.7 cannot loop to a run-time bound with numpy >= 2.4")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *arguments]
-    # A single BLAS thread is several times faster at the small products of the interpreter.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    run = run_program(PYTEST, "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *arguments, interpreted=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     return run.stdout.splitlines()[-1]
 
