@@ -36,7 +36,7 @@ test-long: assets
 	  tests/test_damaged_files.py tests/test_resume_demo.py tests/test_attach_training.py \
 	  tests/test_benchmarks.py tests/test_interruptions.py tests/test_code_blocks.py \
 	  tests/test_notebook.py tests/test_wheel.py tests/test_indexed_conversations.py \
-	  tests/test_alignment_interpreted.py -rs -q
+	  tests/test_alignment_interpreted.py tests/test_fused_training.py -rs -q
 
 chaos: setup
 	$(BIN)/python benchmarks/chaos.py $(ARGS)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from made_programs import PYTEST, run_program
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import point_op_contenders as contenders
@@ -151,12 +151,8 @@ def test_versions_are_found_by_import_name(monkeypatch):
 
 
 def run_benchmarks(*arguments: str) -> str:
-    # pytest-benchmark does not time where a worker of xdist, such as this one, is named
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
-    environment["OMP_NUM_THREADS"] = "1"
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_point_ops.py"]
-    done = subprocess.run([*command, "--small", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    words = ["-q", "-p", "no:cacheprovider", "benchmarks/test_point_ops.py", "--small", *arguments]
+    done = run_program(PYTEST, *words, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

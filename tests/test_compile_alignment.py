@@ -1,12 +1,10 @@
 """Every alignment kernel compiles ahead of time for every supported card, within its resources; needs no GPU."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from made_programs import SCRIPT, run_program
 
 from pointalign_kernels.alignment_tiles import TILES
 
@@ -23,10 +21,8 @@ def rows(tmp_path_factory) -> list[dict]:
     """In a process of its own: nothing compiles in one that interprets."""
     output = tmp_path_factory.mktemp("compile") / "resources.json"
     root = Path(__file__).parents[1]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(root / "kernels"), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, root / "benchmarks/compile_alignment.py", "--tiles", "all", "--output", output]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [str(root / "benchmarks/compile_alignment.py"), "--tiles", "all", "--output", str(output)]
+    run = run_program(SCRIPT, *command)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(output.read_text())["rows"]
 

@@ -1,12 +1,10 @@
 """The kernel of the folded mini-PointNet compiles ahead of time for every supported card, within its resources."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from made_programs import SCRIPT, run_program
 
 pytest.importorskip("triton", reason="the kernel needs triton")
 
@@ -16,10 +14,8 @@ REGISTERS = {64: 208, 128: 255}  # most per thread, by points of a program
 def test_resources_and_traffic(tmp_path):
     output = tmp_path / "resources.json"
     root = Path(__file__).parents[1]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "kernels"), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, root / "benchmarks/compile_folded_pointnet.py", "--output", output]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [str(root / "benchmarks/compile_folded_pointnet.py"), "--output", str(output)]
+    run = run_program(SCRIPT, *command)
     assert run.returncode == 0, run.stderr[-4000:]
     content = json.loads(output.read_text())
     assert {80, 89, 90} <= {row["capability"] for row in content["rows"]}

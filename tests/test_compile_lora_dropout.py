@@ -1,12 +1,10 @@
 """Every kernel of LoRA's dropout compiles ahead of time for every supported card, within its resources; no GPU."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from made_programs import SCRIPT, run_program
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
@@ -16,10 +14,8 @@ REGISTERS = {"down": 96, "down gradient": 128, "input gradient": 192}  # most pe
 def test_resources(tmp_path):
     output = tmp_path / "resources.json"
     root = Path(__file__).parents[1]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "kernels"), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, root / "benchmarks/compile_lora_dropout.py", "--output", output]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [str(root / "benchmarks/compile_lora_dropout.py"), "--output", str(output)]
+    run = run_program(SCRIPT, *command)
     assert run.returncode == 0, run.stderr[-4000:]
     rows = json.loads(output.read_text())["rows"]
     assert len(rows) == 6 * len(REGISTERS)

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import CLOUDS, tiny_text_config
+from made_programs import run_program
 from transformers import AutoModelForCausalLM
 
 from pointalign import build, model_card, stage_file
@@ -102,11 +101,7 @@ print(type(AutoModelForMultimodalLM.from_pretrained(sys.argv[1])).__name__)
 
 def test_without_the_package_the_folder_is_refused_by_name(run, tmp_path):
     """No plain tokenizer in the processor's place, no advice to upgrade transformers."""
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(run / "model")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=120
-    )
+    done = run_program(WITHOUT_THE_PACKAGE, str(run / "model"), HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     lines = [line.rpartition("[y/N] ")[2] for line in done.stdout.splitlines()]
     refused = [line for line in lines if line.startswith("refused: ")]

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from made_interpreter import run_in_the_interpreter
+from made_interpreter import reduce_by_slices, run_in_the_interpreter
 from torch import nn
 
 from pointalign.models.point_encoder import MiniPointNet, fold_pointnet
@@ -99,6 +99,14 @@ def test_training_mode_is_refused():
 
 
 # -- the kernel --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_reductions():
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            reduce_by_slices(patch)
+        yield
 
 
 def error(value, truth):

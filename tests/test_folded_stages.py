@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from made_programs import run_program
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_public_names import run_python
 from test_stages import options, shaken
 
 from pointalign import build, stage_file, storage
@@ -57,7 +57,9 @@ def test_a_model_is_loaded_to_answer_without_peft_trainer_and_drawing(adapted_st
         "import pointalign.options\n"
         "print('peft' in sys.modules)\n"
     )
-    lines = run_python("-c", code).splitlines()
+    done = run_program(code)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
     assert lines[-2:] == ["0 []", "True"], "the second line shows that this test can fail"
 
 

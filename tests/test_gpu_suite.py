@@ -1,7 +1,6 @@
 """The GPU suite without a GPU: its time limits, what it remembers and packs, and that its commands exist."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
+from made_programs import SCRIPT, run_program
 
 from pointalign_kernels import point_ops
 
@@ -237,14 +237,15 @@ def test_the_first_seven_stages_fit_into_one_call():
 
 COLLECT = """
 import json, os, sys
-import pytest, torch, transformers
-from pointalign import trainer
+import pytest
 
 class Ids:
     def pytest_collection_finish(self, session):
         self.ids = [item.nodeid for item in session.items]
 
-for commands in json.load(sys.stdin):  # of a folder: their conftest.py share a name, so each has a process
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+    del os.environ[name]  # pytest-benchmark does not time where a worker of xdist is named, as this one may be
+for commands in json.loads(sys.argv[1]):  # of a folder: their conftest.py share a name, so each has a process
     if not os.fork():
         for command in commands:
             ids = Ids()
@@ -271,20 +272,8 @@ def collected():
         [entry for entry in commands if any(word.startswith(f"{folder}/") for word in entry[1])]
         for folder in ("benchmarks", "tests")
     ]
-    environment = {
-        # pytest-benchmark does not time where a worker of xdist, such as this one, is named
-        **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")},
-        "TRITON_INTERPRET": "1",  # tests/test_alignment_kernels.py is there on a CPU only when interpreted
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", COLLECT],
-        input=json.dumps([[words for _, words in entries] for entries in chosen]),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    # tests/test_alignment_kernels.py is there on a CPU only when interpreted
+    result = run_program(COLLECT, json.dumps([[words for _, words in group] for group in chosen]), interpreted=True)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     entries = [entry for group in chosen for entry in group]
     assert len(lines) == len(entries), result.stdout[-2000:] + result.stderr[-2000:]
@@ -348,10 +337,8 @@ def test_every_script_of_a_stage_exists():
 )
 def test_scripts_rehearse_and_carry_the_ceilings(tmp_path, words):
     script, *options = words
-    command = [sys.executable, ROOT / "benchmarks" / script, *options, "--rehearse", "--output", tmp_path]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [str(ROOT / "benchmarks" / script), *options, "--rehearse", "--output", str(tmp_path)]
+    result = run_program(SCRIPT, *command)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     (path,) = tmp_path.glob(f"{script.removesuffix('.py')}_*.json")
     measured = json.loads(path.read_text())

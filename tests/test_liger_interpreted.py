@@ -4,15 +4,11 @@ Its RMS norm does not run there; tests/test_lean_cuda.py has it on a GPU.
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from made_programs import run_program
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import torch
 from torch.nn import functional
@@ -51,7 +47,5 @@ print("as plain")
 def test_liger_in_the_interpreter():
     if importlib.util.find_spec("liger_kernel") is None:
         pytest.skip("liger-kernel is not installed")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
+    done = run_program(SCRIPT, interpreted=True)
     assert "as plain" in done.stdout, done.stderr[-3000:]

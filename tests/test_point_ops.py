@@ -1,15 +1,13 @@
 """Point ops: the native library gives the indices of the plain-PyTorch reference, bit for bit."""
 
 import logging
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_programs import run_program
 
 from pointalign_kernels import farthest_point_sample, group_points, knn, point_ops, reference
 
@@ -314,8 +312,7 @@ for threads in (1, 2):
 """
     lines = []
     for capability in ("default", "avx2", "avx512"):
-        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-        result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        result = run_program(program, ATEN_CPU_CAPABILITY=capability)
         assert result.returncode == 0, result.stderr
         lines += [line.split(maxsplit=1) for line in result.stdout.splitlines()]
     assert lines[0][0] == lines[1][0] == "default"

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from made_programs import run_program
 
 import pointalign
 
@@ -26,40 +27,21 @@ def run_python(*arguments: str, cwd: Path = ROOT) -> str:
     return result.stdout
 
 
-FORKS = """
-import os, pathlib, runpy, sys, traceback
-import torch._dynamo, torch._inductor.compile_fx  # which all of them import, for seconds
-for program in sys.argv[1:]:
-    if not os.fork():
-        output = os.open(pathlib.Path(program).with_suffix(".out"), os.O_WRONLY | os.O_CREAT)
-        os.dup2(output, 1), os.dup2(output, 2)
-        status = 1
-        try:
-            runpy.run_path(program, run_name="__main__")
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.wait()[1]))
-"""
-
-
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory, processor) -> dict[str, str]:
-    """What PROGRAMS print, each in a process that has imported torch alone, forked from one interpreter."""
+def printed(tmp_path_factory, processor):
+    """`printed(name)`: what that program prints, both streams, in a process that has imported torch alone."""
     from conftest import tiny_model
 
     folder = tmp_path_factory.mktemp("programs")
-    tiny_model().save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    paths = {name: folder / f"{number}.py" for number, name in enumerate(PROGRAMS)}
-    for name, path in paths.items():
-        path.write_text(PROGRAMS[name].replace("{folder}", str(folder / "model")))
-    statuses = run_python("-c", FORKS, *map(str, paths.values())).split()
-    printed = {name: path.with_suffix(".out").read_text() for name, path in paths.items()}
-    assert statuses == ["0"] * len(PROGRAMS), printed
-    return printed
+    tiny_model().save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+    def run(name: str) -> str:
+        done = run_program(PROGRAMS[name].replace("{folder}", str(folder)))
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    return run
 
 
 def test_import_is_light(tmp_path):
@@ -138,19 +120,19 @@ if find_spec("bitsandbytes"):
 
 
 @pytest.mark.parametrize("imports", ORDERS)
-def test_auto_classes_know_the_models_in_either_order(imports, outputs):
+def test_auto_classes_know_the_models_in_either_order(imports, printed):
     expected = ["PointAlignConfig", "PointAlignProcessor", "PointAlignForConditionalGeneration"]
-    assert [line for line in outputs[imports].splitlines() if line.startswith("PointAlign")] == expected
+    assert [line for line in printed(imports).splitlines() if line.startswith("PointAlign")] == expected
 
 
-def test_looking_for_transformers_does_not_use_up_the_step(outputs):
-    assert "Error" not in outputs["looking"]
+def test_looking_for_transformers_does_not_use_up_the_step(printed):
+    assert "Error" not in printed("looking")
 
 
 @pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("package", ["folder", "package"])
-def test_bitsandbytes_prints_nothing_and_fetches_no_kernel(package, outputs):
+def test_bitsandbytes_prints_nothing_and_fetches_no_kernel(package, printed):
     """Whether `kernels` is the folder of this checkout or the published package of that name."""
-    assert outputs[f"with {package}"] == ""
+    assert printed(f"with {package}") == ""
     said = "FETCHED" if package == "package" else "Failed to load CPU gemm_4bit_forward"
-    assert said in outputs[f"without {package}"]  # the test can fail
+    assert said in printed(f"without {package}")  # the test can fail
