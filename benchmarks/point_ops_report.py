@@ -251,7 +251,8 @@ def chat() -> str:
         parts.append(f"{stamp(result['provenance'])}{_ceilings(result)}\n")
         for row in result["rows"]:
             if "steps" not in row:
-                parts.append(_times(row, f"first token, {row['model']} loaded"))
+                what = f"an answer of {row['tokens']} tokens" if "tokens" in row else "first token"
+                parts.append(_times(row, f"{what}, {row['model']} loaded"))
                 continue
             lines = []
             for name, seconds in row["steps"].items():

@@ -22,10 +22,12 @@ from turns import quantiles
 from pointalign import assets
 from pointalign.build import load
 from pointalign.efficient.memory import peak_resident_bytes
+from pointalign.models.serving import compiled_generation
 from pointalign.storage import ROOT
 from pointalign_kernels import farthest_point_sample, group_points, point_ops
 
 QUESTION = "What is this?"
+ANSWER_TOKENS = 24  # as long as a short description
 LANGUAGE_MODEL = assets.home() / "llm/smollm2-135m-instruct"
 
 pytestmark = pytest.mark.skipif(
@@ -119,4 +121,33 @@ def test_first_token_of_a_loaded_model(device, race, record_race):
     timing = race(calls)
     if timing is not None:
         row = {"race": "chat, loaded", "threads": torch.get_num_threads(), "model": assets.SHIPPED_CHECKPOINT}
+        record_race("chat", row | timing)
+
+
+def test_an_answer_with_a_static_cache(device, race, record_race):
+    """A grown cache against one of a fixed size, whose decoding step is compiled and captured on a GPU."""
+    if device.type != "cuda":
+        pytest.skip("on a CPU a static cache takes as long as one that grows: it is for captured steps on a GPU")
+    model, processor, _ = load(assets.SHIPPED_CHECKPOINT)
+    content = [{"type": "point", "point": coloured_cloud()}, {"type": "text", "text": QUESTION}]
+    messages = [{"role": "user", "content": content}]
+    batch = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True).to(model.device)
+
+    def answer(**options: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return model.generate(
+                **batch, max_new_tokens=ANSWER_TOKENS, min_new_tokens=ANSWER_TOKENS, do_sample=False, **options
+            )
+
+    ways = {
+        "cache that grows": {},
+        "static cache": {"cache_implementation": "static", "disable_compile": True},
+        "static cache, compiled step": compiled_generation(),
+    }
+    calls = {name: partial(answer, **options) for name, options in ways.items()}
+    for call in calls.values():
+        call()  # the compiled step is compiled
+    timing = race(calls)
+    if timing is not None:
+        row = {"race": "chat, answer", "tokens": ANSWER_TOKENS, "model": assets.SHIPPED_CHECKPOINT}
         record_race("chat", row | timing)

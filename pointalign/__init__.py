@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,24 @@ def _register_after_transformers() -> Iterator[None]:
 
 
 @contextmanager
+def _without_kernels_folder() -> Iterator[None]:
+    """Say that there is no package `kernels` where that name is a folder without one, as in a checkout.
+
+    transformers looks for its version, which the folder does not have, and then in the file lists of all packages that
+    are installed: a second or more.
+    """
+    spec = None if "kernels" in sys.modules else find_spec("kernels")
+    if spec is None or spec.origin is not None:
+        yield
+        return
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # what the import system takes for absent
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+
+
+@contextmanager
 def _without_hub_kernels() -> Iterator[None]:
     """Give bitsandbytes a stand-in for Hugging Face's `kernels`, with which it takes the kernel that it ships.
 
@@ -126,7 +145,11 @@ def _without_hub_kernels() -> Iterator[None]:
 
 
 if not any(type(finder).__name__ == "ImportSteps" for finder in sys.meta_path):  # once, also if this file is reloaded
-    _steps = {"transformers": _register_after_transformers, "bitsandbytes.backends.cpu.ops": _without_hub_kernels}
+    _steps = {
+        "transformers": _register_after_transformers,
+        "transformers.integrations.hub_kernels": _without_kernels_folder,
+        "bitsandbytes.backends.cpu.ops": _without_hub_kernels,
+    }
     sys.meta_path.insert(0, ImportSteps(_steps))
 if "transformers" in sys.modules:
     import_module("pointalign.models")

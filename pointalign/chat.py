@@ -6,13 +6,17 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pointalign import command_line
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pointalign.conversation import Conversation, Decoding
+    from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,22 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def chat(options: argparse.Namespace) -> int:
-    from pointalign.data.point_cloud import PointCloudError, load_point_cloud
+    with command_line.without_collector():
+        model, processor, clouds = read(options)
+        from pointalign.conversation import Conversation, Decoding
+        from pointalign.models.serving import compiled_generation
 
-    clouds = [load_point_cloud(path, up_axis=options.up_axis or "y") for path in options.files]
-    from pointalign.build import load
-    from pointalign.conversation import Conversation, Decoding
-    from pointalign.models.serving import compiled_generation
-
-    model, processor, _ = load(options.model, up_axis=options.up_axis, quantization=options.quantization)
-    extractor = processor.feature_extractor
-    if extractor.up_axis != (options.up_axis or "y") or extractor.reading:
-        clouds = [load_point_cloud(path, extractor.up_axis, **extractor.reading) for path in options.files]
     for path, cloud in zip(options.files, clouds, strict=True):
-        try:
-            extractor.prepare(cloud)
-        except PointCloudError as error:
-            raise PointCloudError(f"{path}: {error}") from error
         print(f"{Path(path).name}: {len(cloud)} points")
     decoding = Decoding(options.max_new_tokens, options.temperature, options.seed)
     conversation = Conversation(model, processor, clouds, compiled_generation() if options.compile else None)
@@ -80,6 +74,34 @@ def chat(options: argparse.Namespace) -> int:
         if not question:
             return 0
         print_answer(conversation, question, decoding)
+
+
+def read(
+    options: argparse.Namespace,
+) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor, list[np.ndarray]]:
+    """Model, processor and the clouds `[N, 6]` of the files, which are read first: a bad one is named at once.
+
+    Raises:
+        PointCloudError: a file is no cloud, or none that the model can read.
+        FileNotFoundError, ValueError: see `build.load`.
+    """
+    from pointalign.data.point_cloud import PointCloudError, Reading, load_point_cloud
+
+    reading = Reading(options.up_axis or "y")
+    clouds = [load_point_cloud(path, **asdict(reading)) for path in options.files]
+    from pointalign.build import load
+
+    model, processor, _ = load(options.model, up_axis=options.up_axis, quantization=options.quantization)
+    extractor = processor.feature_extractor
+    trained = Reading(extractor.up_axis, **extractor.reading)
+    if trained != reading:
+        clouds = [load_point_cloud(path, **asdict(trained)) for path in options.files]
+    for path, cloud in zip(options.files, clouds, strict=True):
+        try:
+            extractor.prepare(cloud)
+        except PointCloudError as error:
+            raise PointCloudError(f"{path}: {error}") from error
+    return model, processor, clouds
 
 
 def print_answer(conversation: Conversation, question: str, decoding: Decoding) -> None:

@@ -8,6 +8,7 @@ import argparse
 import ast
 import difflib
 import functools
+import gc
 import json
 import os
 import re
@@ -15,7 +16,8 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -295,6 +297,22 @@ def run(command: Callable[[], int | None], stopped: str = "stopped") -> int:
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         return STOPPED
+    finally:
+        gc.unfreeze()  # see `without_collector`: a program that goes on after the command may lose what it made
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """For imports and the loading of a model: what they make stays, and Python's collector would walk all of it often.
+
+    Behind the block the collector runs again and passes over what was made before, until the end of the command.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def any_locale() -> None:

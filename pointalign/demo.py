@@ -40,11 +40,12 @@ def demo(name: str | None, quantization: str | None, port: int | None) -> None:
     """
     if missing := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
         raise ValueError(f"the page needs {' and '.join(missing)}: pip install 'pointalign[demo]'")
-    from pointalign import assets, build
+    with command_line.without_collector():
+        from pointalign import assets, build
 
-    name = name or build.default_model()
-    model, processor, _ = build.load(name, quantization=quantization)
-    from pointalign.page.examples import load_examples
+        name = name or build.default_model()
+        model, processor, _ = build.load(name, quantization=quantization)
+        from pointalign.page.examples import load_examples
 
     try:
         examples = load_examples(assets.embedded_objects())

@@ -1,12 +1,14 @@
 """The command line, through a tiny exported model."""
 
+import gc
 import shutil
 
 import numpy as np
 import pytest
 from conftest import lively, tiny_model
 
-from pointalign import build, chat
+from pointalign import build, chat, conversation
+from pointalign.data import point_cloud
 from pointalign.models import PointAlignFeatureExtractor, PointAlignForConditionalGeneration, PointAlignProcessor
 
 
@@ -134,6 +136,35 @@ def test_the_files_of_a_talk_are_turned_as_in_training(folder, files, tmp_path, 
     plain, turned_cloud, named = seen[::2]
     assert np.array_equal(plain, named)
     np.testing.assert_allclose(turned_cloud[:, 1], plain[:, 2], atol=1e-6)
+
+
+def test_a_file_is_read_once_where_the_model_reads_files_in_the_usual_way(folder, files, tmp_path, monkeypatch):
+    """Shipped models say how they read files even where that is the usual way."""
+    read = []
+    original = point_cloud.read_point_cloud
+    monkeypatch.setattr(point_cloud, "read_point_cloud", lambda *values: (read.append(values[0]), original(*values))[1])
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    processor = PointAlignProcessor.from_pretrained(changed)
+    for reading, times in (({"missing_color": "black", "parts": "points"}, 1), ({"missing_color": "grey"}, 2)):
+        read.clear()
+        processor.feature_extractor.reading = reading
+        processor.save_pretrained(changed)
+        assert run(changed, files[0], "--question", "What?") == 0
+        assert len(read) == times
+
+
+def test_the_collector_rests_while_the_model_is_loaded_and_runs_again_after(folder, files, monkeypatch):
+    states = []
+    original, ask = build.load, conversation.Conversation.ask
+    monkeypatch.setattr(build, "load", lambda *a, **o: (states.append(gc.isenabled()), original(*a, **o))[1])
+    monkeypatch.setattr(
+        conversation.Conversation,
+        "ask",
+        lambda *a, **o: (states.append((gc.isenabled(), gc.get_freeze_count() > 0)), ask(*a, **o))[1],
+    )
+    assert run(folder, files[0], "--question", "What?") == 0
+    assert states == [False, (True, True)] and gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_a_missing_model_and_a_wrong_axis_are_errors(folder, files, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pointalign.data.point_cloud import turn
-from pointalign.embedded.neighbours import POINTS, SCALE, chamfer, neighbour_loss, turned_chamfer
+from pointalign.embedded.neighbours import POINTS, SCALE, TILE, chamfer, lifted, neighbour_loss, turned_chamfer
 
 
 def shapes(count: int, points: int = 40) -> torch.Tensor:
@@ -20,9 +20,19 @@ def test_the_least_over_turns(turns):
     ways = []
     for number in range(turns):
         turned = [turn(cloud.numpy(), 2 * math.pi * number / turns).astype(np.float32) for cloud in clouds]
-        ways.append(torch.stack([chamfer(cloud, torch.from_numpy(np.stack(turned))) for cloud in clouds]))
+        ways.append(torch.stack([chamfer(cloud, lifted(torch.from_numpy(np.stack(turned)))) for cloud in clouds]))
     least = torch.stack(ways).amin(dim=0).triu(1)
     assert torch.allclose(turned_chamfer(clouds, turns).triu(1), least, atol=1e-5)
+
+
+@pytest.mark.parametrize(("points", "size", "count"), [(300, 1000, 3), (40, 30, 300), (1, 1, 2), (513, 613, 1)])
+def test_chamfer_in_tiles_equals_all_distances_at_once(points, size, count):
+    """Several tiles of clouds and of points, the last of them smaller."""
+    cloud, references = shapes(1, points)[0], shapes(count, size) + 1
+    assert count * size * points > TILE or points < 40
+    gaps = torch.cdist(cloud.double()[None], references.double())  # [R, P, S]
+    expected = gaps.amin(dim=2).mean(dim=1) + gaps.amin(dim=1).mean(dim=1)
+    torch.testing.assert_close(chamfer(cloud, lifted(references)).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_turned_copy_is_at_no_distance_and_a_fallen_one_is_not():

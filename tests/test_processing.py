@@ -6,6 +6,7 @@ from conftest import assistant, user
 
 from pointalign.data.point_cloud import PointCloudError
 from pointalign.models import PointAlignFeatureExtractor, PointAlignProcessor
+from pointalign.models.chat_layout import token_id
 
 Q = 4
 
@@ -274,3 +275,11 @@ def test_bad_clouds_are_named(spoil, message, processor, clouds):
 def test_answers_are_the_new_text_alone(processor):
     ids = processor.tokenizer("What? A bench.<|im_end|><|endoftext|>", return_tensors="pt")["input_ids"]
     assert processor.answers(ids, 5) == ["A bench."]
+
+
+def test_a_growing_answer_needs_no_copy_of_the_vocabulary(processor, monkeypatch):
+    """Text is made anew for every token that is drawn; a copy of a large vocabulary takes as long as the token."""
+    monkeypatch.setattr(type(processor.tokenizer), "get_vocab", lambda _: pytest.fail("the vocabulary was copied"))
+    test_answers_are_the_new_text_alone(processor)
+    (token,) = processor.tokenizer.convert_ids_to_tokens([5])
+    assert token_id(processor.tokenizer, token) == 5 and token_id(processor.tokenizer, "no such token") is None

@@ -104,6 +104,16 @@ assert ops.has_avx512bf16()
 if "pointalign" in sys.modules:
     assert ops.gemm_4bit_forward_kernel is None and sys.modules.get("kernels") is package
 """
+# transformers asks for the version of a package `kernels`, and finds the folder of that name.
+KERNELS_FOLDER = """
+import importlib.metadata, sys
+{pointalign}
+listed = []
+importlib.metadata.packages_distributions = lambda: listed.append(1) or {}
+import transformers.integrations.hub_kernels
+from transformers.utils import is_kernels_available
+print(len(listed), is_kernels_available(), "kernels" in sys.modules)
+"""
 
 
 def kernels_program(with_package: bool, pointalign: str) -> str:
@@ -111,6 +121,10 @@ def kernels_program(with_package: bool, pointalign: str) -> str:
 
 
 PROGRAMS = {order: f"{order}\n{AUTO_CLASSES}" for order in ORDERS} | {"looking": LOOKING}
+PROGRAMS |= {
+    f"folder {how}": KERNELS_FOLDER.replace("{pointalign}", "import pointalign" if how == "with" else "")
+    for how in ("with", "without")
+}
 if find_spec("bitsandbytes"):
     PROGRAMS |= {
         f"{how} {package}": kernels_program(package == "package", "import pointalign" if how == "with" else "")
@@ -127,6 +141,11 @@ def test_auto_classes_know_the_models_in_either_order(imports, printed):
 
 def test_looking_for_transformers_does_not_use_up_the_step(printed):
     assert "Error" not in printed("looking")
+
+
+def test_the_folder_kernels_costs_no_search_through_all_packages(outputs):
+    assert outputs["folder with"].split() == ["0", "False", "False"]
+    assert outputs["folder without"].split()[0] == "1"  # the test can fail
 
 
 @pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import lively, tiny_model, user
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from pointalign import build, chat, export
 from pointalign.models import adapters, split_folder
@@ -107,6 +107,26 @@ def test_an_export_keeps_every_bit_of_the_point_branch(model, processor, tmp_pat
     save_file(stored, tmp_path / split_folder.POINT_BRANCH)
     with pytest.raises(ValueError, match=r"does not fit .*query_tokens"):
         split_folder.load(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 0, "temperature": 1.0}])
+@pytest.mark.parametrize("clouds_as", ["points", "features"])
+def test_a_static_cache_answers_as_one_that_grows(clouds_as, options, model, processor, talks):
+    """Clouds in the prompt alone, prompts padded on the left, beams that exchange their caches."""
+    batch = processor.apply_chat_template(talks, tokenize=True, add_generation_prompt=True)
+    if clouds_as == "features":
+        points, lengths = batch.pop("point_values"), batch.pop("point_lengths")
+        batch["query_features"] = model.get_qformer_features(points, lengths)
+    assert not batch["attention_mask"].all()
+    outputs = []
+    for cache in ({}, {"cache_implementation": "static"}):
+        torch.manual_seed(0)
+        outputs.append(model.generate(**batch, **LENGTH | options | cache, return_dict_in_generate=True))
+    grown, static = outputs
+    assert torch.equal(static.sequences, grown.sequences) and len(grown.sequences.unique(dim=0)) == 3
+    assert isinstance(static.past_key_values, StaticCache) and not isinstance(grown.past_key_values, StaticCache)
+    room = batch["input_ids"].shape[1] + LENGTH["max_new_tokens"]
+    assert all(layer.keys.shape[2] >= room - 1 for layer in static.past_key_values.layers)
 
 
 def test_a_compiled_step_with_a_static_cache_answers_a_batch_as_before(model, processor, talks):

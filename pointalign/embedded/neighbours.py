@@ -7,25 +7,44 @@ from torch import Tensor
 from torch.nn import functional
 
 POINTS, TURNS = 64, 8  # of the turned Chamfer distances: enough to tell near clouds from far ones
+TILE, TILE_POINTS = 1 << 18, 256  # distances that are computed at once, and of how many points: they stay in the cache
 SCALE = 5.0  # target distance of two embeddings per Chamfer distance of their clouds in the unit sphere
 SHARPNESS = 5.0  # of the softmax over neighbours, per unit of the embeddings' distance
 
 
-def chamfer(points: Tensor, references: Tensor, squared_norms: Tensor | None = None) -> Tensor:
+def lifted(points: Tensor) -> Tensor:
+    """`[..., 5]` of points `[..., 3]`: a point, 1 and its squared norm, the references of `chamfer`."""
+    return torch.cat([points, torch.ones_like(points[..., :1]), points.square().sum(dim=-1, keepdim=True)], dim=-1)
+
+
+@torch.no_grad()
+def chamfer(points: Tensor, references: Tensor) -> Tensor:
     """Symmetric Chamfer distances `[R]`: the mean distances to the nearest point there and back, added.
+
+    One matrix product makes the squared distances, `-2 p r + |p|^2 + |r|^2`, a tile at a time in memory that is used
+    again: to obtain new memory takes as long as the product.
 
     Args:
         points: `[P, 3]`.
-        references: `[R, P, 3]`.
-        squared_norms: `[R, P]` of the references' points, where they are known.
+        references: `[R, S, 5]`, see `lifted`.
     """
-    if squared_norms is None:
-        squared_norms = references.square().sum(dim=-1)
-    squared = references @ points.T  # [R, P, P]
-    squared = squared.mul_(-2).add_(points.square().sum(dim=-1)).add_(squared_norms[..., None])
-    squared.clamp_(min=0)
-    there, back = (squared.amin(dim=dim).sqrt().mean(dim=1) for dim in (1, 2))
-    return there + back
+    factors = torch.cat([-2 * points, points.square().sum(dim=-1, keepdim=True), torch.ones_like(points[:, :1])], dim=1)
+    parts = factors.split(TILE_POINTS)
+    size = references.shape[1]
+    clouds = max(1, TILE // (size * len(parts[0])))
+    work = points.new_empty(min(clouds, len(references)) * size * len(parts[0]))
+    distances = []
+    for tile in references.split(clouds):
+        rows, nearest = tile.flatten(0, 1), []
+        back = points.new_full((len(tile), size), math.inf)
+        for part in parts:
+            squared = work[: len(rows) * len(part)].view(len(rows), len(part))
+            squared = torch.mm(rows, part.T, out=squared).view(len(tile), size, len(part))
+            nearest.append(squared.amin(dim=1))
+            back = torch.minimum(back, squared.amin(dim=2))
+        there = torch.cat(nearest, dim=1)
+        distances.append(there.clamp_(min=0).sqrt().mean(dim=1) + back.clamp_(min=0).sqrt().mean(dim=1))
+    return torch.cat(distances)
 
 
 @torch.no_grad()
@@ -35,11 +54,10 @@ def turned_chamfer(points: Tensor, turns: int = TURNS) -> Tensor:
     cos, sin, zero, one = angles.cos(), angles.sin(), torch.zeros_like(angles), torch.ones_like(angles)
     rotation = torch.stack([cos, zero, -sin, zero, one, zero, sin, zero, cos], dim=1).view(turns, 3, 3)
     turned = torch.einsum("bpi,rij->brpj", points, rotation)
-    squared_norms = points.square().sum(dim=-1)
+    references = lifted(turned)
     distances = points.new_zeros(len(points), len(points))
     for row in range(len(points) - 1):
-        others = turned[row + 1 :].flatten(0, 1)  # [(B - row - 1) turns, P, 3]
-        each = chamfer(points[row], others, squared_norms[row + 1 :].repeat_interleave(turns, 0))
+        each = chamfer(points[row], references[row + 1 :].flatten(0, 1))  # [(B - row - 1) turns]
         distances[row, row + 1 :] = each.view(-1, turns).amin(dim=1)
     return distances + distances.T
 

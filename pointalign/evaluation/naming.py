@@ -11,7 +11,7 @@ from tqdm import tqdm
 from pointalign.certainty import HEDGES, Answer, generate_answers
 from pointalign.data.point_cloud import normalise, subsample, turn
 from pointalign.embedded import facts
-from pointalign.embedded.neighbours import chamfer
+from pointalign.embedded.neighbours import chamfer, lifted
 from pointalign.embedded.procedural import MAKERS
 from pointalign.embedded.questions import NAME
 from pointalign.evaluation.choices import Question
@@ -20,7 +20,6 @@ from pointalign.evaluation.tasks import ObjectSet
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
 CHAMFER_POINTS, COARSE_POINTS, TURNED_COARSE_POINTS, SHORTLIST = 1024, 256, 64, 32
-CHAMFER_CHUNK = 64  # coarse reference clouds at a time
 YAWS = 16  # of the nearest neighbour's search
 QUESTION = NAME
 LONGEST_NAME, LONGEST_ANSWER = 12, 24  # tokens of "This is a fire extinguisher.", of a comparison that states its facts
@@ -59,16 +58,12 @@ def nearest_by_chamfer(queries: Sequence[np.ndarray], references: Sequence[np.nd
     turned = torch.stack([torch.from_numpy(turn(fine.numpy(), float(yaw))) for yaw in yaws], dim=1)  # [R, turns, P, 3]
     turned = turned.flatten(0, 1)
     coarse_points = COARSE_POINTS if turns == 1 else TURNED_COARSE_POINTS
-    coarse = turned[:, :coarse_points].contiguous()
-    norms = coarse.square().sum(dim=-1)
+    coarse = lifted(turned[:, :coarse_points])
     nearest = np.empty(len(queries), dtype=int)
     for row, points in enumerate(_sample_points(queries)):
-        by_coarse = torch.cat([
-            chamfer(points[:coarse_points], part, norm)
-            for part, norm in zip(coarse.split(CHAMFER_CHUNK), norms.split(CHAMFER_CHUNK), strict=True)
-        ])  # fmt: skip
+        by_coarse = chamfer(points[:coarse_points], coarse)
         shortlist = by_coarse.topk(min(SHORTLIST, len(turned)), largest=False).indices
-        distances = torch.cat([chamfer(points, part) for part in turned[shortlist].split(2)])
+        distances = chamfer(points, lifted(turned[shortlist]))
         nearest[row] = int(shortlist[distances.argmin()]) // turns
     return nearest
 

@@ -101,6 +101,12 @@ def answer_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     return shared[: max(ends)] if ends else shared.rstrip()
 
 
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+    """The id of a token of the vocabulary; None where there is none. A copy of the vocabulary takes much longer."""
+    number = tokenizer.convert_tokens_to_ids(token)
+    return number if number is not None and tokenizer.convert_ids_to_tokens(number) == token else None
+
+
 @lru_cache(maxsize=8)
 def trims_answers(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Whether the template removes spaces around an answer."""

@@ -24,6 +24,7 @@ from pointalign.models.chat_layout import (
     answer_end,
     control_tokens,
     find_answers,
+    token_id,
     unused,
 )
 
@@ -310,7 +311,7 @@ class PointAlignProcessor(ProcessorMixin):
         Returns: B texts without special tokens and without what follows an end mark.
         """
         end = answer_end(self.tokenizer, self.chat_template)
-        ends = {self.tokenizer.eos_token_id, self.tokenizer.get_vocab().get(end)}
+        ends = {self.tokenizer.eos_token_id, token_id(self.tokenizer, end)}
         rows = [list(takewhile(lambda id: id not in ends, row)) for row in generated[:, prompt_length:].tolist()]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [(text.partition(end)[0] if end else text).strip() for text in texts]
@@ -325,10 +326,9 @@ class PointAlignProcessor(ProcessorMixin):
         """
         ends = [self.tokenizer.eos_token_id, *([known] if isinstance(known, int) else known or [])]
         if end := answer_end(self.tokenizer, self.chat_template):
-            vocabulary = self.tokenizer.get_vocab()
-            ends += [vocabulary[end]] if end in vocabulary else []
-            ends += sorted(id for token, id in vocabulary.items() if end in token)
-        return list(dict.fromkeys(token_id for token_id in ends if token_id is not None))
+            ends.append(token_id(self.tokenizer, end))
+            ends += sorted(id for token, id in self.tokenizer.get_vocab().items() if end in token)
+        return list(dict.fromkeys(number for number in ends if number is not None))
 
     @property
     def model_input_names(self) -> list[str]:
