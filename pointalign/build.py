@@ -86,12 +86,9 @@ def build_model(
         up_axis=data.up_axis,
         reading={name: getattr(data, name) for name in READING_OPTIONS},
     )
+    template = None if stage_file.keeps_system_text(options) else chat_layout.without_system_text(tokenizer)
     processor = PointAlignProcessor(
-        extractor,
-        tokenizer,
-        chat_template=None if keeps_system_text(options) else chat_layout.without_system_text(tokenizer),
-        num_query_tokens=model.config.num_query_tokens,
-        point_token_id=model.config.point_token_id,
+        extractor, tokenizer, template, model.config.num_query_tokens, model.config.point_token_id
     )
     generation = model.generation_config
     generation.eos_token_id = processor.end_token_ids(generation.eos_token_id)
@@ -241,17 +238,6 @@ def add_adapters(
     for part, described in new_adapters(options).items():
         if part in parts and part not in (model.config.adapters or {}):
             adapters.add(model, part, **described)
-
-
-def keeps_system_text(options: ModelOptions) -> bool:
-    """Whether the chat template keeps the text that it puts into the system turn by itself: as the options say, else as
-    the checkpoint was trained.
-
-    Raises: FileNotFoundError, ValueError: the checkpoint is missing, or its description damaged.
-    """
-    if options.system_text is not None or options.checkpoint is None:
-        return options.system_text is not False
-    return stage_file.keeps_system_text(stage_file.find_stage(options.checkpoint))
 
 
 def choose_experts(model: PointAlignForConditionalGeneration, options: ModelOptions) -> None:

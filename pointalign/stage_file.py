@@ -212,13 +212,16 @@ def adapted_parts(path: Path) -> set[str]:
     return set(_settings(path, _contents(path)[0])["adapters"])
 
 
-def keeps_system_text(path: Path) -> bool:
-    """Whether a stage file was trained with the text that the chat template puts into the system turn by itself.
+def keeps_system_text(options: ModelOptions) -> bool:
+    """Whether the chat template keeps the text that it puts into the system turn by itself: as the options say, else as
+    the checkpoint was trained.
 
-    Raises: ValueError: the description beside it is damaged.
+    Raises: FileNotFoundError, ValueError: the checkpoint is missing, or its description damaged.
     """
-    beside = path.with_suffix(".json")
-    value = _section(beside, "model").get("system_text") if beside.is_file() else None
+    value, beside = options.system_text, Path()
+    if value is None and options.checkpoint is not None:
+        beside = find_stage(options.checkpoint).with_suffix(".json")
+        value = _section(beside, "model").get("system_text") if beside.is_file() else None
     if value not in (None, True, False):
         raise ValueError(f"{beside}: model.system_text is {value!r}, expected true or false")
     return value is not False
@@ -238,7 +241,6 @@ def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
         )
     names = ("llm", "preset", "dtype", "lora_rank", "lora_alpha", "lora_targets", "qformer_lora_rank", "quantization")
     model = {name: described["model"][name] for name in names if name in described["model"]}
-    model["system_text"] = keeps_system_text(path)
     data = {
         name: value for name, value in described["data"].items() if name in ("num_points", "up_axis", *READING_OPTIONS)
     }
@@ -250,7 +252,9 @@ def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
                 and type(value) is not type(getattr(defaults, name))
             ):
                 raise ValueError(f"{beside}: {section}.{name} is {value!r}, another type than that option has")
-    return ModelOptions(**model, checkpoint=str(path), train=[]), DataOptions(**data)
+    options = ModelOptions(**model, checkpoint=str(path), train=[])
+    options.system_text = keeps_system_text(options)
+    return options, DataOptions(**data)
 
 
 def load_stage(model: PointAlignForConditionalGeneration, path: Path, point_branch_only: bool = False) -> None:
