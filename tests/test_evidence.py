@@ -208,8 +208,12 @@ def test_the_short_table_shows_no_gain_of_few_seeds(seeds, word, tmp_path, monke
     assert f"| {seeds} | likelihood margin, nats | +0.070 [+0.050, +0.170] | 0.002 | 0.030 | {word} |" in text
     assert f"| {seeds} | generated accuracy, points | +2.0 [-8.0, +12.0] | 0.600 | 10.0 | no |" in text
     assert "Recorded with an earlier point branch" in text and "`ablation_shapes/ablation.json`" in text
-    (tmp_path / "alignment_check.json").write_text(json.dumps({"answer": "No answer yet."}))
-    assert "Does the language model itself move? No answer yet." in short_tables.studies()
+    arms = {"before training": 0.01, "LoRA trains": 0.5, "LoRA frozen": 0.25}
+    results = {name: {"own, centred": cosine} for name, cosine in arms.items()}
+    (tmp_path / "alignment_check.json").write_text(json.dumps({"answer": "No answer yet.", "results": results}))
+    text = short_tables.studies()
+    assert "Does the language model itself move? No answer yet." in text
+    assert "from 0.010 to 0.250; with LoRA it is 0.500" in text
 
 
 def test_what_is_not_measured_is_listed_until_its_file_is_there(tmp_path, monkeypatch):
