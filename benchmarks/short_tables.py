@@ -166,8 +166,8 @@ def cloud() -> str:
     """How much of the answers is lost with another object's cloud, for both models."""
     demo, audited = _read("demo.json"), _read("audit.json")
     test = demo["tests"]["model against model, shuffled clouds"]
-    own, other = (demo["accuracy"][name]["noun in training"] for name in ("model", "model, shuffled clouds"))
-    rows = [["`make train`, names", percent(own), percent(other), "", _owed(test, test["p"]), str(own["count"])]]
+    right, shuffled = (demo["accuracy"][name]["noun in training"] for name in ("model", "model, shuffled clouds"))
+    rows = [["`make train`, names", percent(right), percent(shuffled), "", _owed(test, test["p"]), str(right["count"])]]
     kinds = audited["inputs"]["kinds"]
     for kind, title, owed in (
         ("name", "names", kinds["name"]["owed to the cloud"]),

@@ -246,11 +246,7 @@ def trained_options(path: Path) -> tuple[ModelOptions, DataOptions]:
     }
     for section, values, defaults in (("model", model, ModelOptions()), ("data", data, DataOptions(num_points=0))):
         for name, value in values.items():
-            if (
-                name not in ("lora_targets", "system_text")
-                and value is not None
-                and type(value) is not type(getattr(defaults, name))
-            ):
+            if name != "lora_targets" and value is not None and type(value) is not type(getattr(defaults, name)):
                 raise ValueError(f"{beside}: {section}.{name} is {value!r}, another type than that option has")
     options = ModelOptions(**model, checkpoint=str(path), train=[])
     options.system_text = keeps_system_text(options)

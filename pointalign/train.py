@@ -135,9 +135,8 @@ def make_trainer(
     if data.views and data.feature_cache is None:
         data.feature_cache = str(Path(training.output_dir or "runs") / "features")
     build.require_trained_parts(options.model)
-    options.model.system_text = stage_file.keeps_system_text(
-        options.model
-    )  # recorded, for those who go on from this run
+    if not stage_file.keeps_system_text(options.model):
+        options.model.system_text = False  # recorded for those who go on from this run
     datasets = make_datasets(options)
     dtype = training_dtype(options)
     model, processor = build.build_model(replace(options.model, dtype=dtype), data)

@@ -124,8 +124,8 @@ def test_what_a_wrong_target_keeps_readable_is_said():
     rows = conclusion.by_name(content)
     kept = {"mean": 0.2, "low": 0.1, "high": 0.3}
     rows[METHOD]["difference"]["B at the last layer"] = kept
-    own = "So more of B stays readable, although few-shot accuracy is not shown to gain."
-    assert own in conclusion.readable(rows) and "does that as well" not in conclusion.readable(rows)
+    sentence = "So more of B stays readable, although few-shot accuracy is not shown to gain."
+    assert sentence in conclusion.readable(rows) and "does that as well" not in conclusion.readable(rows)
     rows[OTHER]["difference"]["B at the last layer"] = kept
     assert "But another object's target does that as well (+0.20 [+0.10, +0.30])." in conclusion.readable(rows)
 

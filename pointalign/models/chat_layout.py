@@ -64,13 +64,11 @@ def without_system_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
     template = tokenizer.get_chat_template()
     empty = "{% set messages = [{'role': 'system', 'content': ''}] + messages %}"
     emptied = f"{{% if messages[0]['role'] != 'system' %}}{empty}{{% endif %}}{template}"
+    written = render(tokenizer, template, _turns("u"), True)
     try:
-        shorter = len(render(tokenizer, emptied, _turns("u"), True)) < len(
-            render(tokenizer, template, _turns("u"), True)
-        )
-    except ValueError:
+        return emptied if len(render(tokenizer, emptied, _turns("u"), True)) < len(written) else template
+    except ValueError:  # it refuses a system turn
         return template
-    return emptied if shorter else template
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
