@@ -1,6 +1,6 @@
 """Sections of README and of docs/results_demo.md about runs of `make train`, from their result files alone.
 
-python benchmarks/record_run.py RUN    writes results/demo.json, demo_answers.md and the pictures
+python benchmarks/record_run.py RUN    writes results/demo.json, demo_repeats.json, demo_answers.md and the pictures
 make held-out-naming                   writes results/held_out_naming.json
 """
 
@@ -112,6 +112,40 @@ def demo() -> str:
     tables = _naming(content, content["split"])
     tables += "\n" + power("The first test", content["objects"], *first_test(content))
     return "\n".join([note, "", tables, kinds_table(content["kinds"]), "Ten questions drawn at random:", "", answers])
+
+
+def read_repeats() -> list[dict]:
+    """The runs of the recorded recipe; empty where none is recorded."""
+    path = RESULTS / "demo_repeats.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def repeats_line() -> str:
+    """How far the runs of one recipe lie apart."""
+    shares = [100 * run["named right"]["model"]["mean"] for run in read_repeats()]
+    if len(shares) < 2:
+        return "The recipe is recorded once, so the spread of repeated runs is not known."
+    return f"{len(shares)} runs of the recipe name {min(shares):.1f} to {max(shares):.1f} %."
+
+
+def repeats() -> str:
+    """Every recorded run of the recipe: where it ran, and what it answers right."""
+    runs = read_repeats()
+    if not runs:
+        return "Not measured.\n"
+    kinds = list(runs[0]["kinds"])
+    rows = [
+        [
+            f"{run['device']}, {run['dtype']}",
+            str(run["seed"]),
+            *(percent(run["named right"][method]) for method in ("model", "model, random yaw")),
+            *(f"{100 * run['kinds'][kind]:.0f}" for kind in kinds),
+            f"{run['commit']}{', uncommitted changes' if run['uncommitted_changes'] else ''}, {run['date']}",
+        ]
+        for run in runs
+    ]
+    header = ["device, precision", "seed", "named right", "random yaw", *kinds, "commit, date"]
+    return f"{repeats_line()}\n\n{table(header, rows)}"
 
 
 def held_out_naming() -> str:

@@ -1,7 +1,8 @@
-"""Record results: `python benchmarks/record_run.py [RUN] [--alignment-check FOLDER] [--ship STAGE1]`.
+"""Record results: `python benchmarks/record_run.py [RUN] [--repeat] [--alignment-check FOLDER] [--ship STAGE1]`.
 
 Accuracy, answers, loss curves and description of RUN, a run of `make train`, go to benchmarks/results/, and so does
-what `make alignment-check` left in FOLDER. With `--ship`, the stage files of STAGE1, the folder of
+what `make alignment-check` left in FOLDER. `demo_repeats.json` keeps the accuracies of all runs of one recipe; with
+`--repeat`, RUN is added to these and changes nothing else. With `--ship`, the stage files of STAGE1, the folder of
 `python -m pointalign.embedded.stage1` that RUN started from, and of RUN become the shipped checkpoints
 `furniture-stage1` and `furniture`, and nothing is recorded.
 """
@@ -18,6 +19,9 @@ from safetensors.torch import load_file
 
 RESULTS = Path(__file__).parent / "results"
 CHECKPOINTS = Path(__file__).parents[1] / "pointalign" / "checkpoints"
+REPEATS = "demo_repeats.json"
+TRAINER_SEED = 42  # of transformers, where a run names none
+REPEATED = ("model", "model, random yaw")  # methods that `demo_repeats.json` has
 PICTURES = {"answers.md": "demo_answers.md", "answers.png": "demo_answers.png", "loss.png": "demo_loss.png"}
 
 
@@ -63,12 +67,50 @@ def date_of(path: Path) -> str:
     return datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
 
 
+def content_of(run: Path) -> dict[str, Any]:
+    """What `demo.json` holds of a run."""
+    description = {"date": date_of(run / "accuracy.json"), "run": read_json(run / "stage.json")}
+    return description | read_json(run / "accuracy.json")
+
+
+def recipe_of(run: dict[str, Any]) -> dict[str, Any]:
+    """What two runs of one recipe have in common: all options but the seed and the names of folders."""
+    left_out = {"data": ["feature_cache"], "training": ["output_dir", "seed"]}
+    return {
+        part: {name: value for name, value in run[part].items() if name not in left_out.get(part, ())}
+        for part in ("model", "data", "alignment", "training")
+    }
+
+
+def repeat_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The entry of `demo_repeats.json` for a run, from what `content_of` returns."""
+    run = content["run"]
+    described = {name: run.get(name) for name in ("commit", "uncommitted_changes", "device", "dtype", "versions")}
+    return {
+        "date": content["date"],
+        **described,
+        "seed": run["training"].get("seed", TRAINER_SEED),
+        "named right": {method: content["accuracy"][method]["noun in training"] for method in REPEATED},
+        "kinds": {kind: row["mean"] for kind, row in content["kinds"].items()},
+    }
+
+
+def add_repeat(content: dict[str, Any]) -> None:
+    """Put a run among the runs of its recipe; those of another recipe are dropped."""
+    path, recipe = RESULTS / REPEATS, recipe_of(content["run"])
+    repeats = json.loads(path.read_text()) if path.exists() else {"recipe": recipe, "runs": []}
+    if repeats["recipe"] != recipe:
+        repeats = {"recipe": recipe, "runs": []}
+    entry = repeat_of(content)
+    repeats["runs"] = [run for run in repeats["runs"] if run != entry] + [entry]
+    write_json(path, repeats)
+
+
 def record(run: Path) -> None:
     """Write what a run left into benchmarks/results/."""
-    content = {"date": date_of(run / "accuracy.json"), "run": read_json(run / "stage.json")} | read_json(
-        run / "accuracy.json"
-    )
+    content = content_of(run)
     write_json(RESULTS / "demo.json", content)
+    add_repeat(content)
     for name, recorded in PICTURES.items():
         shutil.copyfile(run / name, RESULTS / recorded)
 
@@ -76,15 +118,18 @@ def record(run: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", help="folder of a finished run")
+    parser.add_argument("--repeat", action="store_true", help="add the run to the repeated ones, and nothing else")
     parser.add_argument("--alignment-check", type=Path, help="folder that experiments.alignment_check wrote")
     parser.add_argument("--ship", type=Path, metavar="STAGE1", help="ship this stage 1 and the run")
     options = parser.parse_args(arguments)
-    if options.run is None and (options.ship or not options.alignment_check):
+    if options.run is None and (options.ship or options.repeat or not options.alignment_check):
         parser.error("expected the folder of a run, or --alignment-check FOLDER alone")
     if options.ship:
         ship(options.ship, options.run)
         return
-    if options.run:
+    if options.run and options.repeat:
+        add_repeat(content_of(options.run))
+    elif options.run:
         record(options.run)
     if options.alignment_check:
         path = options.alignment_check / "alignment.json"

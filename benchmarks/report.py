@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib
 from alignment_tables import alignment_cards, alignment_resources, alignment_traffic
-from demo_tables import demo, held_out_naming, summary
+from demo_tables import demo, held_out_naming, repeats, summary
 from evidence_tables import (
     ablation,
     alignment_check,
@@ -176,6 +176,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "parity": parity,
     "point_ops": point_ops,
     "probe": probe,
+    "repeats": repeats,
     "resume_matrix": resume_matrix,
     "studies": studies,
     "summary": summary,

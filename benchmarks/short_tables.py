@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from demo_tables import first_test, power
+from demo_tables import first_test, power, repeats_line
 from tables import difference, percent, stamp_of_run, table
 
 sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
@@ -108,7 +108,7 @@ def learned() -> str:
         f"Model less nearest neighbour: {difference(test)}. The two {told} here. "
         f"{power('This test', content['objects'], ours, theirs)}\n"
         f"From `demo.json` and `procedural_neighbours.json`; {stamp_of_run(run, content.get('date'))} Intervals (95 %) "
-        "are over families of near-duplicate objects, of this single run.\n"
+        f"are over families of near-duplicate objects, of this single run. {repeats_line()}\n"
     )
 
 

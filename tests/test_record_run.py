@@ -26,7 +26,8 @@ def folders(tmp_path, monkeypatch):
     save_file(state | {"lora_A": torch.ones(3)}, tmp_path / "run" / "stage.safetensors")
     stage1 = {"model": {"llm": "smollm2"}, "stage1": {"output": str(tmp_path / "stage1"), "seed": 0}}
     run = {"model": {"llm": "smollm2", "checkpoint": str(tmp_path / "stage1")}, "data": {"clouds": ["/a/b", "c/d"]}}
-    run |= {"device": "CPU", "versions": {"torch": "2"}, "commit": "abc"}
+    run |= {"device": "CPU", "versions": {"torch": "2"}, "commit": "abc", "alignment": {"weight": 0.1}}
+    run["training"] = {"output_dir": str(tmp_path / "run"), "max_steps": 3}
     for name, content in (("stage1", stage1), ("run", run)):
         (tmp_path / name / "stage.json").write_text(json.dumps(content))
     return tmp_path / "stage1", tmp_path / "run"
@@ -55,10 +56,16 @@ def test_a_run_of_another_stage_1_is_not_shipped(folders, tmp_path):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_recorded_run_becomes_the_tables(folders, tmp_path, monkeypatch):
-    _, run = folders
-    interval = {"mean": 0.5, "low": 0.4, "high": 0.6, "count": 4}
-    methods = ("model before training", "model", "model, shuffled clouds", "1-NN Chamfer, best of 16 yaws")
+def write_accuracy(run: Path, share: float = 0.5) -> None:
+    """What a run leaves after its evaluation."""
+    interval = {"mean": share, "low": share - 0.1, "high": share + 0.1, "count": 4}
+    methods = (
+        "model before training",
+        "model",
+        "model, random yaw",
+        "model, shuffled clouds",
+        "1-NN Chamfer, best of 16 yaws",
+    )
     tests = {"model against 1-NN Chamfer, best of 16 yaws": interval | {"p": 0.25}}
     row = {"noun_in_training": True, "right": ["model"], "answer": "This is a bench."}
     accuracy = {
@@ -74,9 +81,14 @@ def test_a_recorded_run_becomes_the_tables(folders, tmp_path, monkeypatch):
     (run / "accuracy.json").write_text(json.dumps(accuracy))
     for name in record_run.PICTURES:
         (run / name).write_text(f"content of {name}")
+
+
+def test_a_recorded_run_becomes_the_tables(folders, tmp_path, monkeypatch):
+    _, run = folders
+    write_accuracy(run)
     record_run.main([str(run)])
     results = tmp_path / "results"
-    names = {"demo.json", "demo_answers.md", "demo_answers.png", "demo_loss.png"}
+    names = {"demo.json", "demo_repeats.json", "demo_answers.md", "demo_answers.png", "demo_loss.png"}
     assert {path.name for path in results.iterdir()} == names
     assert str(tmp_path) not in (results / "demo.json").read_text()
 
@@ -88,6 +100,32 @@ def test_a_recorded_run_becomes_the_tables(folders, tmp_path, monkeypatch):
     assert "| longest side | 50.0 [40.0, 60.0] | 33 |  |  | 4 |" in text
     assert "- model against 1-NN Chamfer, best of 16 yaws: +50.0 [+40.0, +60.0] points, p = 0.2500" in text
     assert "content of answers.md" in text
+
+
+def test_repeated_runs_of_one_recipe_are_listed(folders, tmp_path, monkeypatch):
+    _, run = folders
+    write_accuracy(run)
+    record_run.main([str(run)])
+    results = tmp_path / "results"
+    recorded = (results / "demo.json").read_text()
+    monkeypatch.setattr(demo_tables, "RESULTS", results)
+    assert "recorded once" in demo_tables.repeats()
+
+    description = json.loads((run / "stage.json").read_text())
+    elsewhere = description | {"device": "another CPU", "dtype": "bfloat16"}
+    elsewhere["training"] = description["training"] | {"seed": 7, "output_dir": "elsewhere"}
+    (run / "stage.json").write_text(json.dumps(elsewhere))
+    write_accuracy(run, 0.25)
+    for _ in range(2):  # the same run twice is one entry
+        record_run.main([str(run), "--repeat"])
+    assert (results / "demo.json").read_text() == recorded
+    text = demo_tables.repeats()
+    assert text.startswith("2 runs of the recipe name 25.0 to 50.0 %.")
+    assert "| another CPU, bfloat16 | 7 | 25.0 [15.0, 35.0] | 25.0 [15.0, 35.0] | 25 | 25 | abc, 2" in text
+
+    (run / "stage.json").write_text(json.dumps(description | {"alignment": {"weight": 0.0}}))
+    record_run.main([str(run), "--repeat"])
+    assert "recorded once" in demo_tables.repeats(), "runs of another recipe do not count"
 
 
 def test_an_alignment_check_is_recorded_without_a_run(folders, tmp_path, monkeypatch, capsys):
