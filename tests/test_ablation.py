@@ -281,7 +281,7 @@ def test_processes_share_the_runs_of_an_ablation(processor, tmp_path, monkeypatc
     monkeypatch.setattr(ablation, "summarise", lambda folder, recipe: "")
     runs: list[tuple[str, int]] = []
 
-    def run(model, processor, recipe, arm, seed, train, held_out):
+    def run(model, processor, recipe, arm, seed, *_):
         runs.append((arm, seed))
         if runs == [("no alignment", 0)]:  # meanwhile another process goes through the same plan
             ablation.run_ablation(str(tmp_path / "recipe.yaml"), None, str(tmp_path / "out"))
