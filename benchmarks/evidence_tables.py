@@ -142,7 +142,9 @@ def ablation(name: str) -> str:
     primary = recipe.get("primary", [PRIMARY])
     parts = [note, *conclusion.conclusion(rows, recipe["baseline"], arms, primary)]
     parts += conclusion.missing_runs(content["missing"])
-    parts.append(_folded("Arms, controls and probes", "\n\n".join(comparison.tables(rows, recipe["baseline"], primary))))
+    parts.append(
+        _folded("Arms, controls and probes", "\n\n".join(comparison.tables(rows, recipe["baseline"], primary)))
+    )
     plots = {"layers.png": "Probes by layer", "differences.png": "Every arm against the baseline"}
     parts += [f"![{title}]({_link(folder / file)})" for file, title in plots.items() if (folder / file).exists()]
     return "\n\n".join(parts) + "\n"
