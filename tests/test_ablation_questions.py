@@ -101,9 +101,7 @@ def test_arms_of_one_seed_are_asked_the_same_and_wrong_targets_are_wrong(process
     targets = []
     original, target = arms.conversation_batch, arms.TargetFromBatch.target
     monkeypatch.setattr(arms, "conversation_batch", lambda *given: seen.append(original(*given)) or seen[-1])
-    monkeypatch.setattr(
-        arms.TargetFromBatch, "target", lambda *given: targets.append(target(*given).view(-1, 4, 16)) or targets[-1]
-    )
+    monkeypatch.setattr(arms.TargetFromBatch, "target", lambda *given: targets.append(target(*given)) or targets[-1])
     for arm, weight in ((Arm(weight=0.0), 0.0), (Arm(source="other"), 1.0)):
         train_arm(full_model(), processor, arm, weight, train, Schedule(6, 2, 1e-3, 900), 1, "arm", asked)
     plain, other = seen[:6], seen[6:]
@@ -111,7 +109,7 @@ def test_arms_of_one_seed_are_asked_the_same_and_wrong_targets_are_wrong(process
         assert batch["input_ids"].tolist() == same["input_ids"].tolist()
         assert torch.equal(batch["query_features"], same["query_features"])
     table = target_table(Arm(source="other"), train, 1)
-    for batch, wrong in zip(other, targets, strict=True):
+    for batch, wrong in zip(other, (tokens.view(-1, 4, 16) for tokens in targets), strict=True):
         assert all(any(torch.equal(tokens, row) for row in table) for tokens in wrong)
         assert not any(torch.equal(*pair) for pair in zip(batch["query_features"], wrong, strict=True))
     assert {len(batch["query_features"]) for batch in plain} == {2, 4}  # also questions about two clouds
@@ -121,7 +119,7 @@ def test_geometry_is_asked_and_counted_as_in_the_evaluation(processor, records, 
     held_out = encoded(records)
     [task] = build_tasks("geometry", held_out)
     said = ["It is wider.", "The first is one, the second is three, so the second.", "The height.", "It is so.",
-            "It is taller than it is wide, so yes.", "It is mostly red.", "It is wider than it is deep, so no."]  # fmt: skip
+            "It is taller than it is wide, so yes.", "It is mostly red.", "It is square, so no."]  # fmt: skip
     texts = [said[place % len(said)] for place in range(len(task.questions))]
     left = iter(texts)
     monkeypatch.setattr(
@@ -185,7 +183,7 @@ def test_every_run_of_full_fine_tuning_starts_from_the_same_weights(
         ablation.run_missing(tmp_path / "other", recipe, recipe.plan(), model, processor, train, train, asked)
     path = comparison.run_file(tmp_path, "alignment", 1)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"start": "0" * 16}))
-    with pytest.raises(ValueError, match="alignment-1.json started from different weights"):
+    with pytest.raises(ValueError, match="started from different weights"):
         comparison.read_runs(tmp_path, recipe)
 
 
@@ -242,7 +240,7 @@ def test_both_forms_of_the_study_differ_in_what_trains_alone(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             ablation.Recipe(full_fine_tuning=True, arms={"no alignment": Arm(weight=0.0)}, **changes)
-    with pytest.raises(ValueError, match="primary=.*expected of likelihood margin, generated accuracy"):
+    with pytest.raises(ValueError, match="expected of likelihood margin, generated accuracy"):
         ablation.Recipe(primary=[GEOMETRY], arms={"no alignment": Arm(weight=0.0)})
     with pytest.raises(ValueError, match="name another folder for its results with --output"):
         ablation.run_ablation("language_model", 1, None, steps=3)
