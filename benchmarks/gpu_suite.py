@@ -24,9 +24,9 @@ Back home, rows of all stages become the files and tables of benchmarks/results/
 
 A next call carries gpu_wheels/results along and goes on with what is not finished; `--again STAGE` repeats a stage. A
 stage is skipped where the time left is shorter than it is expected to take, or where a package, program or asset is
-missing. The last two stages run the study of a language model, many calls long, where `pointalign assets` has filled the
-box's cache: finished runs are in study_runs and study-full_runs of the output folder; those of a complete study replace
-benchmarks/results/ablation_language_model and ablation_language_model_full.
+missing. The last two stages run the study of a language model, over many calls, where `pointalign assets` has filled
+the box's cache. Its finished runs are in study_runs and study-full_runs of the output folder; a complete study is
+copied to benchmarks/results/ablation_language_model and ablation_language_model_full.
 """
 
 import argparse

@@ -83,7 +83,7 @@ def test_batches_are_of_one_kind_and_of_different_objects(records, annotations):
     assert sample.turns == (("What is this?", f"This is a {records[sample.rows[0]]['head_noun']}."),)
     assert {row for sample in asked.draw(rng, 1, [3, 5]) for row in sample.rows} <= {3, 5}
     with pytest.raises(ValueError, match="expected 2 conversations about different objects"):
-        [TrainingQuestions(annotations, train, {"two clouds": 1.0}).draw(rng, 2, [0, 1, 2])]
+        TrainingQuestions(annotations, train, {"two clouds": 1.0}).draw(rng, 2, [0, 1, 2])
     with pytest.raises(ValueError, match="no conversation of kind 'two clouds' is about the training objects"):
         TrainingQuestions(annotations, train.subset([0]), {"two clouds": 1.0})
 
@@ -193,7 +193,7 @@ def test_two_primary_measures_are_corrected_together(monkeypatch):
 
     def run(gain: float, seed: int) -> dict:
         rng = np.random.default_rng(seed)
-        names = rng.random(40) < 0.5
+        names = (rng.random(40) < 0.5).astype(float)
         right = (rng.random(80) < 0.4 + gain).astype(float)
         said = ["yes" if value else "no" for value in right]
         geometry = {"kinds": kinds, "families": [str(place // 2) for place in range(80)], "right": right.tolist()}

@@ -160,9 +160,9 @@ def _add_differences(rows: list[Row], runs: dict[str, Runs], other: str, key: st
 
     Under `seeds`, the seeds that both have. For each metric an estimate, `p`, `p_holm` and `detectable`, all of which
     resample seeds as well as families, and the mean of each seed. The primary metrics are corrected together, over arms
-    and metrics, each other metric over arms. With at least `FEWEST` seeds also the following, with
-    an interval over seeds, for these objects: `SIMILARITY` at the default layer and, where there is a `set B`, the mean
-    of its probes at the last layer.
+    and metrics, each other metric over arms. With at least `FEWEST` seeds also the following, with an interval over
+    seeds, for these objects: `SIMILARITY` at the default layer and, where there is a `set B`, the mean of its probes at
+    the last layer.
     """
     compared = []
     for row in rows:
