@@ -21,6 +21,7 @@ from experiments import compare as comparing
 from experiments import procedural_neighbours as neighbours
 from experiments import token_words as words
 from experiments.ablation import comparison, conclusion
+from experiments.ablation.measure import PRIMARY
 from experiments.ablation.train_arm import Arm
 from pointalign.audit import summary as auditing
 from pointalign.evaluation import probe as probing
@@ -138,9 +139,12 @@ def ablation(name: str) -> str:
         f"names its own; {_stamp(content['versions'])}. Intervals are over seeds and families."
     )
     arms = {arm: Arm(**values) for arm, values in recipe["arms"].items()}
-    parts = [note, *conclusion.conclusion(rows, recipe["baseline"], arms)]
+    primary = recipe.get("primary", [PRIMARY])
+    parts = [note, *conclusion.conclusion(rows, recipe["baseline"], arms, primary)]
     parts += conclusion.missing_runs(content["missing"])
-    parts.append(_folded("Arms, controls and probes", "\n\n".join(comparison.tables(rows, recipe["baseline"]))))
+    parts.append(
+        _folded("Arms, controls and probes", "\n\n".join(comparison.tables(rows, recipe["baseline"], primary)))
+    )
     plots = {"layers.png": "Probes by layer", "differences.png": "Every arm against the baseline"}
     parts += [f"![{title}]({_link(folder / file)})" for file, title in plots.items() if (folder / file).exists()]
     return "\n\n".join(parts) + "\n"
@@ -164,7 +168,7 @@ def alignment_check() -> str:
     columns = list(content["results"]["before training"])
     rows = [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in content["results"].items()]
     changes = content["differences"]
-    rows.append(["LoRA trains less LoRA frozen", *(comparison.SIGNED.format(**changes[column]) for column in columns)])
+    rows.append(["LoRA trains less LoRA frozen", *(conclusion.SIGNED.format(**changes[column]) for column in columns)])
     where = stamp_of_run(content["run"], content.get("date"))
     note = f"{content['objects']} {content['split']} objects, {content['steps']} steps; {where}"
     return f"{content['answer']}\n\n{table(['cosine to targets', *columns], rows)}\n{note}\n"

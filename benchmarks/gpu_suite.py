@@ -23,7 +23,10 @@ Back home, rows of all stages become the files and tables of benchmarks/results/
     tar -xzf gpu_results.tgz -C gpu_wheels && python benchmarks/gpu_suite.py --collect gpu_wheels/results && make report
 
 A next call carries gpu_wheels/results along and goes on with what is not finished; `--again STAGE` repeats a stage. A
-stage is skipped where the time left is shorter than it is expected to take, or where a package or program is missing.
+stage is skipped where the time left is shorter than it is expected to take, or where a package, program or asset is
+missing. The last two stages run the study of a language model, over many calls, where `pointalign assets` has filled
+the box's cache. Its finished runs are in study_runs and study-full_runs of the output folder; a complete study is
+copied to benchmarks/results/ablation_language_model and ablation_language_model_full.
 """
 
 import argparse
@@ -62,6 +65,7 @@ class Stage(NamedTuple):
         commands: run in order, also after one failed; see `substitutions` for what stands in braces.
         needs: importable modules, without which the stage is skipped.
         programs: programs on PATH, likewise; not asked for in a rehearsal.
+        assets: folders of the embedded assets, likewise; a rehearsal leaves such a stage out.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Stage(NamedTuple):
     commands: tuple[str, ...]
     needs: tuple[str, ...] = ()
     programs: tuple[str, ...] = ()
+    assets: tuple[str, ...] = ()
 
 
 STEP = "benchmarks/test_train_step.py"
@@ -92,6 +97,20 @@ SMOKE = (
 
 def rows(*names: str) -> str:
     return " ".join(f"'{STEP}::test_train_step[{name}]'" for name in names)
+
+
+def study(name: str, recipe: str) -> Stage:
+    """A study of a language model: as many of its runs as fit. Finished runs stay in a folder beside the stage's; the
+    next call goes on with the others."""
+    command = f"{{python}} -m experiments.ablation {recipe} --output {{results}}_runs"
+    return Stage(
+        name,
+        400,
+        530,
+        (command,),
+        needs=("jsonargparse", "matplotlib", "scipy", "yaml"),
+        assets=("furniture", "llm/smollm2-135m-instruct"),
+    )
 
 
 STAGES = (
@@ -130,6 +149,8 @@ STAGES = (
         needs=("bitsandbytes",),
     ),
     Stage("compiled", 120, 300, (f"{{pytest}} {rows('c')} {BENCHMARK}",), needs=("bitsandbytes",)),
+    study("study", "language_model"),
+    study("study-full", "language_model_full"),
 )
 
 
@@ -149,9 +170,15 @@ def substitutions(results: Path, rehearsal: bool) -> dict[str, str]:
 
 
 def missing(stage: Stage, rehearsal: bool) -> list[str]:
-    """Modules and programs that the stage needs and this machine lacks."""
+    """Modules, programs and assets that the stage needs and this machine lacks."""
+    if stage.assets and rehearsal:
+        return ["a GPU"]
+    home = Path(
+        os.environ.get("POINTALIGN_HOME") or Path.home() / ".cache/pointalign"
+    ).expanduser()  # pointalign.assets
     modules = [name for name in stage.needs if importlib.util.find_spec(name) is None]
-    return modules + [name for name in stage.programs if not rehearsal and shutil.which(name) is None]
+    programs = [name for name in stage.programs if not rehearsal and shutil.which(name) is None]
+    return modules + programs + [name for name in stage.assets if not (home / name / ".complete.json").exists()]
 
 
 def run_command(words: Sequence[str], log: Any, environment: dict[str, str], seconds: float) -> int:

@@ -146,6 +146,7 @@ def conversion() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "ablation_language_model": partial(ablation, "ablation_language_model"),
+    "ablation_language_model_full": partial(ablation, "ablation_language_model_full"),
     "ablation_objects": partial(ablation, "ablation_objects"),
     "ablation_shapes": partial(ablation, "ablation_shapes"),
     "alignment": alignment,
@@ -168,6 +169,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "in_short": in_short,
     "lambdas": lambdas,
     "language_model_folds": partial(ablation, "language_model_folds"),
+    "language_model_full_folds": partial(ablation, "language_model_full_folds"),
     "launches": launches,
     "learned": learned,
     "long_run": long_run,

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # experiments/ is not installed
 from fading_tables import fading_line
 
 from experiments import compare as comparing
-from experiments.ablation.conclusion import METHOD, direction
+from experiments.ablation.conclusion import METHOD, direction, is_share
 from experiments.ablation.measure import PRIMARY, SECOND
 from experiments.alignment_check import DECISIVE
 from pointalign.evaluation import markdown_table
@@ -39,8 +39,10 @@ EDITS = {"flip": "right before and after", "stay": "same answer"}  # what an edi
 ABLATIONS = {  # folder -> what trains
     "ablation_objects": "SmolLM2 (LoRA), embedded objects",
     "ablation_shapes": "a new decoder, procedural stools",
-    "ablation_language_model": "SmolLM2 (LoRA), embedded objects, longer",
-    "language_model_folds": "SmolLM2 (LoRA), embedded objects in five folds",
+    "ablation_language_model": "SmolLM2 (LoRA), names and geometry",
+    "ablation_language_model_full": "SmolLM2 (all weights), names and geometry",
+    "language_model_folds": "SmolLM2 (LoRA), names and geometry in five folds",
+    "language_model_full_folds": "SmolLM2 (all weights), names and geometry in five folds",
 }
 UNMEASURED = {  # file -> question, command, time
     "alignment_check.json": (
@@ -64,13 +66,24 @@ UNMEASURED = {  # file -> question, command, time
         "a GPU",
     ),
     "ablation_language_model/ablation.json": (
-        "Does the alignment loss help SmolLM2 in 600 steps, and more than a wrong target?",
+        "Does the alignment loss help SmolLM2 with LoRA to name and to answer about geometry, and more than a wrong "
+        "target does?",
         "python -m experiments.ablation language_model",
         "20 runs, a GPU",
     ),
+    "ablation_language_model_full/ablation.json": (
+        "The same, with all weights of SmolLM2 training",
+        "python -m experiments.ablation language_model_full",
+        "20 runs, a GPU",
+    ),
     "language_model_folds/ablation.json": (
-        "The same, every object held out once",
+        "With LoRA, every object held out once",
         "python -m experiments.folds --recipe language_model",
+        "100 runs, a GPU",
+    ),
+    "language_model_full_folds/ablation.json": (
+        "With all weights, every object held out once",
+        "python -m experiments.folds --recipe language_model_full",
         "100 runs, a GPU",
     ),
 }
@@ -243,9 +256,9 @@ def _ablation_rows(content: dict, title: str) -> list[list[str]]:
     if method is None:
         return []
     rows = []
-    for metric, unit in {SECOND: "points", PRIMARY: "nats"}.items():
+    for metric in content["recipe"].get("primary", [SECOND, PRIMARY]):
         estimate, seeds = method["differences"][metric], len(method["differences"]["seeds"])
-        scale, digits = (100, 1) if unit == "points" else (1, 3)
+        unit, scale, digits = ("points", 100, 1) if is_share(metric) else ("nats", 1, 3)
         mean, low, high = (f"{scale * estimate[key]:+.{digits}f}" for key in ("mean", "low", "high"))
         shown = {1: "a gain", 0: "no", -1: "a loss"}[direction(estimate, seeds)]
         rows.append(

@@ -152,6 +152,9 @@ def join_runs(parts: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:
     scores = {key: [value for part in parts for value in part["scores"][key]] for key in parts[0]["scores"]}
     same = {key: parts[0][key] for key in ("arm", "versions", "seed", "layer", "few_shot", "kinds")}
     means = {key: weighted_mean([part[key] for part in parts], counts) for key in ("probes", "similarity", "majority")}
+    if "geometry" in parts[0]:
+        asked = [part["geometry"] for part in parts]
+        same["geometry"] = {key: [value for part in asked for value in part[key]] for key in asked[0]}
     return (
         same
         | {

@@ -281,7 +281,7 @@ def test_processes_share_the_runs_of_an_ablation(processor, tmp_path, monkeypatc
     monkeypatch.setattr(ablation, "summarise", lambda folder, recipe: "")
     runs: list[tuple[str, int]] = []
 
-    def run(model, processor, recipe, arm, seed, train, held_out):
+    def run(model, processor, recipe, arm, seed, *_):
         runs.append((arm, seed))
         if runs == [("no alignment", 0)]:  # meanwhile another process goes through the same plan
             ablation.run_ablation(str(tmp_path / "recipe.yaml"), None, str(tmp_path / "out"))
@@ -333,13 +333,13 @@ def test_a_rerun_gives_the_same_numbers(processor, monkeypatch):
 
 
 def test_shipped_recipes_are_readable():
-    for name in ("objects", "shapes", "full", "language_model"):
+    for name in ("objects", "shapes", "full", "language_model", "language_model_full"):
         recipe = ablation.read_recipe(name)
         assert recipe.arms["alignment"] == Arm() and recipe.arms["no alignment"].weight == 0
     plan = ablation.read_recipe("objects").plan()
     assert plan[:4] == [("no alignment", 0), ("alignment", 0), ("no alignment", 1), ("alignment", 1)]
     assert plan[-1][1] == 1 and len(plan) == len(set(plan)) == 2 * 5 + 3 * 3 + 5 * 2
-    with pytest.raises(FileNotFoundError, match="one of full, language_model, objects, shapes"):
+    with pytest.raises(FileNotFoundError, match="one of full, language_model, language_model_full, objects, shapes"):
         ablation.read_recipe("nothing")
     with pytest.raises(ValueError, match="defined for the qformer target"):
         Arm(source="other", target="encoder")

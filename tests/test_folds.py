@@ -203,25 +203,33 @@ def test_folds_are_trained_apart_resumed_and_pooled(objects, recipes, tmp_path, 
 
 
 @pytest.mark.usefixtures("objects")
-def test_the_study_of_a_language_model_ends_in_the_report(recipes, tmp_path, monkeypatch):
-    """The shipped recipe with a tiny language model and a single step: one command, whose result the report finds."""
-    described = yaml.safe_load((RECIPES / "language_model.yaml").read_text())
+@pytest.mark.parametrize("name", ["language_model", "language_model_full"])
+def test_the_study_of_a_language_model_ends_in_the_report(name, recipes, tmp_path, monkeypatch):
+    """The shipped recipes with a tiny language model and a single step: one command, whose result the report finds."""
+    described = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     assert described["schedule"]["steps"] == 600 and described["seeds"] >= 5, "nothing is shown with fewer"
-    described["model"] |= {"checkpoint": None, "lora_rank": 4}
-    described["schedule"] = {"steps": 1, "batch_size": 2}
-    (recipes / "language_model.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    described["model"] |= {"checkpoint": None, "lora_rank": 4 if name == "language_model" else 0}
+    described["schedule"] = {"steps": 1, "batch_size": 2, "max_length": 900}
+    described["questions"] = {kind: described["questions"][kind] for kind in ("quiz", "name", "aspect")}
+    (recipes / f"{name}.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
     results = tmp_path / "benchmarks" / "results"
     for module in (folds, evidence_tables, short_tables):
         monkeypatch.setattr(module, "RESULTS", results)
-    command = ["--recipe", str(recipes / "language_model.yaml"), "--stage1-steps", "4", "--seeds", "1"]
+    command = ["--recipe", str(recipes / f"{name}.yaml"), "--stage1-steps", "4", "--seeds", "1"]
     assert folds.main(command) == 0
-    content = json.loads((results / "language_model_folds" / "ablation.json").read_text())
+    content = json.loads((results / f"{name}_folds" / "ablation.json").read_text())
     assert content["missing"] == [] and [row["arm"] for row in content["arms"]] == list(described["arms"])
-    text = evidence_tables.ablation("language_model_folds")
+    asked = [len(json.loads(path.read_text())["geometry"]["right"])
+             for path in results.glob(f"{name}_folds/fold-*/runs/alignment-0.json")]  # fmt: skip
+    assert len(asked) == 2 and content["arms"][0]["metrics"]["geometry accuracy"]["count"] == sum(asked)
+    text = evidence_tables.ablation(f"{name}_folds")
     assert "with fewer than 5 nothing counts as shown" in text and "differences.png" in text
-    row = next(line for line in short_tables.studies().splitlines() if "generated accuracy" in line)
-    assert row.startswith(f"| {short_tables.ABLATIONS['language_model_folds']} | 0.1 | 1 |") and row.endswith("| no |")
-    assert "--recipe language_model`" not in short_tables.not_measured()
+    assert "geometry accuracy, points" in text and f"aspect bucket (n={len(NAMES)})" in text
+    rows = [line for line in short_tables.studies().splitlines() if "accuracy" in line]
+    assert [row.split(" | ")[3] for row in rows] == ["generated accuracy, points", "geometry accuracy, points"]
+    for row in rows:
+        assert row.startswith(f"| {short_tables.ABLATIONS[f'{name}_folds']} | 0.1 | 1 |") and row.endswith("| no |")
+    assert f"--recipe {name}`" not in short_tables.not_measured()
 
 
 def test_the_driver_waits_for_all_folds_and_reports_failures(monkeypatch, tmp_path, capsys):

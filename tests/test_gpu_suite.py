@@ -155,6 +155,22 @@ def test_a_stage_whose_package_or_program_is_missing_is_skipped_with_the_reason(
     assert outcomes["program"]["status"] == "skipped: no-such-program missing"
 
 
+def test_the_study_needs_the_assets_and_is_left_out_of_a_rehearsal(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("POINTALIGN_HOME", str(tmp_path / "home"))
+    stage = Stage("study", 1, 30, (GOOD,), assets=("llm/some",))
+    assert run(stage)["study"]["status"] == "skipped: llm/some missing"
+    (tmp_path / "home/llm/some").mkdir(parents=True)
+    (tmp_path / "home/llm/some/.complete.json").write_text("{}")
+    assert run(stage)["study"]["status"] == "passed"
+    (tmp_path / "out/gpu_suite.json").unlink()
+    assert run(stage, rehearsal=True)["study"]["status"] == "skipped: a GPU missing"
+    studies = STAGES[-2:]
+    assert [stage.name for stage in studies] == ["study", "study-full"] and all(stage.assets for stage in studies)
+    recipes = [re.findall(r"experiments.ablation (\w+) ", stage.commands[0]) for stage in studies]
+    assert recipes == [["language_model"], ["language_model_full"]]
+    assert all((ROOT / f"experiments/recipes/{name}.yaml").exists() for [name] in recipes)
+
+
 @pytest.mark.parametrize(
     ("body", "on_a_gpu", "in_a_rehearsal"),
     [

@@ -1,10 +1,10 @@
 """`python -m experiments.ablation`: does alignment help, and is it the alignment that helps?
 
-All arms start from one checkpoint and see the same data in the same order; seeds are paired. The primary metric is
-fixed in advance: the log-likelihood margin of the true name (or caption) among a closed set, per held-out object. Each
-comparison has an interval, a p-value corrected over arms, and the smallest effect that it could have detected. Finished
-runs are stored as files and not repeated: the same command continues an interrupted ablation, and the same command in
-several processes shares the runs among them.
+All arms start from one checkpoint and see the same data in the same order; seeds are paired. The primary measures are
+fixed in advance in the recipe; by default the log-likelihood margin of the true name (or caption) among a closed set,
+per held-out object. Each comparison has an interval, a p-value corrected over arms, and the smallest effect that it
+could have detected. Finished runs are stored as files and not repeated: the same command continues an interrupted
+ablation, and the same command in several processes shares the runs among them.
 """
 
 import copy
@@ -21,10 +21,11 @@ from transformers import PreTrainedConfig
 from experiments import shapes
 from experiments.ablation.comparison import run_file, summarise
 from experiments.ablation.few_shot import few_shot
-from experiments.ablation.measure import PRIMARY, measure
+from experiments.ablation.measure import GEOMETRY, PRIMARY, measure
+from experiments.ablation.questions import TrainingQuestions, ask_geometry
 from experiments.ablation.recipe import Recipe, read_recipe
-from experiments.ablation.train_arm import Arm, restore, train_arm, trainable_state
-from pointalign import build, stage_file, storage
+from experiments.ablation.train_arm import Arm, restore, train_arm, trainable_state, weights_hash
+from pointalign import assets, build, stage_file, storage
 from pointalign.alignment import AlignmentConfig
 from pointalign.evaluation import tasks
 from pointalign.evaluation.probe import probe_layers, probe_property, spaced
@@ -35,15 +36,29 @@ from pointalign.models import PointAlignForConditionalGeneration, PointAlignProc
 from pointalign.models.chat_layout import PLAIN_CHAT_TEMPLATE
 from pointalign.storage import lock
 
+ADDED_LATER = {"full_fine_tuning": False, "questions": {}, "primary": [PRIMARY]}  # fields that older files lack
+
 
 def run_ablation(
-    name: str, seeds: int | None, output: str | None, fold: int | None = None, checkpoint: str | None = None
+    name: str,
+    seeds: int | None,
+    output: str | None,
+    fold: int | None = None,
+    checkpoint: str | None = None,
+    steps: int | None = None,
 ) -> str:
     """Run the missing runs of an ablation, then write tables and plots. Returns the tables and the conclusion.
 
     `name` is that of `read_recipe`. Each of the other arguments overrides the recipe's value unless None.
+
+    Raises:
+        ValueError: `steps` without `output`; the folder holds runs of another recipe; a fault in the recipe.
     """
     recipe = read_recipe(name)
+    if steps is not None:
+        if output is None:
+            raise ValueError("--steps changes the study: name another folder for its results with --output")
+        recipe.schedule.steps = steps
     recipe.seeds = seeds or recipe.seeds
     recipe.fold = recipe.fold if fold is None else fold
     recipe.model.checkpoint = checkpoint or recipe.model.checkpoint
@@ -61,7 +76,8 @@ def run_ablation(
             train, held_out = load_objects(recipe, model, processor)
             if not (folder / "ceiling.json").exists():
                 storage.write_json(folder / "ceiling.json", qformer_probes(train, held_out))
-        run_missing(folder, recipe, missing, model, processor, train, held_out)
+        questions = training_questions(recipe, train)
+        run_missing(folder, recipe, missing, model, processor, train, held_out, questions)
     with lock(shared):
         return summarise(folder, recipe)
 
@@ -75,9 +91,22 @@ def qformer_probes(train: EncodedObjects, held_out: EncodedObjects) -> dict[str,
     }
 
 
+def training_questions(recipe: Recipe, train: EncodedObjects) -> TrainingQuestions | None:
+    """What batches are drawn from; None where they are the objects' own conversations."""
+    if not recipe.questions:
+        return None
+    return TrainingQuestions(
+        assets.embedded_objects(recipe.fold) / "annotations" / "train.json", train, recipe.questions
+    )
+
+
 def definition(recipe: Recipe) -> dict[str, Any]:
     """What the runs of a folder have in common, as in its `recipe.json`."""
-    described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "seeds")}
+    described = {
+        key: value
+        for key, value in asdict(recipe).items()
+        if key not in ("output", "seeds") and not (key in ADDED_LATER and value == ADDED_LATER[key])
+    }
     if recipe.data == "furniture":
         described["closed_set"] = "nouns of the training objects"  # earlier runs had fewer nouns, and other margins
     if recipe.model.checkpoint is not None:  # identified by its weights, not by its folder
@@ -94,10 +123,15 @@ def run_missing(
     processor: PointAlignProcessor,
     train: EncodedObjects,
     held_out: EncodedObjects,
+    questions: TrainingQuestions | None = None,
 ) -> None:
-    """Make the runs that no other process is making; every run begins with the weights that the model has now."""
+    """Make the runs that no other process is making; every run begins with the weights that the model has now.
+
+    Raises:
+        RuntimeError: a run would begin with other weights.
+    """
     environment = versions()
-    start = trainable_state(model)
+    start, start_hash = trainable_state(model), weights_hash(model)
     for number, (arm, seed) in enumerate(missing):
         file = run_file(folder, arm, seed)
         with lock(file.with_suffix(".lock"), wait=False) as locked:
@@ -105,11 +139,18 @@ def run_missing(
                 continue
             began = time.monotonic()
             restore(model, start)
-            result = run_arm(model, processor, recipe, arm, seed, train, held_out)
-            storage.write_json(file, result | {"versions": environment})
+            if (now := weights_hash(model)) != start_hash:
+                raise RuntimeError(f"{arm}, seed {seed} would start from other weights: {now}, expected {start_hash}")
+            result = run_arm(model, processor, recipe, arm, seed, train, held_out, questions)
+            storage.write_json(file, result | {"start": start_hash, "versions": environment})
             seconds = time.monotonic() - began
-            mean = f"{PRIMARY} {result['mean'][PRIMARY]:+.3f}"
-            print(f"{number + 1}/{len(missing)} {arm}, seed {seed}: {mean}, {seconds:.0f} s", flush=True)
+            measured = ", ".join(f"{metric} {result['mean'][metric]:+.3f}" for metric in recipe.primary)
+            left = (len(missing) - number - 1) * seconds / 60
+            print(
+                f"{number + 1}/{len(missing)} {arm}, seed {seed}: {measured}, {seconds:.0f} s; "
+                f"about {left:.0f} min for the others",
+                flush=True,
+            )
 
 
 def load_objects(
@@ -127,6 +168,8 @@ def load_objects(
 def starting_model(recipe: Recipe) -> tuple[PointAlignForConditionalGeneration, PointAlignProcessor]:
     """The model that every arm starts from."""
     model, processor = build.build_model(recipe.model, DataOptions())
+    if recipe.full_fine_tuning:
+        model.model.language_model.requires_grad_(True)
     if recipe.decoder is None:
         return model, processor
     processor.chat_template = PLAIN_CHAT_TEMPLATE
@@ -203,12 +246,17 @@ def run_arm(
     seed: int,
     train: EncodedObjects,
     held_out: EncodedObjects,
+    questions: TrainingQuestions | None = None,
 ) -> dict[str, Any]:
-    """Train one arm and measure it on the held-out objects."""
+    """Train one arm and measure it on the held-out objects; with `questions`, ask it about geometry too."""
     arm = recipe.arms[name]
     weight = recipe.weight if arm.weight is None else arm.weight
-    history = train_arm(model, processor, arm, weight, train, recipe.schedule, seed, f"{name}, seed {seed}")
+    history = train_arm(model, processor, arm, weight, train, recipe.schedule, seed, f"{name}, seed {seed}", questions)
     scores = measure(model, processor, held_out, arm.blind)
+    asked: dict[str, Any] = {}
+    if questions is not None:
+        asked = {"geometry": ask_geometry(model, processor, held_out, arm.blind)}
+        scores[GEOMETRY] = asked["geometry"]["right"]
     depth = model.config.get_text_config().num_hidden_layers
     default_layer = tapped(Arm(), depth)[0]
     similar = sorted({*tapped(arm, depth), default_layer})
@@ -217,16 +265,20 @@ def run_arm(
         similar = layers
     probes = probe_layers(model, processor, train, held_out, layers, similar)
     shots = few_shot(model, processor, train, held_out, recipe.few_shot, recipe.schedule, seed, arm.blind)
-    return {
-        "arm": name,
-        "layer": default_layer,
-        "few_shot": shots,
-        "seed": seed,
-        "steps": history,
-        "scores": scores,
-        "families": [f for f, label in zip(held_out.families, held_out.labels, strict=True) if label],
-        "mean": {key: float(np.mean(values)) for key, values in scores.items()},
-    } | probes
+    return (
+        {
+            "arm": name,
+            "layer": default_layer,
+            "few_shot": shots,
+            "seed": seed,
+            "steps": history,
+            "scores": scores,
+            "families": [f for f, label in zip(held_out.families, held_out.labels, strict=True) if label],
+            "mean": {key: float(np.mean(values)) for key, values in scores.items()},
+        }
+        | asked
+        | probes
+    )
 
 
 def tapped(arm: Arm, depth: int) -> list[int]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablation.conclusion import METHOD, SIGNED, conclusion, missing_runs
-from experiments.ablation.measure import PRIMARY, SECOND
+from experiments.ablation.conclusion import METHOD, conclusion, is_share, missing_runs
+from experiments.ablation.measure import GEOMETRY, MEASURES, PRIMARY, SECOND
+from experiments.ablation.questions import by_kind
 from experiments.ablation.recipe import Recipe
 from pointalign import storage
 from pointalign.evaluation import markdown_table, statistics
@@ -31,11 +32,23 @@ def run_file(folder: Path, arm: str, seed: int) -> Path:
 
 
 def read_runs(folder: Path, recipe: Recipe) -> dict[str, Runs]:
-    """Finished runs: arm -> seed -> result."""
+    """Finished runs: arm -> seed -> result.
+
+    Raises:
+        ValueError: two runs started from different weights.
+    """
     runs: dict[str, Runs] = {}
+    starts: dict[str, str] = {}
     for arm, seed in recipe.plan():
         if (path := run_file(folder, arm, seed)).exists():
-            runs.setdefault(arm, {})[seed] = json.loads(path.read_text())
+            runs.setdefault(arm, {})[seed] = run = json.loads(path.read_text())
+            if "start" in run:
+                starts.setdefault(run["start"], path.name)
+    if len(starts) > 1:
+        raise ValueError(
+            f"{folder / 'runs'}: {' and '.join(starts.values())} started from different weights and cannot be "
+            "compared: remove the runs of one start, then run again"
+        )
     return runs
 
 
@@ -52,8 +65,8 @@ def summarise(folder: Path, recipe: Recipe) -> str:
     if recipe.baseline not in runs:
         raise ValueError(f"{folder / 'runs'} holds no run of the baseline {recipe.baseline!r} to compare with")
     ceiling = json.loads((folder / "ceiling.json").read_text())
-    rows = compare_arms(runs, recipe.baseline, ceiling)
-    paragraphs = conclusion(rows, recipe.baseline, recipe.arms)
+    rows = compare_arms(runs, recipe.baseline, ceiling, recipe.primary)
+    paragraphs = conclusion(rows, recipe.baseline, recipe.arms, recipe.primary)
     missing = [arm for arm, seed in recipe.plan() if not run_file(folder, arm, seed).exists()]
     paragraphs += missing_runs(missing)
     plotted = dict(list(runs.items())[:PLOTTED])
@@ -68,9 +81,9 @@ def summarise(folder: Path, recipe: Recipe) -> str:
         "layers.png": {"arms": list(plotted), "seeds": seeds},
     }
     storage.write_json(folder / "ablation.json", content)
-    text = "\n\n".join([*tables(rows, recipe.baseline), *paragraphs])
+    text = "\n\n".join([*tables(rows, recipe.baseline, recipe.primary), *paragraphs])
     (folder / "ablation.md").write_text(text + "\n")
-    plot_differences(rows, PRIMARY, recipe.baseline, folder / "differences.png")
+    plot_differences(rows, recipe.primary[0], recipe.baseline, folder / "differences.png")
     if seeds:
         layer_curves({name: average(results, seeds) for name, results in plotted.items()}, folder / "layers.png")
     return text
@@ -85,7 +98,9 @@ def shared_seeds(*arms: Runs) -> list[int]:
     return sorted(set.intersection(*(set(results) for results in arms)))
 
 
-def compare_arms(runs: dict[str, Runs], baseline: str, ceiling: dict[str, float]) -> list[Row]:
+def compare_arms(
+    runs: dict[str, Runs], baseline: str, ceiling: dict[str, float], primary: Sequence[str] = (PRIMARY,)
+) -> list[Row]:
     """A row for each arm: its figures over the seeds that it shares with the baseline, and differences on these.
 
     `same seeds` holds the figures of the baseline and of the method over just these seeds, where they have them all.
@@ -98,11 +113,16 @@ def compare_arms(runs: dict[str, Runs], baseline: str, ceiling: dict[str, float]
         beside = [other for other in (baseline, METHOD) if other in runs and set(seeds) <= set(runs[other])]
         row = {"arm": name, "seeds": seeds} | _figures(results, seeds, ceiling)
         rows.append(row | {"same seeds": {other: _figures(runs[other], seeds, ceiling) for other in beside}})
-    _add_differences(rows, runs, baseline, "differences")
+    _add_differences(rows, runs, baseline, "differences", primary)
     if METHOD in runs:
         others = [row for row in rows if row["arm"] != baseline]
-        _add_differences(others, runs, METHOD, f"differences from {METHOD}")
+        _add_differences(others, runs, METHOD, f"differences from {METHOD}", primary)
     return rows
+
+
+def _families(run: dict[str, Any], metric: str) -> list[str]:
+    """The family of each value in `run["scores"][metric]`."""
+    return run["geometry"]["families"] if metric == GEOMETRY else run["families"]
 
 
 def _figures(results: Runs, seeds: list[int], ceiling: dict[str, float]) -> dict[str, Any]:
@@ -112,7 +132,9 @@ def _figures(results: Runs, seeds: list[int], ceiling: dict[str, float]) -> dict
     figures: dict[str, Any] = {"metrics": {}}
     for metric in first["scores"]:
         values = np.array([run["scores"][metric] for run in selected])
-        figures["metrics"][metric] = statistics.cluster_mean(values.mean(axis=0), first["families"]).as_dict()
+        figures["metrics"][metric] = statistics.cluster_mean(values.mean(axis=0), _families(first, metric)).as_dict()
+    if "geometry" in first:
+        figures["geometry"] = by_kind([run["geometry"] for run in selected])
     layer = str(first["layer"])  # the default layer, in every arm
     figures["layer"] = int(layer)
     for measure in first["similarity"][layer]:
@@ -133,13 +155,14 @@ def _last_layer(run: dict[str, Any]) -> str:
     return [place for place in next(iter(run["probes"].values())) if place != QFORMER][-1]
 
 
-def _add_differences(rows: list[Row], runs: dict[str, Runs], other: str, key: str) -> None:
+def _add_differences(rows: list[Row], runs: dict[str, Runs], other: str, key: str, primary: Sequence[str]) -> None:
     """Add paired differences of every arm from the arm `other` to its row under `key`, corrected over arms.
 
     Under `seeds`, the seeds that both have. For each metric an estimate, `p`, `p_holm` and `detectable`, all of which
-    resample seeds as well as families, and the mean of each seed. With at least `FEWEST` seeds also the following, with
-    an interval over seeds, for these objects: `SIMILARITY` at the default layer and, where there is a `set B`, the mean
-    of its probes at the last layer.
+    resample seeds as well as families, and the mean of each seed. The primary metrics are corrected together, over arms
+    and metrics, each other metric over arms. With at least `FEWEST` seeds also the following, with an interval over
+    seeds, for these objects: `SIMILARITY` at the default layer and, where there is a `set B`, the mean of its probes at
+    the last layer.
     """
     compared = []
     for row in rows:
@@ -150,11 +173,11 @@ def _add_differences(rows: list[Row], runs: dict[str, Runs], other: str, key: st
         compared.append(row)
         differences: dict[str, Any] = {"seeds": seeds}
         row[key] = differences
-        families = ours[seeds[0]]["families"]
-        for metric in (PRIMARY, SECOND):
+        first = ours[seeds[0]]
+        for metric in _measured(first):
             values = np.array([ours[seed]["scores"][metric] for seed in seeds])
             values -= np.array([theirs[seed]["scores"][metric] for seed in seeds])
-            estimate, p, error = statistics.crossed_difference(values, families)
+            estimate, p, error = statistics.crossed_difference(values, _families(first, metric))
             differences[metric] = estimate.as_dict() | {
                 "p": p,
                 "detectable": statistics.POWER_80 * error,
@@ -168,10 +191,17 @@ def _add_differences(rows: list[Row], runs: dict[str, Runs], other: str, key: st
         if _set_b(ours[seeds[0]]):
             by_seed = [float(np.mean(_set_b(ours[seed])) - np.mean(_set_b(theirs[seed]))) for seed in seeds]
             differences["set B"] = over_runs(by_seed).as_dict()
-    for metric in (PRIMARY, SECOND):
-        corrected = statistics.holm([row[key][metric]["p"] for row in compared])
-        for row, p in zip(compared, corrected, strict=True):
-            row[key][metric]["p_holm"] = p
+    if not compared:
+        return
+    measured = [metric for metric in MEASURES if metric in compared[0][key]]
+    for metrics in [list(primary), *([metric] for metric in measured if metric not in primary)]:
+        tests = [row[key][metric] for metric in metrics for row in compared]
+        for test, p in zip(tests, statistics.holm([test["p"] for test in tests]), strict=True):
+            test["p_holm"] = p
+
+
+def _measured(run: dict[str, Any]) -> list[str]:
+    return [metric for metric in MEASURES if metric in run["scores"]]
 
 
 def over_runs(differences: Sequence[float]) -> Estimate:
@@ -207,10 +237,16 @@ def average(results: Runs, seeds: list[int]) -> dict[str, Any]:
 # -- tables and plots --------------------------------------------------------------------------------------------------
 
 
-def tables(rows: list[Row], baseline: str) -> list[str]:
-    """Markdown: means of the arms, differences from baseline and method, probes of the last layer, few-shot answers."""
-    return [arm_table(rows, baseline), difference_table(rows, baseline), probe_table(rows, baseline),
-            *few_shot_table(rows, baseline)]  # fmt: skip
+def tables(rows: list[Row], baseline: str, primary: Sequence[str] = (PRIMARY,)) -> list[str]:
+    """Markdown: means of the arms, differences from baseline and method in each primary measure, geometry by kind of
+    question, probes of the last layer, few-shot answers."""
+    return [
+        arm_table(rows, baseline),
+        *(difference_table(rows, baseline, metric) for metric in primary),
+        *geometry_table(rows, baseline),
+        probe_table(rows, baseline),
+        *few_shot_table(rows, baseline),
+    ]
 
 
 def seed_text(seeds: list[int]) -> str:
@@ -235,33 +271,56 @@ def _grouped(rows: list[Row], baseline: str) -> list[tuple[str, str, dict[str, A
 
 
 def arm_table(rows: list[Row], baseline: str) -> str:
+    shares = [metric for metric in (SECOND, GEOMETRY) if metric in rows[0]["metrics"]]
     lines = []
     for name, seeds, figures in _grouped(rows, baseline):
-        primary, second = figures["metrics"][PRIMARY], figures["metrics"][SECOND]
-        accuracy = f"{100 * second['mean']:.1f} [{100 * second['low']:.1f}, {100 * second['high']:.1f}]"
+        accuracies = [
+            f"{100 * share['mean']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+            for share in (figures["metrics"][metric] for metric in shares)
+        ]
         retention = "" if figures["retention"] is None else f"{figures['retention']:.2f}"
         similar = [f"{figures[measure]:.3f}" for measure in SIMILARITY]
-        lines.append([name, seeds, f"{primary['mean']:+.3f}", accuracy, *similar, retention])
+        lines.append([name, seeds, f"{figures['metrics'][PRIMARY]['mean']:+.3f}", *accuracies, *similar, retention])
     measures = [f"{SIMILARITY[0]} at layer {rows[0]['layer']}", *SIMILARITY[1:]]
-    return markdown_table(["arm", "seeds", f"{PRIMARY}, nats", f"{SECOND}, %", *measures, "retention"], lines)
+    titles = [f"{metric}, %" for metric in shares]
+    return markdown_table(["arm", "seeds", f"{PRIMARY}, nats", *titles, *measures, "retention"], lines)
 
 
-def difference_table(rows: list[Row], baseline: str) -> str:
+def difference_table(rows: list[Row], baseline: str, metric: str = PRIMARY) -> str:
     others = {"differences": baseline, f"differences from {METHOD}": METHOD}
+    unit, scale, digits = ("points", 100, 1) if is_share(metric) else ("nats", 1, 3)
     lines = []
     for row in rows:
         cells = []
         for key in others:
-            if PRIMARY not in row.get(key, {}):
+            if metric not in row.get(key, {}):
                 cells += [""] * 4
                 continue
-            difference = row[key][PRIMARY]
-            tests = [f"{difference['p_holm']:.3f}", f"{difference['detectable']:.3f}"]
-            cells += [seed_text(row[key]["seeds"]), SIGNED.format(**difference), *tests]
+            difference = row[key][metric]
+            mean, low, high = (f"{scale * difference[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+            tests = [f"{difference['p_holm']:.3f}", f"{scale * difference['detectable']:.{digits}f}"]
+            cells += [seed_text(row[key]["seeds"]), f"{mean} [{low}, {high}]", *tests]
         if any(cells):
             lines.append([row["arm"], *cells])
     header = [title for other in others.values() for title in ("seeds", f"less {other}", "p (Holm)", "detectable")]
-    return markdown_table([f"{PRIMARY}, nats", *header], lines)
+    return markdown_table([f"{metric}, {unit}", *header], lines)
+
+
+def geometry_table(rows: list[Row], baseline: str) -> list[str]:
+    """Right answers by kind of question; none where no geometry was asked. Yes/no questions also have the share of Yes,
+    as a constant answer has the accuracy of the most frequent right word."""
+    if "geometry" not in rows[0]:
+        return []
+    kinds = rows[0]["geometry"]
+    lines = [["the most frequent answer", "", *(f"{100 * kind['majority']:.1f}" for kind in kinds.values())]]
+    for name, seeds, figures in _grouped(rows, baseline):
+        cells = []
+        for kind in figures["geometry"].values():
+            said_yes = f" (Yes {100 * kind['yes_rate']:.0f})" if "yes_rate" in kind else ""
+            cells.append(f"{100 * kind['accuracy']:.1f}{said_yes}")
+        lines.append([name, seeds, *cells])
+    titles = [f"{name} (n={kind['count']})" for name, kind in kinds.items()]
+    return [markdown_table(["right answers, %", "seeds", *titles], lines)]
 
 
 def probe_table(rows: list[Row], baseline: str) -> str:

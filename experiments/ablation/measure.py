@@ -9,7 +9,8 @@ from pointalign.evaluation.protocol import PROTOCOLS
 from pointalign.evaluation.tasks import PROMPTS, EncodedObjects, Question
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
 
-PRIMARY, SECOND = "likelihood margin", "generated accuracy"
+PRIMARY, SECOND, GEOMETRY = "likelihood margin", "generated accuracy", "geometry accuracy"
+MEASURES = (PRIMARY, SECOND, GEOMETRY)  # geometry: only where a recipe names `questions`
 
 
 def measure(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from experiments.ablation.measure import GEOMETRY, MEASURES, PRIMARY
 from experiments.ablation.train_arm import Arm, Schedule
 from pointalign.model_options import ModelOptions
 
@@ -18,6 +19,12 @@ class Recipe:
         model: the model that every arm starts from, and what trains.
         decoder: sizes of a `LlamaConfig` for a new decoder in place of the language model, which trains completely,
             together with a new modality projector. Small enough for a CPU, and without prior knowledge of language.
+        full_fine_tuning: train all weights of the language model, in float32, in place of adapters; the point branch
+            and the modality projector stay frozen.
+        questions: kind of conversation about the furniture (as its annotations name it) -> share of the batches, each
+            of one kind. Held-out objects are then asked the geometry questions too. By default each sample is any
+            question of one round about its object, and held-out objects are asked for their names.
+        primary: measures, fixed in advance, that decide; p-values are corrected over arms and over these.
         schedule: training of every arm.
         weight: lambda of the arms that name none.
         seeds: paired seeds of the arms that name none.
@@ -34,6 +41,9 @@ class Recipe:
     data: str = "furniture"
     model: ModelOptions = field(default_factory=ModelOptions)
     decoder: dict[str, int] | None = None
+    full_fine_tuning: bool = False
+    questions: dict[str, float] = field(default_factory=dict)
+    primary: list[str] = field(default_factory=lambda: [PRIMARY])
     schedule: Schedule = field(default_factory=Schedule)
     weight: float = 0.1
     seeds: int = 3
@@ -53,6 +63,23 @@ class Recipe:
             raise ValueError(f"fold={self.fold}: only data=furniture has folds")
         if self.baseline not in self.arms:
             raise ValueError(f"baseline {self.baseline!r} is not an arm; arms: {', '.join(self.arms)}")
+        if self.questions and self.data != "furniture":
+            raise ValueError(f"questions: only data=furniture has annotations, got data={self.data}")
+        if self.questions and min(self.questions.values()) <= 0:
+            raise ValueError(f"questions={self.questions}: expected shares above 0")
+        measured = [name for name in MEASURES if self.questions or name != GEOMETRY]
+        if not self.primary or set(self.primary) - set(measured):
+            raise ValueError(f"primary={self.primary}: expected of {', '.join(measured)}")
+        if self.full_fine_tuning:
+            self._check_full_fine_tuning()
+
+    def _check_full_fine_tuning(self) -> None:
+        expected = {"train": [], "lora_rank": 0, "dtype": "float32", "quantization": "none"}
+        for name, value in expected.items():
+            if (given := getattr(self.model, name)) != value:
+                raise ValueError(f"full_fine_tuning needs model.{name}={value}, got {given}")
+        if self.decoder is not None:
+            raise ValueError("full_fine_tuning: a new decoder trains completely by itself, remove this option")
 
     def plan(self) -> list[tuple[str, int]]:
         """Runs (arm, seed) in order: arms with many seeds first, seed by seed, so that pairs finish together."""

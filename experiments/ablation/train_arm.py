@@ -3,7 +3,8 @@
 All arms of a seed have the same start, steps, data order and dropout; they differ in the alignment loss alone.
 """
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from experiments.ablation.questions import Sample, TrainingQuestions
 from pointalign.alignment import AlignmentConfig, LayerTap
 from pointalign.evaluation.answering import encode
 from pointalign.evaluation.tasks import EncodedObjects
@@ -166,10 +168,14 @@ def train_arm(
     schedule: Schedule,
     seed: int,
     description: str,
+    questions: TrainingQuestions | None = None,
 ) -> dict[str, list[float]]:
     """Train the parts that require gradients, in place.
 
     The order of the data and the dropout depend on the seed alone, so that arms of one seed are paired.
+
+    Args:
+        questions: what batches are drawn from; by default a conversation of each object, in `train.conversations`.
 
     Returns:
         `ntp` and `alignment`, the losses of every step.
@@ -186,10 +192,15 @@ def train_arm(
     def batches() -> Iterator[dict[str, Tensor]]:
         order = np.array([], dtype=int)
         for _ in range(schedule.steps):
-            while len(order) < schedule.batch_size:
-                order = np.concatenate([order, rng.permutation(used)])
-            rows, order = order[: schedule.batch_size], order[schedule.batch_size :]
-            batch = training_batch(processor, train, rows, rng, schedule.max_length, arm.blind)
+            if questions is not None:
+                samples = questions.draw(rng, schedule.batch_size, used.tolist())
+                rows = np.concatenate([sample.rows for sample in samples])
+                batch = conversation_batch(processor, train, samples, schedule.max_length, arm.blind)
+            else:
+                while len(order) < schedule.batch_size:
+                    order = np.concatenate([order, rng.permutation(used)])
+                rows, order = order[: schedule.batch_size], order[schedule.batch_size :]
+                batch = training_batch(processor, train, rows, rng, schedule.max_length, arm.blind)
             if targets is not None:
                 batch["target_tokens"] = targets[np.roll(rows, 1) if arm.source == "other" else rows]
             yield batch
@@ -245,6 +256,15 @@ def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
                 parameter.copy_(state[name])
 
 
+def weights_hash(model: nn.Module) -> str:
+    """16 hexadecimal digits of the SHA-256 of all parameters and buffers, whether they train or not."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def training_batch(
     processor: PointAlignProcessor,
     train: EncodedObjects,
@@ -254,14 +274,26 @@ def training_batch(
     blind: bool,
 ) -> dict[str, Tensor]:
     """Inputs of a conversation, drawn at random, of each object in `rows`, with labels on the answer."""
-    conversations = []
-    for row in rows:
+    samples = []
+    for row in rows.tolist():
         pairs = train.conversations[row]
-        question, answer = pairs[int(rng.integers(len(pairs)))]
-        content = [{"type": "point", "point": None}, {"type": "text", "text": question}]
-        assistant = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        conversations.append([{"role": "user", "content": content}, assistant])
-    features = train.features[rows]
+        samples.append(Sample((row,), (pairs[int(rng.integers(len(pairs)))],)))
+    return conversation_batch(processor, train, samples, max_length, blind)
+
+
+def conversation_batch(
+    processor: PointAlignProcessor, train: EncodedObjects, samples: Sequence[Sample], max_length: int, blind: bool
+) -> dict[str, Tensor]:
+    """Inputs of these conversations, with labels on the answers; rows of `query_features` as in the samples."""
+    conversations = []
+    for sample in samples:
+        messages = []
+        for turn, (question, answer) in enumerate(sample.turns):
+            clouds = [{"type": "point", "point": None} for _ in sample.rows] if turn == 0 else []
+            messages.append({"role": "user", "content": [*clouds, {"type": "text", "text": question}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        conversations.append(messages)
+    features = train.features[[row for sample in samples for row in sample.rows]]
     return encode(
         processor,
         conversations,
