@@ -43,7 +43,7 @@ def generate_answers(
         options: of `generate`.
     """
     with torch.inference_mode():
-        if options.get("do_sample") or (options.get("num_beams") or 1) > 1:
+        if options.get("do_sample") or (options.get("num_beams") or model.generation_config.num_beams or 1) > 1:
             generated = model.generate(**batch, **options)
             prompt_length = batch["input_ids"].shape[1]
             texts, rows = processor.answers(generated, prompt_length), generated[:, prompt_length:].tolist()

@@ -43,8 +43,8 @@ class Decoding:
 class Conversation:
     """Questions and answers about clouds that come before the first question.
 
-    The language model reads a turn once: its keys and values are kept with the conversation, and the next prompt goes on
-    behind the tokens that both begin with. The model's weights must not change meanwhile.
+    In float32 the language model reads a turn once: its keys and values stay with the conversation, and the next prompt
+    goes on behind the tokens that both begin with. The model's weights must not change meanwhile.
 
     Args:
         generation: further options of `generate`, such as those of `models.serving.compiled_generation`. With any,
@@ -180,15 +180,17 @@ def prompt_tokens(batch: Mapping[str, Tensor]) -> list[int]:
 
 
 def croppable_cache(model: PointAlignForConditionalGeneration) -> DynamicCache | None:
-    """An empty cache that can go back to any token; None where generation or the language model rules that out.
+    """An empty cache that can be cut at any token without changing an answer; None where there is no such cache.
 
-    Beams fill several rows; a sliding window and a recurrent state forget what they were; positions that are scaled by
-    the length of the text change with it.
+    Beams fill several rows; a sliding window and a recurrent state do not return to an earlier token; positions that
+    are scaled by the length of the text change with it. Rounding depends on how many tokens are read together, and in
+    16 bits it decides near ties: the same conversation would have another answer.
     """
     generation, text_config = model.generation_config, model.config.get_text_config(decoder=True)
     plain = (generation.num_beams or 1) == 1 and generation.cache_implementation in (None, "dynamic")
     scaling = str(getattr(text_config, "rope_parameters", None))  # of all kinds of layers
-    if not plain or generation.use_cache is False or any(kind in scaling for kind in ("dynamic", "longrope")):
+    scaled = "dynamic" in scaling or "longrope" in scaling
+    if model.dtype != torch.float32 or not plain or generation.use_cache is False or scaled:
         return None
     cache = DynamicCache(config=text_config)
     return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
