@@ -6,7 +6,7 @@ chosen on validation objects, by `calibrated_threshold`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,16 @@ LONGEST_NAME = 6  # words of "This is a trash can."; a longer text is a descript
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text and its probability under the model, the product over its tokens; NaN where it was sampled."""
+    """A generated text.
+
+    Attributes:
+        probability: under the model, the product over its tokens; NaN where it was sampled.
+        tokens: ids as they were generated, with the end mark and the padding behind it.
+    """
 
     text: str
     probability: float
+    tokens: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
 
 def generate_answers(
@@ -37,10 +43,11 @@ def generate_answers(
         options: of `generate`.
     """
     with torch.inference_mode():
-        if options.get("do_sample") or (options.get("num_beams") or 1) > 1:
+        if options.get("do_sample") or (options.get("num_beams") or model.generation_config.num_beams or 1) > 1:
             generated = model.generate(**batch, **options)
-            texts = processor.answers(generated, batch["input_ids"].shape[1])
-            return [Answer(text, float("nan")) for text in texts]
+            prompt_length = batch["input_ids"].shape[1]
+            texts, rows = processor.answers(generated, prompt_length), generated[:, prompt_length:].tolist()
+            return [Answer(text, float("nan"), tuple(row)) for text, row in zip(texts, rows, strict=True)]
         output = model.generate(**batch, **options, return_dict_in_generate=True, output_scores=True)
         scores = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
     new_tokens = output.sequences[:, -scores.shape[1] :]
@@ -49,8 +56,8 @@ def generate_answers(
     texts = processor.answers(output.sequences, batch["input_ids"].shape[1])
     threshold = model.config.name_threshold
     answers = []
-    for text, probability in zip(texts, logs.exp().tolist(), strict=True):
-        answers.append(Answer(hedge(text) if probability < threshold else text, probability))
+    for text, probability, row in zip(texts, logs.exp().tolist(), new_tokens.tolist(), strict=True):
+        answers.append(Answer(hedge(text) if probability < threshold else text, probability, tuple(row)))
     return answers
 
 

@@ -3,16 +3,20 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from pointalign.certainty import Answer, generate_answers, may_be_hedged
 from pointalign.models import PointAlignForConditionalGeneration, PointAlignProcessor
+
+CLOUD_PLACE = -1  # no token's id
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,12 @@ class Decoding:
 class Conversation:
     """Questions and answers about clouds that come before the first question.
 
+    In float32 the language model reads a turn once: its keys and values stay with the conversation, and the next prompt
+    goes on behind the tokens that both begin with. The model's weights must not change meanwhile.
+
     Args:
-        generation: further options of `generate`, such as those of `models.serving.compiled_generation`.
+        generation: further options of `generate`, such as those of `models.serving.compiled_generation`. With any,
+            every prompt is read from its beginning.
 
     Attributes:
         clouds: `[N, 6]` each, xyz and rgb in 0..1, in the order in which they are read.
@@ -59,6 +67,7 @@ class Conversation:
         self.clouds = list(clouds)
         self.generation = dict(generation or {})
         self.turns: list[tuple[str, str]] = []
+        self._read: ReadTurns | None = None
 
     def messages(self, question: str) -> list[dict]:
         """The chat messages so far, and the question."""
@@ -103,7 +112,7 @@ class Conversation:
         with torch.random.fork_rng(devices, enabled=options["do_sample"]):
             if options["do_sample"]:
                 torch.manual_seed(decoding.seed)
-            (answer,) = generate_answers(model, processor, batch, **self.generation | options)
+            answer = self._answer(batch, options)
         if answer.text:
             self.turns.append((question, answer.text))
         return answer
@@ -116,6 +125,22 @@ class Conversation:
         batch = self.processor.apply_chat_template(self.messages(question), tokenize=True, add_generation_prompt=True)
         return batch.to(self.model.device)
 
+    def _answer(self, batch: Any, options: dict[str, Any]) -> Answer:
+        """The answer to a prompt, read from where it differs from the last turn."""
+        read, self._read = self._read, None  # an answer that fails leaves keys and values of unknown tokens
+        cache = None if self.generation else croppable_cache(self.model)
+        if cache is None:
+            (answer,) = generate_answers(self.model, self.processor, batch, **self.generation | options)
+            return answer
+        tokens = prompt_tokens(batch)
+        clouds = {name: batch[name] for name in ("point_values", "point_lengths") if name in batch}
+        if read is not None and (length := read.shared(tokens, clouds)):
+            cache = read.cache
+            cache.crop(length - cache.get_seq_length())
+        (answer,) = generate_answers(self.model, self.processor, batch, **options, past_key_values=cache)
+        self._read = ReadTurns([*tokens, *answer.tokens][: cache.get_seq_length()], clouds, cache)
+        return answer
+
     def _check_length(self, prompt: int, answer: int) -> None:
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and prompt + answer > longest:
@@ -123,6 +148,52 @@ class Conversation:
                 f"the conversation has {prompt} tokens and the answer may have {answer}, but the language model reads "
                 f"{longest} at most: begin a new conversation, or shorten the question or the answer"
             )
+
+
+@dataclass(frozen=True)
+class ReadTurns:
+    """What the language model has read of a conversation.
+
+    Attributes:
+        tokens: ids, -1 at the places of clouds.
+        clouds: tensors of the processor.
+        cache: keys and values of every token.
+    """
+
+    tokens: list[int]
+    clouds: dict[str, Tensor]
+    cache: DynamicCache
+
+    def shared(self, tokens: list[int], clouds: dict[str, Tensor]) -> int:
+        """How many tokens a prompt shares with this, short of its last; 0 unless its clouds are among them."""
+        pairs = zip(self.tokens, tokens[:-1], strict=False)
+        length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        same = clouds.keys() == self.clouds.keys() and all(
+            torch.equal(clouds[name], value) for name, value in self.clouds.items()
+        )
+        return length if same and CLOUD_PLACE not in tokens[length:] else 0
+
+
+def prompt_tokens(batch: Mapping[str, Tensor]) -> list[int]:
+    """Ids of a prompt, with -1 at the places of clouds."""
+    return batch["input_ids"][0].masked_fill(batch["point_mask"][0].bool(), CLOUD_PLACE).tolist()
+
+
+def croppable_cache(model: PointAlignForConditionalGeneration) -> DynamicCache | None:
+    """An empty cache that can be cut at any token without changing an answer; None where there is no such cache.
+
+    Beams fill several rows; a sliding window and a recurrent state do not return to an earlier token; positions that
+    are scaled by the length of the text change with it. Rounding depends on how many tokens are read together, and in
+    16 bits it decides near ties: the same conversation would have another answer.
+    """
+    generation, text_config = model.generation_config, model.config.get_text_config(decoder=True)
+    plain = (generation.num_beams or 1) == 1 and generation.cache_implementation in (None, "dynamic")
+    scaling = str(getattr(text_config, "rope_parameters", None))  # of all kinds of layers
+    scaled = "dynamic" in scaling or "longrope" in scaling
+    if model.dtype != torch.float32 or not plain or generation.use_cache is False or scaled:
+        return None
+    cache = DynamicCache(config=text_config)
+    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
 class GrowingText(BaseStreamer):

@@ -369,14 +369,21 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
         logits = self.get_output_embeddings()(rows).float()  # [R, vocabulary]
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any):
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, is_first_iteration: bool = False, **kwargs: Any
+    ):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in POINT_INPUTS:  # the clouds are in the cache
                 inputs.pop(name, None)
         elif inputs.get("point_mask") is not None:
             new_tokens = input_ids.shape[1] - inputs["point_mask"].shape[1]  # without a cache all text is read again
-            inputs["point_mask"] = nn.functional.pad(inputs["point_mask"], (0, new_tokens))
+            read = 0 if past_key_values is None else past_key_values.get_seq_length()  # by an earlier `generate`
+            inputs["point_mask"] = nn.functional.pad(inputs["point_mask"], (0, new_tokens))[:, read:]
+            if read and not inputs["point_mask"].any():
+                inputs = {name: value for name, value in inputs.items() if name not in POINT_INPUTS}
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids: Tensor | None = None, **kwargs: Any):
