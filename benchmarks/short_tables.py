@@ -34,6 +34,8 @@ QUESTIONS = {  # kind of question -> its title, and the fact of token_words.json
     "symmetric": ("symmetric, yes or no", None),
     "aspect bucket": ("proportions, four choices", None),
     "two clouds": ("which of two is taller for its width", None),
+    "noun": ("is this a ..., yes or no", None),
+    "main colour": ("is it mostly ..., yes or no", None),
 }
 EDITS = {"flip": "right before and after", "stay": "same answer"}  # what an edit must do -> the share that counts
 ABLATIONS = {  # folder -> what trains
@@ -126,26 +128,25 @@ def learned() -> str:
 
 
 def bounds() -> str:
-    """Right answers by kind of question: without a model, the tokens without a language model, both models."""
+    """Right answers by kind of question: without a model, the tokens without a language model, the shipped model."""
     demo, words, shipped = _read("demo.json"), _read("token_words.json"), _read("evaluation.json")
-    metrics = shipped["tasks"]["geometry"]["metrics"]
     naming = shipped["tasks"]["classification-prompt0"]["metrics"]["head noun, closed set"]
-    facts, kinds = words["poses"]["fixed"], demo["kinds"]
-    accuracy = {name: parts["noun in training"] for name, parts in demo["accuracy"].items()}
-    neighbour = f"{100 * accuracy[NEIGHBOUR]['mean']:.0f} (nearest neighbour)"
-    rows = [["name", neighbour, percent(facts["noun"]), _with_count(accuracy["model"]), _with_count(naming)]]
+    metrics = shipped["tasks"]["geometry"]["metrics"] | shipped["tasks"]["yesno"]["metrics"]
+    kinds = {kind: metrics[f"accuracy, {kind}"] for kind in QUESTIONS}
+    facts = words["poses"]["fixed"]
+    neighbour = f"{100 * demo['accuracy'][NEIGHBOUR]['noun in training']['mean']:.0f} (nearest neighbour)"
+    rows = [["name", neighbour, percent(facts["noun"]), percent(naming), str(naming["count"])]]
     for kind, (title, fact) in QUESTIONS.items():
-        ours, theirs = kinds[kind], metrics[f"accuracy, {kind}"]
-        guess = f"{100 * max(ours['chance'], theirs['majority']):.0f}"
         said = percent(facts[fact]) if fact else ""
-        rows.append([title, guess, said, _with_count(ours), _with_count(theirs)])
-    header = ["right answers, %", "without a model", "tokens alone", "`make train`", "shipped `furniture`"]
+        row = kinds[kind]
+        rows.append([title, f"{100 * row['majority']:.0f}", said, percent(row), str(row["count"])])
+    header = ["right answers, %", "without a model", "tokens alone", "`furniture`", "questions"]
     one_sided = [
         f"{QUESTIONS[kind][0].partition(',')[0]} {100 * row['yes_rate']:.0f} %"
         for kind, row in kinds.items()
-        if kind in QUESTIONS and "yes_rate" in row and not ONE_SIDED < row["yes_rate"] < 1 - ONE_SIDED
+        if "yes_rate" in row and not ONE_SIDED < row["yes_rate"] < 1 - ONE_SIDED
     ]
-    said_yes = f"The model of `make train` hardly varies some answers; it says Yes to: {', '.join(one_sided)}. "
+    said_yes = f"It hardly varies some answers; it says Yes to: {', '.join(one_sided)}. "
     probed = ""
     if (RESULTS / "probe/probe.json").exists():
         probed = f"{_probed(_read('probe/probe.json'))} "
@@ -153,7 +154,7 @@ def bounds() -> str:
         f"{table(header, rows)}\n"
         '"Without a model" is the nearest neighbour above for names, else always the most frequent answer. "Tokens '
         'alone" is the word nearest to the point token of that fact; empty where no token stands for it. '
-        f"{said_yes if one_sided else ''}{probed}From `token_words.json`, `demo.json` and `evaluation.json` (weights "
+        f"{said_yes if one_sided else ''}{probed}From `token_words.json` and `evaluation.json` (weights "
         f"{shipped['weights']}).\n"
     )
 
@@ -171,24 +172,20 @@ def _probed(content: dict) -> str:
     )
 
 
-def _with_count(estimate: dict) -> str:
-    return f"{percent(estimate)} (n={estimate['count']})"
-
-
 def cloud() -> str:
-    """How much of the answers is lost with another object's cloud, for both models."""
+    """How much of the answers is lost with another object's cloud, after `make train` and in the audit."""
     demo, audited = _read("demo.json"), _read("audit.json")
     test = demo["tests"]["model against model, shuffled clouds"]
     right, shuffled = (demo["accuracy"][name]["noun in training"] for name in ("model", "model, shuffled clouds"))
-    rows = [["`make train`, names", percent(right), percent(shuffled), "", _owed(test, test["p"]), str(right["count"])]]
+    rows = [["names", percent(right), percent(shuffled), "", _owed(test, test["p"]), str(right["count"])]]
     kinds = audited["inputs"]["kinds"]
     for kind, title, owed in (
-        ("name", "names", kinds["name"]["owed to the cloud"]),
-        ("all", "five kinds of questions", audited["criteria"]["own cloud against another object's"]),
+        ("name", "names, audit", kinds["name"]["owed to the cloud"]),
+        ("all", "five kinds of questions, audit", audited["criteria"]["own cloud against another object's"]),
     ):
         said = kinds[kind]["said"]
         shares = [percent(said[name]) for name in ("true", "shuffled", "blind")]
-        rows.append([f"`furniture`, {title}", *shares, _owed(owed, owed["p_holm"]), str(said["true"]["count"])])
+        rows.append([title, *shares, _owed(owed, owed["p_holm"]), str(said["true"]["count"])])
     header = ["right answers, %", "own cloud", "another's cloud", "no cloud", "own less another's, points", "questions"]
     edits = audited["counterfactuals"]["cells"]
     (changed, flips), (same, stays) = (_weakest(edits, must, share) for must, share in EDITS.items())

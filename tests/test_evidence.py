@@ -16,6 +16,7 @@ import short_tables
 
 from experiments import held_out_naming
 from pointalign.embedded import catalogue
+from pointalign.storage import file_hash
 
 
 def estimate(mean: float, **more) -> dict:
@@ -269,3 +270,14 @@ def test_documents_hold_what_the_result_files_say(monkeypatch):
         monkeypatch.setattr(module, "_plot", lambda results: None)
     for path, text in report.render().items():
         assert path.read_text() == text, f"{path.name} is out of date: run `make report`"
+
+
+def test_every_figure_of_the_shipped_model_is_of_its_weights():
+    """The recorded run of `make train` is the shipped model, and what was measured of it is of these very weights."""
+    import report
+
+    weights = file_hash(report.CHECKPOINTS / "furniture.safetensors")[:16]
+    for name in ("evaluation.json", "audit.json", "probe/probe.json"):
+        assert json.loads((report.RESULTS / name).read_text())["weights"] == weights, name
+    run = json.loads((report.RESULTS / "demo.json").read_text())["run"]
+    assert json.loads((report.CHECKPOINTS / "furniture.json").read_text()) == run
