@@ -27,11 +27,14 @@ sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 SERVER = """
-import importlib, json, os, signal, sys, traceback
+import gc, importlib, json, os, signal, sys, traceback
+gc.disable()
 sys.path.insert(0, sys.argv[1])
 for name in sys.argv[2:]:
     importlib.import_module(name)
 del sys.path[0]  # the folder of benchmarks has a conftest.py too
+gc.freeze()  # the programs' collections pass over what is imported
+gc.enable()
 for line in sys.stdin:
     code, arguments, environment, folder, files, seconds = json.loads(line)
     child = os.fork()
