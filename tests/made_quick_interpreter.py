@@ -25,7 +25,7 @@ class _Launch(interpreter._LangPatchScope):
 
 
 def patch_lang(function) -> interpreter._LangPatchScope:
-    """Replace the language by its interpreted form once for a launch; Triton does at every call of a device function."""
+    """Replace the language by its interpreted form once a launch; Triton does so at every call of a device function."""
     if _launches:
         return interpreter._LangPatchScope()
     launch = _Launch()

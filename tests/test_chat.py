@@ -161,9 +161,7 @@ def nothing_frozen():
     gc.freeze()
 
 
-def test_the_collector_rests_while_the_model_is_loaded_and_runs_again_after(
-    folder, files, monkeypatch, nothing_frozen
-):
+def test_the_collector_rests_while_the_model_is_loaded_and_runs_again_after(folder, files, monkeypatch, nothing_frozen):
     states = []
     original, ask = build.load, conversation.Conversation.ask
     monkeypatch.setattr(build, "load", lambda *a, **o: (states.append(gc.isenabled()), original(*a, **o))[1])
