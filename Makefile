@@ -28,6 +28,8 @@ demo: assets
 screenshots: assets
 	$(BIN)/python docs/images/page.py
 
+# The modules of this checkout are compiled once, not by every process of the tests.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: setup
 	$(BIN)/python -m pytest tests -rs -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 

@@ -286,6 +286,7 @@ def run(command: Callable[[], int | None], stopped: str = "stopped") -> int:
         stopped: what Ctrl-C prints.
     """
     any_locale()
+    frozen = gc.get_freeze_count()
     try:
         return command() or 0
     except BrokenPipeError:  # `| head` has read enough
@@ -298,7 +299,8 @@ def run(command: Callable[[], int | None], stopped: str = "stopped") -> int:
         print(f"\n{stopped}", file=sys.stderr)
         return STOPPED
     finally:
-        gc.unfreeze()  # see `without_collector`: a program that goes on after the command may lose what it made
+        if not frozen:  # by a caller that wants it so
+            gc.unfreeze()  # see `without_collector`: a program that goes on after the command may lose what it made
 
 
 @contextmanager

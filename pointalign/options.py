@@ -1,7 +1,9 @@
 """The options of a training run: one dotted namespace over one YAML recipe, and every check across options."""
 
+import functools
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
@@ -9,6 +11,9 @@ from pointalign import training_command
 from pointalign.alignment import AlignmentConfig
 from pointalign.model_options import CACHED_PARTS, DataOptions, ModelOptions
 from pointalign.training_checks import check_arguments, check_cuda_graphs, check_precision
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 RECIPES = training_command.RECIPES
 
@@ -191,6 +196,21 @@ def parse(arguments: list[str], command: str = "train") -> Options:
     program with a message that names them.
     """
     path, arguments = training_command.prepare(arguments, command)
+    parser = parser_of(command)
+    parsed = parser.parse_args(["--config", str(path), *arguments])
+    try:
+        built = parser.instantiate(parsed)
+        options = Options(built.model, built.data, built.alignment, built.training, parsed.fused, parsed.fused_parts)
+        options.check()
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    options.recipe = parser.dump(parsed, skip_default=True, skip_validation=True)
+    return options
+
+
+@functools.cache
+def parser_of(command: str) -> "ArgumentParser":
+    """The parser of a recipe's options, made once: to read all signatures takes longer than to parse."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"pointalign {command}", usage=f"pointalign {command} --help", allow_abbrev=False)
@@ -201,12 +221,4 @@ def parse(arguments: list[str], command: str = "train") -> Options:
     parser.add_class_arguments(TrainingOptions, "training")
     parser.add_argument("--fused", action="store_true")
     parser.add_argument("--fused_parts", type=list[str] | None)
-    parsed = parser.parse_args(["--config", str(path), *arguments])
-    try:
-        built = parser.instantiate(parsed)
-        options = Options(built.model, built.data, built.alignment, built.training, parsed.fused, parsed.fused_parts)
-        options.check()
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
-    options.recipe = parser.dump(parsed, skip_default=True, skip_validation=True)
-    return options
+    return parser

@@ -213,7 +213,7 @@ def version_of(import_name: str) -> str | None:
     Returns: None where no such package is installed.
     """
     distributions = _distributions().get(import_name)
-    return importlib.metadata.version(distributions[0]) if distributions else None
+    return _version(distributions[0]) if distributions else None
 
 
 def _commit() -> tuple[str | None, bool | None]:
@@ -225,6 +225,11 @@ def _commit() -> tuple[str | None, bool | None]:
 
 
 _distributions = functools.cache(importlib.metadata.packages_distributions)
+
+
+@functools.cache
+def _version(distribution: str) -> str:
+    return importlib.metadata.version(distribution)
 
 
 def _output(*command: str) -> str | None:

@@ -1,5 +1,6 @@
 """Processes of one job, as torchrun starts them, but forked from a server that has imported everything once."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -27,6 +28,7 @@ def _run(function: Callable, arguments: tuple, environment: dict[str, str], log:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.environ.update(environment)
+    gc.freeze()  # collections pass over what the server has imported
     torch.set_num_threads(1)
     function(*arguments)
 

@@ -154,7 +154,14 @@ def test_a_file_is_read_once_where_the_model_reads_files_in_the_usual_way(folder
         assert len(read) == times
 
 
-def test_the_collector_rests_while_the_model_is_loaded_and_runs_again_after(folder, files, monkeypatch):
+@pytest.fixture
+def nothing_frozen():
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_the_collector_rests_while_the_model_is_loaded_and_runs_again_after(folder, files, monkeypatch, nothing_frozen):
     states = []
     original, ask = build.load, conversation.Conversation.ask
     monkeypatch.setattr(build, "load", lambda *a, **o: (states.append(gc.isenabled()), original(*a, **o))[1])

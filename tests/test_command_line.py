@@ -1,5 +1,6 @@
 """Help, spelling and the one door to every command: quick, complete, and without torch."""
 
+import gc
 import io
 import json
 import os
@@ -205,6 +206,12 @@ def test_what_a_user_can_mend_is_one_line(error, status, message, capsys):
 
     assert command_line.run(command) == status
     assert capsys.readouterr().err.strip() == message
+
+
+def test_what_the_caller_took_from_the_collector_stays_out_of_its_sight():
+    gc.freeze()
+    assert command_line.run(lambda: 0) == 0
+    assert gc.get_freeze_count() > 0
 
 
 def test_the_name_of_the_program_is_what_can_be_typed(monkeypatch, tmp_path):

@@ -284,16 +284,18 @@ def collected():
                 words = shlex.split(after.format(**values))
                 place = words.index("--results") if "--results" in words else len(words)
                 commands.append((stage.name, words[:place] + words[place + 2 :]))
+    different = dict.fromkeys(tuple(words) for _, words in commands)  # the sanitizer's tools run the same tests
     chosen = [
-        [entry for entry in commands if any(word.startswith(f"{folder}/") for word in entry[1])]
+        [words for words in different if any(word.startswith(f"{folder}/") for word in words)]
         for folder in ("benchmarks", "tests")
     ]
     # tests/test_alignment_kernels.py is there on a CPU only when interpreted
-    result = run_program(COLLECT, json.dumps([[words for _, words in group] for group in chosen]), interpreted=True)
+    result = run_program(COLLECT, json.dumps(chosen), interpreted=True)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    entries = [entry for group in chosen for entry in group]
-    assert len(lines) == len(entries), result.stdout[-2000:] + result.stderr[-2000:]
-    return [(*entry, *json.loads(line[7:])) for entry, line in zip(entries, lines, strict=True)]
+    assert len(lines) == len(different), result.stdout[-2000:] + result.stderr[-2000:]
+    everything = [words for group in chosen for words in group]
+    of_words = {words: json.loads(line[7:]) for words, line in zip(everything, lines, strict=True)}
+    return [(stage, words, *of_words[tuple(words)]) for stage, words in commands]
 
 
 def test_the_tests_of_every_stage_exist(collected):
