@@ -13,7 +13,7 @@ SECONDS = 600  # after which a program is ended
 # What a program finds imported: PyTorch and what transformers imports of it; for the interpreter, which a process must
 # choose before it imports Triton, all that trains.
 PLAIN = ("torch._dynamo", "torch._inductor.compile_fx")
-INTERPRETED = (*PLAIN, "triton", "pointalign.trainer", "made_quick_interpreter")
+INTERPRETED = (*PLAIN, "triton", "pointalign.trainer")
 PYTEST = """
 import os, pytest, sys
 for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
@@ -29,10 +29,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 SERVER = """
 import gc, importlib, json, os, signal, sys, traceback
 gc.disable()
-sys.path.insert(0, sys.argv[1])
-for name in sys.argv[2:]:
+for name in sys.argv[1:]:
     importlib.import_module(name)
-del sys.path[0]  # the folder of benchmarks has a conftest.py too
 gc.freeze()  # the programs' collections pass over what is imported
 gc.enable()
 for line in sys.stdin:
@@ -73,7 +71,7 @@ def _server(interpreted: bool) -> subprocess.Popen:
         environment["TRITON_INTERPRET"] = "1"
     modules = INTERPRETED if interpreted else PLAIN
     return subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(Path(__file__).parent), *modules],
+        [sys.executable, "-c", SERVER, *modules],
         env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
