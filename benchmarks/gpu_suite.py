@@ -25,8 +25,11 @@ Back home, rows of all stages become the files and tables of benchmarks/results/
 A next call carries gpu_wheels/results along and goes on with what is not finished; `--again STAGE` repeats a stage. A
 stage is skipped where the time left is shorter than it is expected to take, or where a package, program or asset is
 missing. The last two stages run the study of a language model, over many calls, where `pointalign assets` has filled
-the box's cache. Its finished runs are in study_runs and study-full_runs of the output folder; a complete study is
-copied to benchmarks/results/ablation_language_model and ablation_language_model_full.
+the box's cache. Its finished runs are in study_runs and study-full_runs of the output folder. Copy a complete study by
+hand:
+
+    cp -r gpu_wheels/results/study_runs benchmarks/results/ablation_language_model
+    cp -r gpu_wheels/results/study-full_runs benchmarks/results/ablation_language_model_full
 """
 
 import argparse
@@ -173,9 +176,8 @@ def missing(stage: Stage, rehearsal: bool) -> list[str]:
     """Modules, programs and assets that the stage needs and this machine lacks."""
     if stage.assets and rehearsal:
         return ["a GPU"]
-    home = Path(
-        os.environ.get("POINTALIGN_HOME") or Path.home() / ".cache/pointalign"
-    ).expanduser()  # pointalign.assets
+    # as in pointalign.assets, which cannot be imported before a stage has built the package
+    home = Path(os.environ.get("POINTALIGN_HOME") or Path.home() / ".cache/pointalign").expanduser()
     modules = [name for name in stage.needs if importlib.util.find_spec(name) is None]
     programs = [name for name in stage.programs if not rehearsal and shutil.which(name) is None]
     return modules + programs + [name for name in stage.assets if not (home / name / ".complete.json").exists()]

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from pointalign.options import TrainingOptions
+
 RESULTS = Path(__file__).parent / "results"
 CHECKPOINTS = Path(__file__).parents[1] / "pointalign" / "checkpoints"
 REPEATS = "demo_repeats.json"
-TRAINER_SEED = 42  # of transformers, where a run names none
 REPEATED = ("model", "model, random yaw")  # methods that `demo_repeats.json` has
 PICTURES = {"answers.md": "demo_answers.md", "answers.png": "demo_answers.png", "loss.png": "demo_loss.png"}
 
@@ -74,12 +75,11 @@ def content_of(run: Path) -> dict[str, Any]:
 
 
 def recipe_of(run: dict[str, Any]) -> dict[str, Any]:
-    """What two runs of one recipe have in common: all options but the seed and the names of folders."""
-    left_out = {"data": ["feature_cache"], "training": ["output_dir", "seed"]}
-    return {
-        part: {name: value for name, value in run[part].items() if name not in left_out.get(part, ())}
-        for part in ("model", "data", "alignment", "training")
-    }
+    """What two runs of one recipe have in common: the data, and what decides the model, without its seed."""
+    decisive = {name: run["training"].get(name) for name in ("max_steps", "learning_rate", "warmup_steps")}
+    data = {name: value for name, value in run["data"].items() if name != "feature_cache"}
+    same = {name: run.get(name) for name in ("model", "alignment", "data_sha256", "fused", "fused_parts")}
+    return same | {"data": data, "training": decisive}
 
 
 def repeat_of(content: dict[str, Any]) -> dict[str, Any]:
@@ -89,17 +89,29 @@ def repeat_of(content: dict[str, Any]) -> dict[str, Any]:
     return {
         "date": content["date"],
         **described,
-        "seed": run["training"].get("seed", TRAINER_SEED),
+        "seed": run["training"].get("seed", TrainingOptions.seed),
         "named right": {method: content["accuracy"][method]["noun in training"] for method in REPEATED},
         "kinds": {kind: row["mean"] for kind, row in content["kinds"].items()},
     }
 
 
-def add_repeat(content: dict[str, Any]) -> None:
-    """Put a run among the runs of its recipe; those of another recipe are dropped."""
+def add_repeat(content: dict[str, Any], begin: bool = False) -> None:
+    """Put a run among the runs of its recipe.
+
+    Args:
+        begin: drop the runs of another recipe.
+
+    Raises:
+        ValueError: the runs are of another recipe.
+    """
     path, recipe = RESULTS / REPEATS, recipe_of(content["run"])
     repeats = json.loads(path.read_text()) if path.exists() else {"recipe": recipe, "runs": []}
-    if repeats["recipe"] != recipe:
+    if different := [name for name in recipe if repeats["recipe"].get(name) != recipe[name]]:
+        if not begin:
+            raise ValueError(
+                f"the run differs from those of {path.name} in {', '.join(different)}: record a run of its recipe "
+                "first, without --repeat"
+            )
         repeats = {"recipe": recipe, "runs": []}
     entry = repeat_of(content)
     repeats["runs"] = [run for run in repeats["runs"] if run != entry] + [entry]
@@ -110,7 +122,7 @@ def record(run: Path) -> None:
     """Write what a run left into benchmarks/results/."""
     content = content_of(run)
     write_json(RESULTS / "demo.json", content)
-    add_repeat(content)
+    add_repeat(content, begin=True)
     for name, recorded in PICTURES.items():
         shutil.copyfile(run / name, RESULTS / recorded)
 

@@ -14,13 +14,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.ablation.ablation import run_ablation
+from experiments.ablation.ablation import fields_of, run_ablation
 from experiments.ablation.comparison import run_file, summarise
 from experiments.ablation.recipe import Recipe, read_recipe
 from pointalign import stage_file, storage
@@ -141,7 +140,7 @@ def pool(recipe: Recipe, folder: Path) -> str:
         storage.write_json(run_file(folder, arm, seed), join_runs(parts, counts))
     ceilings = [json.loads((fold / "ceiling.json").read_text()) for fold in folders]
     storage.write_json(folder / "ceiling.json", weighted_mean(ceilings, counts))
-    described = {key: value for key, value in asdict(recipe).items() if key not in ("output", "fold")}
+    described = {key: value for key, value in fields_of(recipe).items() if key not in ("output", "fold")}
     described["model"]["checkpoint"] = "stage 1 of each fold"
     storage.write_json(folder / "recipe.json", described | {"folds": catalogue.FOLDS})
     return summarise(folder, recipe)
@@ -155,6 +154,8 @@ def join_runs(parts: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:
     if "geometry" in parts[0]:
         asked = [part["geometry"] for part in parts]
         same["geometry"] = {key: [value for part in asked for value in part[key]] for key in asked[0]}
+    if "start" in parts[0]:
+        same["start"] = " ".join(part["start"] for part in parts)  # every fold has its own
     return (
         same
         | {

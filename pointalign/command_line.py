@@ -309,12 +309,15 @@ def without_collector() -> Iterator[None]:
 
     Behind the block the collector runs again and passes over what was made before, until the end of the command.
     """
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if not frozen:  # by the caller: `run` could not tell both apart
+            gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def any_locale() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from pointalign.certainty import Answer, generate_answers, may_be_hedged
@@ -182,12 +183,14 @@ def prompt_tokens(batch: Mapping[str, Tensor]) -> list[int]:
 def croppable_cache(model: PointAlignForConditionalGeneration) -> DynamicCache | None:
     """An empty cache that can be cut at any token without changing an answer; None where there is no such cache.
 
-    Beams fill several rows; a sliding window and a recurrent state do not return to an earlier token; positions that
-    are scaled by the length of the text change with it. Rounding depends on how many tokens are read together, and in
-    16 bits it decides near ties: the same conversation would have another answer.
+    Beams fill several rows; generation with drafted tokens reads a prompt from its beginning; a sliding window and a
+    recurrent state do not return to an earlier token; positions that are scaled by the length of the text change with
+    it. Rounding depends on how many tokens are read together, and in 16 bits it decides near ties: the same
+    conversation would have another answer.
     """
     generation, text_config = model.generation_config, model.config.get_text_config(decoder=True)
-    plain = (generation.num_beams or 1) == 1 and generation.cache_implementation in (None, "dynamic")
+    one_by_one = generation.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    plain = one_by_one and generation.cache_implementation in (None, "dynamic")
     scaling = str(getattr(text_config, "rope_parameters", None))  # of all kinds of layers
     scaled = "dynamic" in scaling or "longrope" in scaling
     if model.dtype != torch.float32 or not plain or generation.use_cache is False or scaled:

@@ -227,11 +227,13 @@ def test_two_primary_measures_are_corrected_together(monkeypatch):
     assert "taller or wider (n=40)" in tables and "(Yes " in tables and "| the most frequent answer |" in tables
 
 
-def test_both_forms_of_the_study_differ_in_what_trains_alone(tmp_path):
+def test_both_forms_of_the_study_differ_in_what_trains_and_how_fast(tmp_path):
     lora, full = (ablation.read_recipe(name) for name in ("language_model", "language_model_full"))
     different = {key for key, value in asdict(lora).items() if value != asdict(full)[key]}
     assert different == {"model", "full_fine_tuning", "schedule", "output"}
     assert lora.primary == [SECOND, GEOMETRY] and lora.model.train == ["lora"] and full.full_fine_tuning
+    for recipe in (lora, full):  # a control at another lambda would say nothing of the target
+        assert recipe.arms["another object's target"] == Arm(source="other"), recipe.output
     assert lora.schedule.learning_rate > full.schedule.learning_rate
     for changes, said in (
         ({"model": ModelOptions(train=["lora"], lora_rank=0, dtype="float32")}, "needs model.train"),

@@ -10,7 +10,7 @@ import torch
 from conftest import lively, make_processor, tiny_config, tiny_model, tiny_text_config
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import MistralConfig
+from transformers import DynamicCache, MistralConfig
 
 from pointalign.certainty import Answer, generate_answers, hedge
 from pointalign.conversation import Conversation, Decoding, settled
@@ -226,15 +226,18 @@ def test_of_a_prompt_that_the_template_rewrites_the_common_beginning_is_kept(mod
     assert all(first == length for _, first, length in [asked(conversation, question) for question in QUESTIONS[:2]])
 
 
-@pytest.mark.parametrize("kind", ["beams", "static", "no cache", "window", "longrope", "16 bits", "option"])
+@pytest.mark.parametrize("kind", ["beams", "lookup", "static", "no cache", "window", "longrope", "16 bits", "option"])
 def test_where_a_cache_cannot_go_back_everything_is_read(kind, processor, clouds):
     model = lively(tiny_model())
     options = {"repetition_penalty": 1.1} if kind == "option" else None
-    if kind in ("beams", "static", "no cache"):
-        name, value = {"beams": ("num_beams", 2), "static": ("cache_implementation", "static")}.get(
-            kind, ("use_cache", False)
-        )
-        setattr(model.generation_config, name, value)
+    settings = {
+        "beams": ("num_beams", 2),
+        "lookup": ("prompt_lookup_num_tokens", 3),
+        "static": ("cache_implementation", "static"),
+        "no cache": ("use_cache", False),
+    }
+    if kind in settings:
+        setattr(model.generation_config, *settings[kind])
     elif kind == "window":
         config = tiny_config()
         values = tiny_text_config().to_dict() | {"model_type": "mistral", "sliding_window": 16}
@@ -276,3 +279,23 @@ def test_keys_and_values_go_with_the_conversation(model, processor, clouds):
     del conversation
     gc.collect()
     assert cache() is None
+
+
+@pytest.mark.parametrize("places_read", ["before the cloud", "behind the cloud"])
+@pytest.mark.parametrize("form", ["all tokens", "new tokens"])
+def test_generation_goes_on_from_a_cache_that_the_caller_filled(places_read, form, model, processor, clouds):
+    conversation = talk(model, processor, clouds[:1])
+    batch = dict(conversation._prompt("Which?"))
+    whole = model.generate(**batch, max_new_tokens=8, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    places = batch["point_mask"][0].nonzero().flatten()
+    read = int(places[0]) - 1 if places_read == "before the cloud" else int(places[-1]) + 2
+    beginning = {name: batch[name][:, :read] for name in ("input_ids", "attention_mask", "point_mask")}
+    seen = batch | beginning if places_read == "behind the cloud" else beginning
+    cache = DynamicCache(config=model.config.get_text_config())
+    model(**seen, past_key_values=cache, use_cache=True)
+    if form == "new tokens":
+        batch |= {name: batch[name][:, read:] for name in ("input_ids", "point_mask")}
+    if places_read == "behind the cloud" and form == "new tokens":
+        batch = {name: value for name, value in batch.items() if name not in ("point_values", "point_lengths")}
+    going_on = model.generate(**batch, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert going_on[0, batch["input_ids"].shape[1] :].tolist() == whole.tolist()

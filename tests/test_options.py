@@ -25,6 +25,13 @@ def test_no_arguments_mean_the_demo():
     assert options.data.evaluate == "test" and options.fused is False
 
 
+def test_options_of_a_run_are_not_those_of_the_run_before():
+    changed = parse(["demo", "--model.train", "[lora, modality_projector]", "--data.types", "[brief]"])
+    changed.data.mixture.clear()
+    again = parse(["demo"])
+    assert again.model.train == ["lora"] and again.data.types is None and again.data.mixture
+
+
 def test_a_recipe_by_name_by_path_and_under_options(tmp_path):
     assert parse(["align"]).alignment.layer == [15]
     recipe = tmp_path / "mine.yaml"

@@ -13,6 +13,9 @@ import demo_tables
 import evidence_tables
 import record_run
 
+from pointalign import options, storage, train
+from pointalign.data import dataset
+
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
@@ -124,8 +127,19 @@ def test_repeated_runs_of_one_recipe_are_listed(folders, tmp_path, monkeypatch):
     assert "| another CPU, bfloat16 | 7 | 25.0 [15.0, 35.0] | 25.0 [15.0, 35.0] | 25 | 25 | abc, 2" in text
 
     (run / "stage.json").write_text(json.dumps(description | {"alignment": {"weight": 0.0}}))
-    record_run.main([str(run), "--repeat"])
+    with pytest.raises(ValueError, match=r"differs from those of demo_repeats\.json in alignment: record a run"):
+        record_run.main([str(run), "--repeat"])
+    record_run.main([str(run)])
     assert "recorded once" in demo_tables.repeats(), "runs of another recipe do not count"
+
+
+def test_the_seed_of_a_repeated_run_is_the_one_it_had(monkeypatch):
+    monkeypatch.setattr(storage, "file_hash", lambda *paths: "0")
+    monkeypatch.setattr(dataset, "data_paths", lambda options: [Path("annotations.json")])
+    described = [train.describe(options.parse(["demo", *seed])) for seed in ([], ["--training.seed", "42"])]
+    accuracy = {method: {"noun in training": {}} for method in record_run.REPEATED}
+    content = {"date": "2026-11-27", "accuracy": accuracy, "kinds": {}}
+    assert [record_run.repeat_of(content | {"run": run})["seed"] for run in described] == [0, 42]
 
 
 def test_an_alignment_check_is_recorded_without_a_run(folders, tmp_path, monkeypatch, capsys):

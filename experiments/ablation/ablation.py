@@ -102,17 +102,20 @@ def training_questions(recipe: Recipe, train: EncodedObjects) -> TrainingQuestio
 
 def definition(recipe: Recipe) -> dict[str, Any]:
     """What the runs of a folder have in common, as in its `recipe.json`."""
-    described = {
-        key: value
-        for key, value in asdict(recipe).items()
-        if key not in ("output", "seeds") and not (key in ADDED_LATER and value == ADDED_LATER[key])
-    }
+    described = {key: value for key, value in fields_of(recipe).items() if key not in ("output", "seeds")}
     if recipe.data == "furniture":
         described["closed_set"] = "nouns of the training objects"  # earlier runs had fewer nouns, and other margins
     if recipe.model.checkpoint is not None:  # identified by its weights, not by its folder
         described["model"]["checkpoint"] = Path(recipe.model.checkpoint).name
         described["weights"] = storage.file_hash(stage_file.find_stage(recipe.model.checkpoint))[:16]
     return json.loads(json.dumps(described))
+
+
+def fields_of(recipe: Recipe) -> dict[str, Any]:
+    """All fields of a recipe but those that older files lack, where they have their default."""
+    return {
+        key: value for key, value in asdict(recipe).items() if not (key in ADDED_LATER and value == ADDED_LATER[key])
+    }
 
 
 def run_missing(

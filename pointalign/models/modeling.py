@@ -380,9 +380,9 @@ class PointAlignForConditionalGeneration(PointAlignPreTrainedModel, GenerationMi
                 inputs.pop(name, None)
         elif inputs.get("point_mask") is not None:
             new_tokens = input_ids.shape[1] - inputs["point_mask"].shape[1]  # without a cache all text is read again
-            read = 0 if past_key_values is None else past_key_values.get_seq_length()  # by an earlier `generate`
-            inputs["point_mask"] = nn.functional.pad(inputs["point_mask"], (0, new_tokens))[:, read:]
-            if read and not inputs["point_mask"].any():
+            unread = inputs["input_ids"].shape[1]  # an earlier `generate` may have read what is before
+            inputs["point_mask"] = nn.functional.pad(inputs["point_mask"], (0, new_tokens))[:, -unread:]
+            if not inputs["point_mask"].any() and past_key_values is not None and past_key_values.get_seq_length():
                 inputs = {name: value for name, value in inputs.items() if name not in POINT_INPUTS}
         return inputs
 
