@@ -146,7 +146,7 @@ def bounds() -> str:
         for kind, row in kinds.items()
         if "yes_rate" in row and not ONE_SIDED < row["yes_rate"] < 1 - ONE_SIDED
     ]
-    said_yes = f"It hardly varies some answers; it says Yes to: {', '.join(one_sided)}. "
+    said_yes = f"`furniture` hardly varies some answers; it says Yes to: {', '.join(one_sided)}. "
     probed = ""
     if (RESULTS / "probe/probe.json").exists():
         probed = f"{_probed(_read('probe/probe.json'))} "
