@@ -193,6 +193,12 @@ def test_folds_are_kept_and_the_result_waits_for_all(finished_folds, results, tm
     assert "| noun occurs in training (n=4) | all embedded objects (n=6) |" in text and "commit abc" in text
     assert "detects a true difference of " in text and "belong to 2 families; the four largest hold 100 %" in text
     assert "the test part alone (n=2): model 100.0" in text and "+50.0" in text
+    monkeypatch.setattr(short_tables, "RESULTS", results)
+    assert (
+        "a shorter stage 1 each (n=4): model 100.0 [100.0, 100.0] %, nearest neighbour 50.0" in short_tables._in_folds()
+    )
+    result.unlink()
+    assert short_tables._in_folds() == ""
 
 
 @pytest.mark.parametrize(("seeds", "word"), [(5, "a gain"), (4, "no")])
