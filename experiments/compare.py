@@ -35,7 +35,8 @@ def train_arm(folder: Path, weight: float, options: list[str]) -> int:
     """Run the demo's recipe with this lambda, unless that is done. Returns an exit status."""
     if (folder / "accuracy.json").exists():
         return 0
-    command = ["demo", f"--alignment.weight={weight}", f"--data.feature_cache={folder.parent / 'features'}"]
+    features = folder.parent / "features"
+    command = ["demo", "--fused", f"--alignment.weight={weight}", f"--data.feature_cache={features}"]  # as `make train`
     if saved := checkpoints(folder):
         return train.main([*command, *options, f"--training.resume_from_checkpoint={saved[-1]}"])
     return train.main([*command, *options, f"--training.output_dir={folder}"])
