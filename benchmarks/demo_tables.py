@@ -122,10 +122,12 @@ def read_repeats() -> list[dict]:
 
 def repeats_line() -> str:
     """How far the runs of one recipe lie apart."""
-    shares = [100 * run["named right"]["model"]["mean"] for run in read_repeats()]
+    runs = read_repeats()
+    shares = [100 * run["named right"]["model"]["mean"] for run in runs]
     if len(shares) < 2:
         return "The recipe is recorded once, so the spread of repeated runs is not known."
-    return f"{len(shares)} runs of the recipe name {min(shares):.1f} to {max(shares):.1f} %."
+    seeds = len({run["seed"] for run in runs})
+    return f"{len(shares)} runs of the recipe (seeds: {seeds}) name {min(shares):.1f} to {max(shares):.1f} %."
 
 
 def repeats() -> str:

@@ -22,6 +22,10 @@ from pointalign.options import TrainingOptions
 RESULTS = Path(__file__).parent / "results"
 CHECKPOINTS = Path(__file__).parents[1] / "pointalign" / "checkpoints"
 REPEATS = "demo_repeats.json"
+NOT_DECISIVE = (  # training options that leave the model as it is, and the seed
+    "output_dir", "seed", "report_to", "disable_tqdm", "accelerator_config", "debug", "include_for_metrics",
+    "logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
+)  # fmt: skip
 REPEATED = ("model", "model, random yaw")  # methods that `demo_repeats.json` has
 PICTURES = {"answers.md": "demo_answers.md", "answers.png": "demo_answers.png", "loss.png": "demo_loss.png"}
 
@@ -76,7 +80,7 @@ def content_of(run: Path) -> dict[str, Any]:
 
 def recipe_of(run: dict[str, Any]) -> dict[str, Any]:
     """What two runs of one recipe have in common: the data, and what decides the model, without its seed."""
-    decisive = {name: run["training"].get(name) for name in ("max_steps", "learning_rate", "warmup_steps")}
+    decisive = {name: value for name, value in run["training"].items() if name not in NOT_DECISIVE}
     data = {name: value for name, value in run["data"].items() if name != "feature_cache"}
     same = {name: run.get(name) for name in ("model", "alignment", "data_sha256", "fused", "fused_parts")}
     return same | {"data": data, "training": decisive}

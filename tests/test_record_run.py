@@ -123,7 +123,7 @@ def test_repeated_runs_of_one_recipe_are_listed(folders, tmp_path, monkeypatch):
         record_run.main([str(run), "--repeat"])
     assert (results / "demo.json").read_text() == recorded
     text = demo_tables.repeats()
-    assert text.startswith("2 runs of the recipe name 25.0 to 50.0 %.")
+    assert text.startswith("2 runs of the recipe (seeds: 2) name 25.0 to 50.0 %.")
     assert "| another CPU, bfloat16 | 7 | 25.0 [15.0, 35.0] | 25.0 [15.0, 35.0] | 25 | 25 | abc, 2" in text
 
     (run / "stage.json").write_text(json.dumps(description | {"alignment": {"weight": 0.0}}))
